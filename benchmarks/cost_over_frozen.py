@@ -1,0 +1,136 @@
+"""What the correction costs: LoRA linear over the frozen linear alone, ours and PEFT's, interleaved in one run.
+
+    python benchmarks/cost_over_frozen.py [--json FILE]
+
+Each figure is the ratio of medians to `torch.nn.functional.linear` with the same frozen weight, forward alone
+("inference") or forward and backward with a gradient for x ("training"). The candidates take turns within each round,
+so that whatever else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import lowrank_kernels as lk
+
+
+def frozen(x: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda value: torch.nn.functional.linear(value, weight)
+
+
+def ours(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout_p: float) -> Callable:
+    return lambda value: lk.lora_linear(value, weight, a, b, scaling=2.0, dropout_p=dropout_p)
+
+
+def peft_like(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout_p: float) -> Callable:
+    """The sequence of torch calls that PEFT's LoRA `Linear.forward` makes."""
+
+    def call(value: torch.Tensor) -> torch.Tensor:
+        result = torch.nn.functional.linear(value, weight)
+        dropped = torch.nn.functional.dropout(value.to(a.dtype), dropout_p)
+        down = torch.nn.functional.linear(dropped, a)
+        return (result + torch.nn.functional.linear(down, b) * 2.0).to(value.dtype)
+
+    return call
+
+
+def interleaved_medians(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each candidate; one call of each a round, rounds until the time is up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for function in candidates.values():
+        function()
+        function()
+    names = list(candidates)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[names[0]]) < 9:
+        for name in names:
+            start = time.perf_counter()
+            candidates[name]()
+            times[name].append(time.perf_counter() - start)
+        names = names[1:] + names[:1]
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(
+    tokens: int, size: int, rank: int, dtype: torch.dtype, training: bool, dropout_p: float, seconds: float
+) -> dict:
+    x = torch.randn(tokens, size).to(dtype).requires_grad_(training)
+    weight = (torch.randn(size, size) / size**0.5).to(dtype)
+    a = (torch.randn(rank, size) / size**0.5).to(dtype).requires_grad_(training)
+    b = torch.randn(size, rank).to(dtype).requires_grad_(training)
+    grad_y = torch.randn(tokens, size).to(dtype)
+    calls = {
+        "frozen": frozen(x, weight),
+        "ours": ours(weight, a, b, dropout_p),
+        "peft-like": peft_like(weight, a, b, dropout_p),
+    }
+
+    def run(call: Callable) -> Callable[[], object]:
+        if training:
+            return lambda: torch.autograd.grad(call(x), [x, a, b], grad_y, allow_unused=True)
+
+        def inference() -> object:
+            with torch.no_grad():
+                return call(x)
+
+        return inference
+
+    medians = interleaved_medians({name: run(call) for name, call in calls.items()}, seconds)
+    return {
+        "tokens": tokens, "K": size, "N": size, "R": rank, "dtype": str(dtype).removeprefix("torch."),
+        "mode": "training" if training else "inference", "dropout_p": dropout_p,
+        "frozen_us": medians["frozen"] * 1e6,
+        "ours": medians["ours"] / medians["frozen"], "peft_like": medians["peft-like"] / medians["frozen"],
+    }  # fmt: skip
+
+
+def conditions() -> dict[str, str]:
+    def command(*words: str) -> str:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+    model = [line.split(":")[1].strip() for line in command("lscpu").splitlines() if line.startswith("Model name")]
+    return {
+        "device": f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(), "torch": torch.__version__, "commit": command("git", "rev-parse", "--short", "HEAD"),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4.0, help="a row")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    print(f"{'dtype':9} {'tokens':>6} {'mode':10} {'p':>4} {'frozen us':>10} {'ours':>6} {'peft-like':>9}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1024, 16):
+            for training, dropout_p in ((True, 0.0), (False, 0.0), (True, 0.1)):
+                row = measure(tokens, args.size, args.rank, dtype, training, dropout_p, args.seconds)
+                rows.append(row)
+                print(
+                    f"{row['dtype']:9} {tokens:6} {row['mode']:10} {dropout_p:4} {row['frozen_us']:10.0f} "
+                    f"{row['ours']:6.3f} {row['peft_like']:9.3f}",
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,710 @@
+#include "lora.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "scratch.h"
+
+namespace lrk {
+namespace {
+
+// How sums and work are cut. Functions of shapes alone, so that results do not depend on threads.
+constexpr int64_t kRowBlock = 32;           // rows of x or y that one block product takes
+constexpr int64_t kDepthBlock = 256;        // staged or float32 reduction slice: 32 KiB of rows
+constexpr int64_t kTileDepthBlock = 2048;   // bfloat16 rows read in place: C stays in tiles
+constexpr int64_t kColumnGroup = 64;        // columns of a gradient's block product
+constexpr int64_t kUpColumns = 128;         // columns of an up-projection's block product
+constexpr int64_t kGradRows = 64;           // reduction slice of a factor gradient
+constexpr int64_t kGradColumns = 512;       // columns of one gradient task
+constexpr int64_t kGradTaskRows = 1024;     // rows of one gradient task
+constexpr int64_t kPackPanels = 4;          // panels of one packing task
+constexpr int64_t kPackDepth = 512;         // depth of one packing task
+constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
+constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
+constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
+
+// Below this many multiply-adds a second thread costs more than it brings. It costs more where
+// threads share a packed factor, which then moves from one core's cache to the other's.
+struct SerialWork {
+  int64_t down, up, up_few_rows, grad;
+};
+constexpr SerialWork kSerialFloat = {int64_t{1} << 22, int64_t{1} << 21, int64_t{1} << 18,
+                                     int64_t{1} << 18};
+constexpr SerialWork kSerialTile = {int64_t{1} << 23, int64_t{1} << 22, int64_t{1} << 19,
+                                    int64_t{1} << 20};
+// Drawing random words is the larger part of a pass with dropout.
+constexpr int64_t kSerialDropout = int64_t{1} << 14;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+const void* element(const Matrix& m, int64_t row, int64_t col) {
+  return static_cast<const char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
+}
+void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
+  return static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
+}
+
+Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
+}
+
+// Ask for a rectangle ahead of its use, into the second-level cache: rows a page apart fall into
+// few sets of the first, where a block of them would evict itself.
+void prefetch(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  const int64_t bytes = std::min(cols, m.cols - col) * dtype_bytes(m.dtype);
+  for (int64_t i = row; i < row + rows; ++i) {
+    const char* line = static_cast<const char*>(element(m, i, col));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
+  }
+}
+
+template <typename Body>
+void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {
+  if (tasks <= 0) return;
+  if (!parallel || tasks == 1) return body(int64_t{0}, tasks);
+  runtime.parallel(
+      tasks,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// The two element types of a block product.
+template <typename Elem>
+struct Engine;
+
+template <>
+struct Engine<float> {
+  static constexpr Dtype kDtype = Dtype::kFloat32;
+  static constexpr SerialWork kSerial = kSerialFloat;
+  static constexpr int64_t kDirectDepth = kDepthBlock;
+  static int64_t depth(int64_t n) { return n; }
+  static int64_t direct_depth(int64_t n) { return n; }
+
+  explicit Engine(const KernelTable& kernels) : kernels_(kernels) {}
+  void stage(float* dst, int64_t stride, const Source& src) const {
+    kernels_.stage_float(dst, stride, src);
+  }
+  void multiply(const BlockProduct<float>& block) const { kernels_.multiply_float(block); }
+
+ private:
+  const KernelTable& kernels_;
+};
+
+template <>
+struct Engine<uint16_t> {
+  static constexpr Dtype kDtype = Dtype::kBFloat16;
+  static constexpr SerialWork kSerial = kSerialTile;
+  static constexpr int64_t kDirectDepth = kTileDepthBlock;
+  static int64_t depth(int64_t n) { return n <= 32 ? round_up(n, 2) : round_up(n, 32); }
+  // The part of a reduction that tiles can read in place: whole tile rows only, since past the end
+  // of a row lies the next one.
+  static int64_t direct_depth(int64_t n) { return n < 32 ? (n % 2 ? 0 : n) : n / 32 * 32; }
+
+  explicit Engine(const KernelTable& kernels) : kernels_(kernels) {}
+  ~Engine() {
+    // The tile state goes back to its initial value, as whoever runs next on this thread expects.
+    if (tile_shape_) kernels_.release();
+  }
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  void stage(uint16_t* dst, int64_t stride, const Source& src) const {
+    kernels_.stage_bfloat16(dst, stride, src);
+  }
+  void multiply(const BlockProduct<uint16_t>& block) const {
+    kernels_.multiply_bfloat16(block, &tile_shape_);
+  }
+
+ private:
+  const KernelTable& kernels_;
+  mutable uint32_t tile_shape_ = 0;
+};
+
+// ---- panels of a factor -------------------------------------------------------------------------
+
+// A factor as the G of a block product, which reduces over `depth` and yields `columns`.
+// `columns_first`: the matrix is (columns, depth), so columns must be transposed into panels.
+struct PanelSource {
+  const Matrix& matrix;
+  bool columns_first;
+  int64_t depth() const { return columns_first ? matrix.cols : matrix.rows; }
+  int64_t columns() const { return columns_first ? matrix.rows : matrix.cols; }
+};
+
+// One packing task's own buffer: 16 rows of kPackDepth, or kPackDepth rows of a panel group.
+constexpr int64_t kPackBuffer = kPackDepth * kPackPanels * kPanel;
+
+void pack_block(const KernelTable& kernels, float* dst, int64_t padded_depth,
+                const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
+                int64_t k1, void* buffer) {
+  const int64_t columns = src.columns();
+  float* rows = static_cast<float*>(buffer);
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    float* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
+    const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
+    if (src.columns_first) {
+      Source s = rectangle(src.matrix, c0, k0, count, k1 - k0);
+      const uint32_t* in = static_cast<const uint32_t*>(s.data);
+      int64_t stride = s.stride;
+      if (s.dtype != Dtype::kFloat32 || count < kPanel) {
+        kernels.stage_float(rows, kPackDepth, s);
+        for (int64_t c = count; c < kPanel; ++c) {
+          std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(float));
+        }
+        in = reinterpret_cast<const uint32_t*>(rows);
+        stride = kPackDepth;
+      }
+      kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel, in, stride, kPanel, k1 - k0);
+    } else {
+      Source s = rectangle(src.matrix, k0, c0, k1 - k0, count);
+      s.padded_cols = kPanel;
+      kernels.stage_float(out, kPanel, s);
+    }
+  }
+}
+
+void pack_block(const KernelTable& kernels, uint16_t* dst, int64_t padded_depth,
+                const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
+                int64_t k1, void* buffer) {
+  const int64_t depth = src.depth(), columns = src.columns();
+  const int64_t live = std::min(k1, depth) - k0;  // the rest of [k0, k1) is padding
+  uint16_t* rows = static_cast<uint16_t*>(buffer);
+  if (src.columns_first) {
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      uint16_t* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
+      const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
+      Source s = rectangle(src.matrix, c0, k0, count, live);
+      s.padded_cols = k1 - k0;
+      const uint16_t* in = static_cast<const uint16_t*>(s.data);
+      int64_t stride = s.stride;
+      // Pairs of a row are moved as 32-bit words, so in place only when rows start on even
+      // elements.
+      if (s.dtype != Dtype::kBFloat16 || count < kPanel || live < k1 - k0 || stride % 2) {
+        kernels.stage_bfloat16(rows, kPackDepth, s);
+        for (int64_t c = count; c < kPanel; ++c) {
+          std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(uint16_t));
+        }
+        in = rows;
+        stride = kPackDepth;
+      }
+      kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel,
+                        reinterpret_cast<const uint32_t*>(in), stride / 2, kPanel, (k1 - k0) / 2);
+    }
+    return;
+  }
+  const int64_t c0 = panel_begin * kPanel;
+  const int64_t count = std::min(panel_end * kPanel, columns) - c0;
+  Source s = rectangle(src.matrix, k0, c0, live, count);
+  const uint16_t* in = static_cast<const uint16_t*>(s.data);
+  int64_t stride = s.stride;
+  if (s.dtype != Dtype::kBFloat16) {
+    stride = kPackPanels * kPanel;
+    kernels.stage_bfloat16(rows, stride, s);
+    in = rows;
+  }
+  kernels.interleave(dst + panel_begin * padded_depth * kPanel + k0 * kPanel, padded_depth * kPanel,
+                     in, stride, live, k1 - k0, count);
+}
+
+template <typename Elem>
+void pack_panels(const KernelTable& kernels, Elem* dst, int64_t padded_depth,
+                 const PanelSource& src, int64_t panel_begin, int64_t panel_end, void* buffer) {
+  for (int64_t panel = panel_begin; panel < panel_end; panel += kPackPanels) {
+    const int64_t last = std::min(panel + kPackPanels, panel_end);
+    for (int64_t k0 = 0; k0 < padded_depth; k0 += kPackDepth) {
+      const int64_t k1 = std::min(k0 + kPackDepth, padded_depth);
+      pack_block(kernels, dst, padded_depth, src, panel, last, k0, k1, buffer);
+    }
+  }
+}
+
+template <typename Elem>
+void pack_all(const Runtime& runtime, Elem* dst, int64_t padded_depth, const PanelSource& src) {
+  const int64_t panels = ceil_div(src.columns(), kPanel);
+  const int64_t groups = ceil_div(panels, kPackPanels);
+  const int64_t slices = ceil_div(padded_depth, kPackDepth);
+  const bool parallel = panels * kPanel * padded_depth > (int64_t{1} << 17);
+  run(runtime, groups * slices, parallel, [&](int64_t begin, int64_t end) {
+    TaskScratch scratch(kPackBuffer * sizeof(Elem));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / slices * kPackPanels, k0 = task % slices * kPackDepth;
+      pack_block(runtime.kernels, dst, padded_depth, src, panel,
+                 std::min(panel + kPackPanels, panels), k0, std::min(k0 + kPackDepth, padded_depth),
+                 scratch.base());
+    }
+  });
+}
+
+// ---- down: (M, width) times factor^T ------------------------------------------------------------
+
+// C (rows, 16 * panels) = drop(x[row0 :, col0 : col0 + cols]) times packed panels whose depth row 0
+// is column col0. `staged` holds kRowBlock x kDepthBlock elements.
+template <typename Elem>
+void down_block(const Engine<Elem>& engine, const Matrix& x, int64_t row0, int64_t rows,
+                int64_t col0, int64_t cols, const Elem* panels, int64_t panel_count,
+                int64_t panel_stride, const Dropout* dropout, float* c, int64_t c_stride,
+                Elem* staged) {
+  const bool in_place = x.dtype == Engine<Elem>::kDtype && !dropout;
+  const int64_t direct = in_place ? Engine<Elem>::direct_depth(cols) : 0;
+  bool accumulate = false;
+  for (int64_t k0 = 0; k0 < cols;) {
+    const Elem* l;
+    int64_t l_stride, live, depth;
+    if (k0 < direct) {
+      live = depth = std::min(Engine<Elem>::kDirectDepth, direct - k0);
+      l = static_cast<const Elem*>(element(x, row0, col0 + k0));
+      l_stride = x.stride;
+    } else {
+      live = std::min(kDepthBlock, cols - k0);
+      depth =
+          cols < 32 ? Engine<Elem>::depth(live) : (sizeof(Elem) == 2 ? round_up(live, 32) : live);
+      Source s = rectangle(x, row0, col0 + k0, rows, live);
+      s.padded_cols = depth;
+      s.dropout = dropout;
+      engine.stage(staged, kDepthBlock, s);
+      l = staged;
+      l_stride = kDepthBlock;
+    }
+    engine.multiply({rows, panel_count, depth, l, l_stride, panels + k0 * kPanel, kPanel,
+                     panel_stride, c, c_stride, accumulate});
+    accumulate = true;
+    k0 += live;
+  }
+}
+
+template <typename Elem>
+void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
+          float scale, const Dropout* dropout) {
+  const int64_t m = x.rows, width = x.cols, rank = factor.rank();
+  const int64_t panels = ceil_div(rank, kPanel), padded = Engine<Elem>::depth(width);
+  CallScratch shared(static_cast<size_t>(panels * kPanel * padded) * sizeof(Elem));
+  Elem* packed = static_cast<Elem*>(shared.base());
+  pack_all(runtime, packed, padded, {factor.matrix, !factor.rank_last});
+  const bool parallel = m * width * panels * kPanel > Engine<Elem>::kSerial.down ||
+                        (dropout && m * width > kSerialDropout);
+  run(runtime, ceil_div(m, kRowBlock), parallel, [&](int64_t begin, int64_t end) {
+    Layout layout;
+    const size_t c_at = layout.add<float>(kRowBlock * panels * kPanel);
+    const size_t staged_at = layout.add<Elem>(kRowBlock * kDepthBlock);
+    TaskScratch scratch(layout.bytes());
+    float* c = at<float>(scratch.base(), c_at);
+    Engine<Elem> engine(runtime.kernels);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, m - row);
+      down_block(engine, x, row, rows, 0, width, packed, panels, padded * kPanel, dropout, c,
+                 panels * kPanel, at<Elem>(scratch.base(), staged_at));
+      runtime.kernels.store(mutable_element(out, row, 0), out.dtype, out.stride, c, panels * kPanel,
+                            rows, rank, scale);
+    }
+  });
+}
+
+// ---- up: y += (p * gate) factor -----------------------------------------------------------------
+
+template <typename Elem>
+void up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
+        const float* gate, float scale, const Dropout* dropout) {
+  const int64_t m = y.rows, width = y.cols, rank = factor.rank();
+  const int64_t depth = Engine<Elem>::depth(rank), panels = ceil_div(width, kPanel);
+  const PanelSource source{factor.matrix, factor.rank_last};
+  CallScratch shared(static_cast<size_t>(panels * kPanel * depth) * sizeof(Elem));
+  Elem* packed = static_cast<Elem*>(shared.base());
+
+  // With few rows a task takes all of them, and packs the panels that it alone will use: one
+  // parallel region, and nothing moves between cores.
+  const bool few_rows = m <= kFewRows;
+  const int64_t task_rows = few_rows ? m : kRowBlock;
+  const int64_t task_columns = few_rows ? kUpFewRowsColumns : kUpTaskColumns;
+  const int64_t column_blocks = ceil_div(width, task_columns);
+  if (!few_rows) pack_all(runtime, packed, depth, source);
+
+  const int64_t limit = few_rows ? Engine<Elem>::kSerial.up_few_rows : Engine<Elem>::kSerial.up;
+  const bool parallel = m * width * depth > limit || (dropout && m * width > kSerialDropout);
+  run(runtime, ceil_div(m, task_rows) * column_blocks, parallel, [&](int64_t begin, int64_t end) {
+    Layout layout;
+    const size_t c_at = layout.add<float>(kRowBlock * kUpColumns);
+    const size_t l_at = layout.add<Elem>(kRowBlock * depth);
+    const size_t buffer_at = layout.add<Elem>(kPackBuffer);
+    TaskScratch scratch(layout.bytes());
+    float* c = at<float>(scratch.base(), c_at);
+    Elem* l = at<Elem>(scratch.base(), l_at);
+    Engine<Elem> engine(runtime.kernels);
+    int64_t staged_row = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_row = task / column_blocks * task_rows;
+      const int64_t last_row = std::min(first_row + task_rows, m);
+      const int64_t first = task % column_blocks * task_columns;
+      const int64_t last = std::min(first + task_columns, width);
+      if (few_rows) {
+        pack_panels(runtime.kernels, packed, depth, source, first / kPanel, ceil_div(last, kPanel),
+                    at<void>(scratch.base(), buffer_at));
+      }
+      for (int64_t row = first_row; row < last_row; row += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, last_row - row);
+        if (staged_row != row) {
+          Source s = rectangle(p, row, 0, rows, rank);
+          s.padded_cols = depth;
+          s.col_scale = gate;
+          engine.stage(l, depth, s);
+          staged_row = row;
+        }
+        for (int64_t col = first; col < last; col += kUpColumns) {
+          const int64_t cols = std::min(kUpColumns, last - col);
+          if (col + kUpColumns < last) prefetch(y, row, col + kUpColumns, rows, kUpColumns);
+          engine.multiply({rows, ceil_div(cols, kPanel), depth, l, depth,
+                           packed + col / kPanel * depth * kPanel, kPanel, depth * kPanel, c,
+                           kUpColumns, false});
+          runtime.kernels.add(mutable_element(y, row, col), y.dtype, y.stride, c, kUpColumns, rows,
+                              cols, scale, dropout, row, col);
+        }
+      }
+    }
+  });
+}
+
+// ---- factor gradients: (p * gate)^T big ---------------------------------------------------------
+
+// L of a gradient: rows [row0, row0 + rows) of p * gate, transposed to (rank, kGradRows).
+void transpose_p(const KernelTable& kernels, float* l, const Matrix& p, int64_t row0, int64_t rows,
+                 const float* gate, float* buffer) {
+  Source s = rectangle(p, row0, 0, rows, p.cols);
+  s.col_scale = gate;
+  kernels.stage_float(buffer, p.cols, s);
+  kernels.transpose(reinterpret_cast<uint32_t*>(l), kGradRows, reinterpret_cast<uint32_t*>(buffer),
+                    p.cols, rows, p.cols);
+}
+
+void transpose_p(const KernelTable& kernels, uint16_t* l, const Matrix& p, int64_t row0,
+                 int64_t rows, const float* gate, uint16_t* buffer) {
+  const int64_t padded_rank = round_up(p.cols, kPanel);
+  const int64_t depth = Engine<uint16_t>::depth(rows);
+  Source s = rectangle(p, row0, 0, rows, p.cols);
+  s.padded_cols = padded_rank;
+  s.col_scale = gate;
+  uint16_t* panels = buffer + kGradRows * padded_rank;
+  kernels.stage_bfloat16(buffer, padded_rank, s);
+  kernels.interleave(panels, depth * kPanel, buffer, padded_rank, rows, depth, padded_rank);
+  // A panel is (row pair, column) in 32-bit words; L wants (column, row pair).
+  for (int64_t r = 0; r < p.cols; r += kPanel) {
+    kernels.transpose(reinterpret_cast<uint32_t*>(l + r * kGradRows), kGradRows / 2,
+                      reinterpret_cast<uint32_t*>(panels + r * depth), kPanel, depth / 2,
+                      std::min(kPanel, p.cols - r));
+  }
+}
+
+// D (rank, cols padded to panels) += L (rank, rows) drop(big[row0 : row0 + rows, col0 : col0 +
+// cols]).
+void grad_block(const KernelTable& kernels, const Engine<float>& engine, const Matrix& big,
+                int64_t row0, int64_t rows, int64_t col0, int64_t cols, const float* l,
+                int64_t rank, const Dropout* dropout, float* d, int64_t d_stride, bool accumulate,
+                float* staged, float*) {
+  (void)kernels;
+  for (int64_t j = 0; j < cols; j += kColumnGroup) {
+    const int64_t n = std::min(kColumnGroup, cols - j);
+    const float* g = static_cast<const float*>(element(big, row0, col0 + j));
+    int64_t g_stride = big.stride;
+    if (big.dtype != Dtype::kFloat32 || dropout || n % kPanel) {
+      Source s = rectangle(big, row0, col0 + j, rows, n);
+      s.padded_cols = round_up(n, kPanel);
+      s.dropout = dropout;
+      engine.stage(staged, kColumnGroup, s);
+      g = staged;
+      g_stride = kColumnGroup;
+    }
+    engine.multiply({rank, ceil_div(n, kPanel), rows, l, kGradRows, g, g_stride, kPanel, d + j,
+                     d_stride, accumulate});
+  }
+}
+
+void grad_block(const KernelTable& kernels, const Engine<uint16_t>& engine, const Matrix& big,
+                int64_t row0, int64_t rows, int64_t col0, int64_t cols, const uint16_t* l,
+                int64_t rank, const Dropout* dropout, float* d, int64_t d_stride, bool accumulate,
+                uint16_t* staged, uint16_t* panels) {
+  const int64_t depth = Engine<uint16_t>::depth(rows);
+  for (int64_t j = 0; j < cols; j += kColumnGroup) {
+    const int64_t n = std::min(kColumnGroup, cols - j);
+    const uint16_t* in = static_cast<const uint16_t*>(element(big, row0, col0 + j));
+    int64_t stride = big.stride;
+    if (big.dtype != Dtype::kBFloat16 || dropout) {
+      Source s = rectangle(big, row0, col0 + j, rows, n);
+      s.dropout = dropout;
+      engine.stage(staged, kColumnGroup, s);
+      in = staged;
+      stride = kColumnGroup;
+    }
+    kernels.interleave(panels, depth * kPanel, in, stride, rows, depth, n);
+    engine.multiply({rank, ceil_div(n, kPanel), depth, l, kGradRows, panels, kPanel, depth * kPanel,
+                     d + j, d_stride, accumulate});
+  }
+}
+
+// Where a gradient's tasks write: straight to the result, or to float32 partial sums, one per chunk
+// of rows, which a second pass adds in order.
+struct GradPlan {
+  int64_t rows, width, rank;
+  int64_t chunk_rows, chunks;
+  int64_t task_columns, column_blocks;
+  int64_t d_stride;
+
+  GradPlan(int64_t m, int64_t n, int64_t r) : rows(m), width(n), rank(r) {
+    // Partial sums stay below a sixteenth of the tensor that is read.
+    chunk_rows = round_up(std::max(kGradTaskRows, 32 * r), kGradRows);
+    chunks = std::max<int64_t>(1, ceil_div(m, chunk_rows));
+    task_columns = kGradColumns;
+    column_blocks = ceil_div(n, task_columns);
+    d_stride = task_columns;
+  }
+  int64_t tasks() const { return chunks * column_blocks; }
+  int64_t partial_elements() const { return chunks > 1 ? tasks() * rank * d_stride : 0; }
+};
+
+// D (rank, cols) * scale to columns [col0, col0 + cols) of a factor gradient. `turned` holds
+// cols x rank floats.
+void store_grad(const KernelTable& kernels, const Factor& out, int64_t col0, int64_t cols,
+                const float* d, int64_t d_stride, float scale, float* turned) {
+  const int64_t rank = out.rank();
+  const Matrix& m = out.matrix;
+  if (!out.rank_last) {
+    kernels.store(mutable_element(m, 0, col0), m.dtype, m.stride, d, d_stride, rank, cols, scale);
+    return;
+  }
+  kernels.transpose(reinterpret_cast<uint32_t*>(turned), rank, reinterpret_cast<const uint32_t*>(d),
+                    d_stride, rank, cols);
+  kernels.store(mutable_element(m, col0, 0), m.dtype, m.stride, turned, rank, cols, rank, scale);
+}
+
+void reduce_grad(const Runtime& runtime, const GradPlan& plan, float* partial, const Factor& out,
+                 float scale) {
+  const int64_t size = plan.rank * plan.d_stride;
+  run(runtime, plan.column_blocks, true, [&](int64_t begin, int64_t end) {
+    TaskScratch scratch(static_cast<size_t>(size) * sizeof(float));
+    for (int64_t block = begin; block < end; ++block) {
+      float* total = partial + block * size;
+      for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+        const float* part = partial + (chunk * plan.column_blocks + block) * size;
+        for (int64_t i = 0; i < size; ++i) total[i] += part[i];
+      }
+      const int64_t col = block * plan.task_columns;
+      store_grad(runtime.kernels, out, col, std::min(plan.task_columns, plan.width - col), total,
+                 plan.d_stride, scale, static_cast<float*>(scratch.base()));
+    }
+  });
+}
+
+// Buffers of one gradient task.
+template <typename Elem>
+struct GradScratch {
+  Layout layout;
+  size_t d_at, turned_at, l_at, p_at, staged_at, panels_at;
+
+  GradScratch(const GradPlan& plan) {
+    const int64_t padded_rank = round_up(plan.rank, kPanel);
+    d_at = layout.add<float>(plan.rank * plan.d_stride);
+    turned_at = layout.add<float>(plan.rank * plan.d_stride);
+    l_at = layout.add<Elem>(padded_rank * kGradRows);
+    p_at = layout.add<Elem>(2 * padded_rank * kGradRows);
+    staged_at = layout.add<Elem>(kGradRows * kColumnGroup);
+    panels_at = layout.add<Elem>(kGradRows * kColumnGroup);
+  }
+};
+
+template <typename Elem>
+void grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
+          const float* gate, float scale, const Dropout* dropout) {
+  const GradPlan plan(big.rows, big.cols, p.cols);
+  CallScratch shared(static_cast<size_t>(plan.partial_elements()) * sizeof(float));
+  float* partial = static_cast<float*>(shared.base());
+  const bool parallel =
+      plan.rows * plan.width * round_up(plan.rank, kPanel) > Engine<Elem>::kSerial.grad ||
+      (dropout && plan.rows * plan.width > kSerialDropout);
+  run(runtime, plan.tasks(), parallel, [&](int64_t begin, int64_t end) {
+    GradScratch<Elem> buffers(plan);
+    TaskScratch scratch(buffers.layout.bytes());
+    void* base = scratch.base();
+    Engine<Elem> engine(runtime.kernels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / plan.column_blocks * plan.chunk_rows;
+      const int64_t last = std::min(first + plan.chunk_rows, plan.rows);
+      const int64_t col = task % plan.column_blocks * plan.task_columns;
+      const int64_t cols = std::min(plan.task_columns, plan.width - col);
+      float* d = plan.chunks > 1 ? partial + task * plan.rank * plan.d_stride
+                                 : at<float>(base, buffers.d_at);
+      for (int64_t row = first; row < last; row += kGradRows) {
+        const int64_t rows = std::min(kGradRows, last - row);
+        Elem* l = at<Elem>(base, buffers.l_at);
+        transpose_p(runtime.kernels, l, p, row, rows, gate, at<Elem>(base, buffers.p_at));
+        grad_block(runtime.kernels, engine, big, row, rows, col, cols, l, plan.rank, dropout, d,
+                   plan.d_stride, row > first, at<Elem>(base, buffers.staged_at),
+                   at<Elem>(base, buffers.panels_at));
+      }
+      if (plan.chunks == 1) {
+        store_grad(runtime.kernels, out, col, cols, d, plan.d_stride, scale,
+                   at<float>(base, buffers.turned_at));
+      }
+    }
+  });
+  if (plan.chunks > 1) reduce_grad(runtime, plan, partial, out, scale);
+}
+
+// ---- Q and dB from one reading of dY ------------------------------------------------------------
+
+template <typename Elem>
+void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, const Matrix& grad_y,
+               const Matrix& lora_b, const Matrix& p, const float* gate, float scale) {
+  const GradPlan plan(grad_y.rows, grad_y.cols, p.cols);
+  const int64_t m = plan.rows, rank = plan.rank;
+  const int64_t panels = ceil_div(rank, kPanel), padded = Engine<Elem>::depth(plan.width);
+  const int64_t q_stride = panels * kPanel;
+  const Factor out{grad_b, true};
+
+  // A task holds all columns of Q over its own columns of dY: one partial Q per block of columns.
+  Layout layout;
+  const size_t packed_at = layout.add<Elem>(panels * kPanel * padded);
+  const size_t partial_at = layout.add<float>(plan.partial_elements());
+  const size_t q_at = layout.add<float>(plan.column_blocks * m * q_stride);
+  CallScratch shared(layout.bytes());
+  Elem* packed = at<Elem>(shared.base(), packed_at);
+  float* partial = at<float>(shared.base(), partial_at);
+  float* partial_q = at<float>(shared.base(), q_at);
+  const PanelSource source{lora_b, false};
+
+  const bool parallel = 2 * m * plan.width * q_stride > Engine<Elem>::kSerial.grad;
+  const bool pack_inside = plan.chunks == 1 && plan.task_columns % kPackDepth == 0;
+  if (!pack_inside) pack_all(runtime, packed, padded, source);
+  run(runtime, plan.tasks(), parallel, [&](int64_t begin, int64_t end) {
+    GradScratch<Elem> buffers(plan);
+    const size_t slice_at = buffers.layout.template add<Elem>(kRowBlock * kDepthBlock);
+    const size_t pack_at = buffers.layout.template add<Elem>(kPackBuffer);
+    TaskScratch scratch(buffers.layout.bytes());
+    void* base = scratch.base();
+    Engine<Elem> engine(runtime.kernels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % plan.column_blocks;
+      const int64_t first = task / plan.column_blocks * plan.chunk_rows;
+      const int64_t last = std::min(first + plan.chunk_rows, plan.rows);
+      const int64_t col = block * plan.task_columns;
+      const int64_t cols = std::min(plan.task_columns, plan.width - col);
+      if (pack_inside) {
+        for (int64_t panel = 0; panel < panels; panel += kPackPanels) {
+          for (int64_t k0 = col; k0 < col + cols; k0 += kPackDepth) {
+            pack_block(runtime.kernels, packed, padded, source, panel,
+                       std::min(panel + kPackPanels, panels), k0, std::min(k0 + kPackDepth, padded),
+                       at<void>(base, pack_at));
+          }
+        }
+      }
+      float* d =
+          plan.chunks > 1 ? partial + task * rank * plan.d_stride : at<float>(base, buffers.d_at);
+      for (int64_t row = first; row < last; row += kGradRows) {
+        const int64_t rows = std::min(kGradRows, last - row);
+        for (int64_t i = row; i < row + rows; i += kRowBlock) {
+          down_block(engine, grad_y, i, std::min(kRowBlock, row + rows - i), col, cols,
+                     packed + col * kPanel, panels, padded * kPanel,
+                     static_cast<const Dropout*>(nullptr), partial_q + (block * m + i) * q_stride,
+                     q_stride, at<Elem>(base, slice_at));
+        }
+        // This block of dY is in the cache now.
+        Elem* l = at<Elem>(base, buffers.l_at);
+        transpose_p(runtime.kernels, l, p, row, rows, gate, at<Elem>(base, buffers.p_at));
+        grad_block(runtime.kernels, engine, grad_y, row, rows, col, cols, l, rank, nullptr, d,
+                   plan.d_stride, row > first, at<Elem>(base, buffers.staged_at),
+                   at<Elem>(base, buffers.panels_at));
+      }
+      if (plan.chunks == 1) {
+        store_grad(runtime.kernels, out, col, cols, d, plan.d_stride, scale,
+                   at<float>(base, buffers.turned_at));
+      }
+    }
+  });
+  if (plan.chunks > 1) reduce_grad(runtime, plan, partial, out, scale);
+
+  constexpr int64_t kReduceRows = 64;
+  const int64_t q_elements = m * q_stride;
+  const bool parallel_q = plan.column_blocks * q_elements > (int64_t{1} << 16);
+  run(runtime, ceil_div(m, kReduceRows), parallel_q, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * kReduceRows, rows = std::min(kReduceRows, m - row);
+      float* total = partial_q + row * q_stride;
+      for (int64_t part = 1; part < plan.column_blocks; ++part) {
+        const float* more = partial_q + part * q_elements + row * q_stride;
+        for (int64_t i = 0; i < rows * q_stride; ++i) total[i] += more[i];
+      }
+      runtime.kernels.store(mutable_element(q, row, 0), q.dtype, q.stride, total, q_stride, rows,
+                            rank, 1.0f);
+    }
+  });
+}
+
+void zero(const Matrix& m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    std::memset(mutable_element(m, i, 0), 0, static_cast<size_t>(m.cols * dtype_bytes(m.dtype)));
+  }
+}
+
+bool on_tiles(const Runtime& runtime, Dtype dtype) {
+  return dtype == Dtype::kBFloat16 && runtime.kernels.multiply_bfloat16;
+}
+
+}  // namespace
+
+void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
+               float scale, const Dropout* dropout) {
+  if (out.rows == 0 || out.cols == 0) return;
+  if (x.cols == 0) return zero(out);
+  if (on_tiles(runtime, x.dtype)) {
+    down<uint16_t>(runtime, out, x, factor, scale, dropout);
+  } else {
+    down<float>(runtime, out, x, factor, scale, dropout);
+  }
+}
+
+void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
+             const float* gate, float scale, const Dropout* dropout) {
+  if (y.rows == 0 || y.cols == 0 || p.cols == 0) return;
+  if (on_tiles(runtime, y.dtype)) {
+    up<uint16_t>(runtime, y, p, factor, gate, scale, dropout);
+  } else {
+    up<float>(runtime, y, p, factor, gate, scale, dropout);
+  }
+}
+
+void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
+               const float* gate, float scale, const Dropout* dropout) {
+  if (out.rank() == 0 || out.width() == 0) return;
+  if (big.rows == 0) return zero(out.matrix);
+  if (on_tiles(runtime, big.dtype)) {
+    grad<uint16_t>(runtime, out, big, p, gate, scale, dropout);
+  } else {
+    grad<float>(runtime, out, big, p, gate, scale, dropout);
+  }
+}
+
+void lora_down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b,
+                    const Matrix& grad_y, const Matrix& lora_b, const Matrix& p, const float* gate,
+                    float scale) {
+  // Above this rank the arithmetic outweighs a second reading, and the partial Q would be large.
+  constexpr int64_t kFusedRank = 64;
+  if (q.cols > kFusedRank || q.rows == 0 || q.cols == 0 || grad_y.cols == 0) {
+    lora_down(runtime, q, grad_y, {lora_b, true}, 1.0f, nullptr);
+    lora_grad(runtime, {grad_b, true}, grad_y, p, gate, scale, nullptr);
+  } else if (on_tiles(runtime, grad_y.dtype)) {
+    down_grad<uint16_t>(runtime, q, grad_b, grad_y, lora_b, p, gate, scale);
+  } else {
+    down_grad<float>(runtime, q, grad_b, grad_y, lora_b, p, gate, scale);
+  }
+}
+
+void dropout_keep_mask(const Runtime& runtime, uint8_t* out, int64_t rows, int64_t cols,
+                       const Dropout& dropout) {
+  if (cols == 0) return;
+  constexpr int64_t kMaskRows = 16;
+  run(runtime, ceil_div(rows, kMaskRows), rows * cols > kSerialDropout,
+      [&](int64_t begin, int64_t end) {
+        const int64_t row = begin * kMaskRows, last = std::min(end * kMaskRows, rows);
+        runtime.kernels.keep_mask(out + row * cols, cols, last - row, cols, dropout, row);
+      });
+}
+
+}  // namespace lrk

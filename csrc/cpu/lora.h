@@ -1,0 +1,61 @@
+// The thin passes of a LoRA layer on a CPU. Notation: M tokens, K in, N out, R rank, A (R, K),
+// B (N, R), s the scaling, P = drop(x) A^T, Q = dY B.
+//
+// All passes accumulate in float32 and round once. How a sum is cut depends on shapes alone, never
+// on the number of threads or on the other rows of the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel_table.h"
+
+namespace lrk {
+
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;  // elements from one row to the next; columns are adjacent
+};
+
+// How to run tasks in parallel: calls body(begin, end, context) over [0, tasks), in any number of
+// contiguous ranges. Supplied by the caller, so that no framework appears here.
+using ParallelFor = void (*)(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
+
+struct Runtime {
+  const KernelTable& kernels;
+  ParallelFor parallel;
+};
+
+// Which way a factor lies: A-like is (R, width), B-like is (width, R).
+struct Factor {
+  Matrix matrix;
+  bool rank_last;
+  int64_t rank() const { return rank_last ? matrix.cols : matrix.rows; }
+  int64_t width() const { return rank_last ? matrix.rows : matrix.cols; }
+};
+
+// out (M, R) = scale * drop(x) factor^T.
+void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
+               float scale, const Dropout* dropout);
+
+// y (M, width) += scale * keep * ((p * gate) factor). gate: R floats or null.
+void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
+             const float* gate, float scale, const Dropout* dropout);
+
+// out (R, width), or (width, R) with rank_last: scale * (p * gate)^T drop(big).
+void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
+               const float* gate, float scale, const Dropout* dropout);
+
+// q (M, R) = grad_y lora_b and grad_b (N, R) = scale * grad_y^T (p * gate), in one pass over
+// grad_y.
+void lora_down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b,
+                    const Matrix& grad_y, const Matrix& lora_b, const Matrix& p, const float* gate,
+                    float scale);
+
+// out (rows, cols) bytes, 1 where kept.
+void dropout_keep_mask(const Runtime& runtime, uint8_t* out, int64_t rows, int64_t cols,
+                       const Dropout& dropout);
+
+}  // namespace lrk

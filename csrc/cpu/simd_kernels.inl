@@ -1,0 +1,563 @@
+// The primitives of kernel_table.h, written once on the compiler's vector types and compiled once
+// per instruction set. The including file defines
+//   LRK_ISA     a namespace name
+//   LRK_TARGET  the function attribute that enables the instructions (may be empty)
+//   LRK_W       floats in a register: 4, 8 or 16
+//   LRK_ISA_NAME  a string
+// and, where they exist, LRK_HAS_AVX2, LRK_HAS_AVX512 and LRK_HAS_AVX512_BF16. Attributes sit on
+// every function, never on the file, so that no inline function of a shared header is compiled for
+// a newer processor than the one at hand. No lambdas: they would not inherit the attribute.
+
+#include <cstdint>
+#include <cstring>
+
+#include "../philox.h"
+#include "kernel_table.h"
+
+#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
+#  include <immintrin.h>
+#endif
+
+#define LRK_FN LRK_TARGET static
+#define LRK_INLINE LRK_TARGET __attribute__((always_inline)) static inline
+
+namespace lrk {
+namespace LRK_ISA {
+
+constexpr int kWidth = LRK_W;
+typedef float VecF __attribute__((vector_size(4 * LRK_W)));
+typedef uint32_t VecU __attribute__((vector_size(4 * LRK_W)));
+typedef int32_t VecI __attribute__((vector_size(4 * LRK_W)));
+typedef uint16_t VecH __attribute__((vector_size(2 * LRK_W)));
+typedef uint64_t VecQ __attribute__((vector_size(4 * LRK_W)));
+
+// Tags for 16-bit storage; float stands for itself.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename V, typename T>
+LRK_INLINE V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+LRK_INLINE void store_raw(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <typename V, typename T>
+LRK_INLINE V load_part_raw(const T* p, int64_t n) {
+  V v = {};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
+  return v;
+}
+
+LRK_INLINE VecF select(VecI mask, VecF a, VecF b) {
+  return (VecF)(((VecI)a & mask) | ((VecI)b & ~mask));
+}
+LRK_INLINE VecU select(VecI mask, VecU a, VecU b) { return (a & (VecU)mask) | (b & ~(VecU)mask); }
+
+LRK_INLINE VecF widen(VecF v, float) { return v; }
+
+LRK_INLINE VecU zero_extend(VecH h) {
+  // GCC splits the plain vector conversion into halves.
+#if defined(LRK_HAS_AVX512)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(LRK_HAS_AVX2)
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VecU);
+#endif
+}
+
+LRK_INLINE VecF widen(VecH h, BFloat16) { return (VecF)(zero_extend(h) << 16); }
+
+LRK_INLINE VecF widen(VecH h, Float16) {
+#if defined(LRK_HAS_AVX512)
+  return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(LRK_HAS_AVX2)
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+  // Shift the exponent and mantissa into place, then rebias by a multiplication, which also
+  // normalises subnormals; infinities and NaN get the full exponent back.
+  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU sign = (u & 0x8000u) << 16;
+  const VecF scaled = (VecF)((u & 0x7fffu) << 13) * 0x1p112f;
+  const VecI special = (VecI)((u & 0x7c00u) == 0x7c00u);
+  return (VecF)(((VecU)scaled | ((VecU)special & 0x7f800000u)) | sign);
+#endif
+}
+
+LRK_INLINE VecF narrow(VecF v, float) { return v; }
+
+LRK_INLINE VecH narrow(VecF v, BFloat16) {
+#if defined(LRK_HAS_AVX512_BF16)
+  return (VecH)_mm512_cvtneps_pbh((__m512)v);  // takes subnormals as zero, as the tiles do
+#else
+  const VecU u = (VecU)v;
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU result = select((VecI)(v != v), (u >> 16) | 0x40u, rounded);
+  return __builtin_convertvector(result, VecH);
+#endif
+}
+
+LRK_INLINE VecH narrow(VecF v, Float16) {
+#if defined(LRK_HAS_AVX512)
+  return (VecH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(LRK_HAS_AVX2)
+  return (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecU sign = (VecU)v & 0x80000000u;
+  const VecU u = (VecU)v ^ sign;
+  const VecU odd = (u >> 13) & 1u;
+  const VecU normal = (u - 0x38000000u + 0xfffu + odd) >> 13;
+  // Below 2^-14 the addition of 0.5 rounds at the right bit and leaves it at the bottom.
+  const VecU subnormal = (VecU)((VecF)u + 0.5f) - 0x3f000000u;
+  const VecU special = select((VecI)(u > 0x7f800000u), (u & 0) + 0x7e00u, (u & 0) + 0x7c00u);
+  VecU result = select((VecI)(u < 0x38800000u), subnormal, normal);
+  result = select((VecI)(u >= 0x47800000u), special, result);
+  return __builtin_convertvector(result | (sign >> 16), VecH);
+#endif
+}
+
+template <typename T>
+struct Raw {
+  typedef VecH type;
+};
+template <>
+struct Raw<float> {
+  typedef VecF type;
+};
+
+template <typename T>
+LRK_INLINE VecF load(const T* p) {
+  return widen(load_raw<typename Raw<T>::type>(p), T{});
+}
+template <typename T>
+LRK_INLINE VecF load_part(const T* p, int64_t n) {
+  return widen(load_part_raw<typename Raw<T>::type>(p, n), T{});
+}
+template <typename T>
+LRK_INLINE void store(T* p, VecF v) {
+  store_raw(p, narrow(v, T{}));
+}
+template <typename T>
+LRK_INLINE void store_part(T* p, VecF v, int64_t n) {
+  const typename Raw<T>::type raw = narrow(v, T{});
+  __builtin_memcpy(p, &raw, static_cast<size_t>(n) * sizeof(T));
+}
+
+// ---- dropout ------------------------------------------------------------------------------------
+
+// Words of 2 * kWidth consecutive columns of one row, starting at a multiple of 4.
+struct Words {
+  VecU lo;  // the first kWidth columns
+  VecU hi;
+};
+
+#if defined(LRK_HAS_AVX512) || defined(LRK_HAS_AVX2)
+
+LRK_INLINE VecQ multiply_low_words(VecQ a, uint32_t b) {
+#  if defined(LRK_HAS_AVX512)
+  return (VecQ)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#  else
+  return (VecQ)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#  endif
+}
+
+LRK_INLINE Words draw(const Dropout& dropout, int64_t row, int64_t col) {
+  // One counter per 64-bit lane. The product reads only the low word of a lane, so high words may
+  // hold anything until the end and the low half of a product needs no masking. Lanes are ordered
+  // so that the final 64-bit unpack, which works within 128 bits, yields columns in order.
+#  if defined(LRK_HAS_AVX512)
+  const VecQ lane = {0, 4, 1, 5, 2, 6, 3, 7};
+#  else
+  const VecQ lane = {0, 2, 1, 3};
+#  endif
+  const VecQ zero = {};
+  VecQ c0 = lane + static_cast<uint64_t>(col >> 2);
+  VecQ c1 = zero + static_cast<uint32_t>(row);
+  VecQ c2 = zero, c3 = zero;
+  uint32_t key0 = dropout.key0, key1 = dropout.key1;
+#  pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const VecQ product0 = multiply_low_words(c0, kPhiloxMul0);
+    const VecQ product1 = multiply_low_words(c2, kPhiloxMul1);
+    c0 = (product1 >> 32) ^ c1 ^ (zero + key0);
+    c2 = (product0 >> 32) ^ c3 ^ (zero + key1);
+    c1 = product1;
+    c3 = product0;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  const VecQ w01 = (c0 & 0xffffffffu) | (c1 << 32);
+  const VecQ w23 = (c2 & 0xffffffffu) | (c3 << 32);
+#  if defined(LRK_HAS_AVX512)
+  return {(VecU)_mm512_unpacklo_epi64((__m512i)w01, (__m512i)w23),
+          (VecU)_mm512_unpackhi_epi64((__m512i)w01, (__m512i)w23)};
+#  else
+  return {(VecU)_mm256_unpacklo_epi64((__m256i)w01, (__m256i)w23),
+          (VecU)_mm256_unpackhi_epi64((__m256i)w01, (__m256i)w23)};
+#  endif
+}
+
+#else
+
+LRK_INLINE Words draw(const Dropout& dropout, int64_t row, int64_t col) {
+  uint32_t words[2 * kWidth];
+  for (int i = 0; i < kWidth / 2; ++i) {
+    const PhiloxWords four =
+        philox_words(dropout.key0, dropout.key1, static_cast<uint32_t>((col >> 2) + i),
+                     static_cast<uint32_t>(row));
+    __builtin_memcpy(words + 4 * i, four.word, sizeof(four.word));
+  }
+  return {load_raw<VecU>(words), load_raw<VecU>(words + kWidth)};
+}
+
+#endif
+
+LRK_INLINE VecI kept(VecU words, const Dropout& dropout) {
+  return (VecI)(words >= dropout.threshold);
+}
+
+LRK_FN void keep_mask(uint8_t* dst, int64_t dst_stride, int64_t rows, int64_t cols,
+                      const Dropout& dropout, int64_t row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    uint8_t* out = dst + i * dst_stride;
+    for (int64_t j = 0; j < cols; j += 2 * kWidth) {
+      const Words words = draw(dropout, row + i, j);
+      int32_t keep[2 * kWidth];
+      store_raw(keep, kept(words.lo, dropout));
+      store_raw(keep + kWidth, kept(words.hi, dropout));
+      const int64_t n = cols - j < 2 * kWidth ? cols - j : 2 * kWidth;
+      for (int64_t k = 0; k < n; ++k) out[j + k] = static_cast<uint8_t>(keep[k] & 1);
+    }
+  }
+}
+
+// ---- staging ------------------------------------------------------------------------------------
+
+// One register's worth of a row: load, mask, gate. Plain copies between equal types stay exact,
+// NaN payloads and subnormals included, except where the hardware conversion flushes subnormals.
+template <typename Dst, typename Src>
+LRK_INLINE void stage_vector(Dst* dst, const Src* src, int64_t n, const VecI* keep,
+                             const float* col_scale) {
+  const bool whole = n >= kWidth;
+  VecF v = whole ? load(src) : load_part(src, n);
+  if (keep) v = (VecF)((VecI)v & *keep);
+  if (col_scale) v = v * (whole ? load(col_scale) : load_part(col_scale, n));
+  if (whole) {
+    store(dst, v);
+  } else {
+    store_part(dst, v, n);
+  }
+}
+
+template <typename Dst, typename Src>
+LRK_INLINE void stage_row(Dst* dst, const Src* src, const Source& s, int64_t row) {
+  for (int64_t j = 0; j < s.cols; j += 2 * kWidth) {
+    VecI keep[2];
+    if (s.dropout) {
+      const Words words = draw(*s.dropout, row, s.col + j);
+      keep[0] = kept(words.lo, *s.dropout);
+      keep[1] = kept(words.hi, *s.dropout);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = j + half * kWidth, n = s.cols - at;
+      if (n <= 0) break;
+      stage_vector(dst + at, src + at, n, s.dropout ? &keep[half] : nullptr,
+                   s.col_scale ? s.col_scale + at : nullptr);
+    }
+  }
+  if (s.padded_cols > s.cols) {
+    __builtin_memset(dst + s.cols, 0, static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
+  }
+}
+
+template <typename Dst, typename Src>
+LRK_FN void stage_rows(Dst* dst, int64_t stride, const Source& s) {
+  const Src* src = static_cast<const Src*>(s.data);
+  for (int64_t i = 0; i < s.rows; ++i) {
+    stage_row(dst + i * stride, src + i * s.stride, s, s.row + i);
+  }
+}
+
+template <typename Dst>
+LRK_FN void stage_any(Dst* dst, int64_t stride, const Source& s) {
+  switch (s.dtype) {
+    case Dtype::kFloat32:
+      return stage_rows<Dst, float>(dst, stride, s);
+    case Dtype::kBFloat16:
+      return stage_rows<Dst, BFloat16>(dst, stride, s);
+    case Dtype::kFloat16:
+      return stage_rows<Dst, Float16>(dst, stride, s);
+  }
+}
+
+LRK_FN void stage_float(float* dst, int64_t stride, const Source& s) { stage_any(dst, stride, s); }
+
+LRK_FN void stage_bfloat16(uint16_t* dst, int64_t stride, const Source& s) {
+  stage_any(reinterpret_cast<BFloat16*>(dst), stride, s);
+}
+
+// ---- block product by FMA -----------------------------------------------------------------------
+
+// Rows and panels of C held in registers: 16 accumulators of AVX-512's 32, 8 of AVX2's 16.
+constexpr int kVecsPerPanel = static_cast<int>(kPanel) / kWidth;
+constexpr int kTileRows = LRK_W == 16 ? 8 : (LRK_W == 8 ? 4 : 2);
+constexpr int kTilePanels = LRK_W == 16 ? 2 : 1;
+
+template <int Rows, int Panels>
+LRK_INLINE void multiply_tile(const BlockProduct<float>& b, int64_t row, int64_t panel) {
+  constexpr int kVecs = Panels * kVecsPerPanel;
+  const float* l = b.l + row * b.l_stride;
+  const float* g = b.g + panel * b.panel_stride;
+  VecF acc[Rows][kVecs] = {};
+  for (int64_t k = 0; k < b.depth; ++k) {
+    VecF right[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      right[v] = load(g + k * b.g_stride + (v / kVecsPerPanel) * b.panel_stride +
+                      (v % kVecsPerPanel) * kWidth);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const float left = l[i * b.l_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += left * right[v];
+    }
+  }
+  float* c = b.c + row * b.c_stride + panel * kPanel;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      float* out = c + i * b.c_stride + v * kWidth;
+      store(out, b.accumulate ? load(out) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+template <int Panels>
+LRK_FN void multiply_rows(const BlockProduct<float>& b, int64_t panel) {
+  int64_t row = 0;
+  for (; row + kTileRows <= b.rows; row += kTileRows) {
+    multiply_tile<kTileRows, Panels>(b, row, panel);
+  }
+  if (kTileRows > 4 && row + 4 <= b.rows) {
+    multiply_tile<4, Panels>(b, row, panel);
+    row += 4;
+  }
+  if (kTileRows > 2 && row + 2 <= b.rows) {
+    multiply_tile<2, Panels>(b, row, panel);
+    row += 2;
+  }
+  if (row < b.rows) multiply_tile<1, Panels>(b, row, panel);
+}
+
+LRK_FN void multiply_float(const BlockProduct<float>& b) {
+  int64_t panel = 0;
+  for (; panel + kTilePanels <= b.panels; panel += kTilePanels) {
+    multiply_rows<kTilePanels>(b, panel);
+  }
+  for (; panel < b.panels; ++panel) multiply_rows<1>(b, panel);
+}
+
+// ---- rows in, rows out --------------------------------------------------------------------------
+
+#if defined(LRK_HAS_AVX512)
+
+// 16 x 16 words, all rows there or not; those past the edge are neither read nor written.
+template <bool AllRows>
+LRK_INLINE void transpose_16(uint32_t* dst, int64_t dst_stride, const uint32_t* src,
+                             int64_t src_stride, int rows, int cols) {
+  const __mmask16 in = static_cast<__mmask16>((1u << cols) - 1u);
+  const __mmask16 out = static_cast<__mmask16>((1u << rows) - 1u);
+  __m512i a[16], b[16];
+#  pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    a[i] = AllRows || i < rows ? _mm512_maskz_loadu_epi32(in, src + i * src_stride)
+                               : _mm512_setzero_si512();
+  }
+#  pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#  pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 g + j] now holds, in 128-bit lane q, rows 4 g .. 4 g + 3 of column 4 q + j.
+#  pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i lo01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
+    const __m512i hi01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+    b[j] = _mm512_shuffle_i32x4(lo01, lo23, 0x88);
+    b[4 + j] = _mm512_shuffle_i32x4(lo01, lo23, 0xdd);
+    b[8 + j] = _mm512_shuffle_i32x4(hi01, hi23, 0x88);
+    b[12 + j] = _mm512_shuffle_i32x4(hi01, hi23, 0xdd);
+  }
+#  pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i >= cols) break;
+    if (AllRows) {
+      _mm512_storeu_si512(dst + i * dst_stride, b[i]);
+    } else {
+      _mm512_mask_storeu_epi32(dst + i * dst_stride, out, b[i]);
+    }
+  }
+}
+
+LRK_FN void transpose(uint32_t* dst, int64_t dst_stride, const uint32_t* src, int64_t src_stride,
+                      int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += 16) {
+    const int m = rows - i < 16 ? static_cast<int>(rows - i) : 16;
+    for (int64_t j = 0; j < cols; j += 16) {
+      const int n = cols - j < 16 ? static_cast<int>(cols - j) : 16;
+      uint32_t* to = dst + j * dst_stride + i;
+      const uint32_t* from = src + i * src_stride + j;
+      if (m == 16) {
+        transpose_16<true>(to, dst_stride, from, src_stride, 16, n);
+      } else {
+        transpose_16<false>(to, dst_stride, from, src_stride, m, n);
+      }
+    }
+  }
+}
+
+#else
+
+LRK_FN void transpose(uint32_t* dst, int64_t dst_stride, const uint32_t* src, int64_t src_stride,
+                      int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; i += 16) {
+    const int64_t end = rows - i < 16 ? rows : i + 16;
+    for (int64_t j = 0; j < cols; ++j) {
+      for (int64_t k = i; k < end; ++k) dst[j * dst_stride + k] = src[k * src_stride + j];
+    }
+  }
+}
+
+#endif
+
+template <typename T>
+LRK_FN void store_typed(T* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+                        int64_t rows, int64_t cols, float scale) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* in = src + i * src_stride;
+    T* out = dst + i * dst_stride;
+    int64_t j = 0;
+    for (; j + kWidth <= cols; j += kWidth) store(out + j, load(in + j) * scale);
+    if (j < cols) store_part(out + j, load_part(in + j, cols - j) * scale, cols - j);
+  }
+}
+
+LRK_FN void store_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* src,
+                       int64_t src_stride, int64_t rows, int64_t cols, float scale) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return store_typed(static_cast<float*>(dst), dst_stride, src, src_stride, rows, cols, scale);
+    case Dtype::kBFloat16:
+      return store_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols,
+                         scale);
+    case Dtype::kFloat16:
+      return store_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols,
+                         scale);
+  }
+}
+
+// `Vecs` whole registers. All loads come before all stores: at a row stride of 4 KiB a load looks
+// to the processor like a repeat of the store one row up, and waits for it.
+template <int Vecs, typename T>
+LRK_INLINE void add_whole(T* dst, const float* src, float scale, const VecI* keep) {
+  VecF sum[Vecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < Vecs; ++v) {
+    VecF correction = load(src + v * kWidth);
+    if (keep) correction = (VecF)((VecI)correction & keep[v]);
+    sum[v] = load(dst + v * kWidth) + scale * correction;
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vecs; ++v) store(dst + v * kWidth, sum[v]);
+}
+
+// Fewer columns than a register; src is padded to whole panels, so reading past n is safe there.
+template <typename T>
+LRK_INLINE void add_part(T* dst, const float* src, int64_t n, float scale, const VecI* keep) {
+  VecF correction = load(src);
+  if (keep) correction = (VecF)((VecI)correction & *keep);
+  store_part(dst, load_part(dst, n) + scale * correction, n);
+}
+
+template <typename T>
+LRK_FN void add_typed(T* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+                      int64_t rows, int64_t cols, float scale, const Dropout* dropout, int64_t row,
+                      int64_t col) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* in = src + i * src_stride;
+    T* out = dst + i * dst_stride;
+    int64_t j = 0;
+    if (dropout) {
+      for (; j < cols; j += 2 * kWidth) {
+        const Words words = draw(*dropout, row + i, col + j);
+        const VecI keep[2] = {kept(words.lo, *dropout), kept(words.hi, *dropout)};
+        const int64_t n = cols - j;
+        if (n >= 2 * kWidth) {
+          add_whole<2>(out + j, in + j, scale, keep);
+        } else if (n >= kWidth) {
+          add_whole<1>(out + j, in + j, scale, keep);
+          if (n > kWidth) {
+            add_part(out + j + kWidth, in + j + kWidth, n - kWidth, scale, keep + 1);
+          }
+        } else {
+          add_part(out + j, in + j, n, scale, keep);
+        }
+      }
+    } else {
+      for (; j + 8 * kWidth <= cols; j += 8 * kWidth) {
+        add_whole<8>(out + j, in + j, scale, nullptr);
+      }
+      for (; j + kWidth <= cols; j += kWidth) add_whole<1>(out + j, in + j, scale, nullptr);
+      if (j < cols) add_part(out + j, in + j, cols - j, scale, nullptr);
+    }
+  }
+}
+
+LRK_FN void add_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* src,
+                     int64_t src_stride, int64_t rows, int64_t cols, float scale,
+                     const Dropout* dropout, int64_t row, int64_t col) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return add_typed(static_cast<float*>(dst), dst_stride, src, src_stride, rows, cols, scale,
+                       dropout, row, col);
+    case Dtype::kBFloat16:
+      return add_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
+                       dropout, row, col);
+    case Dtype::kFloat16:
+      return add_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
+                       dropout, row, col);
+  }
+}
+
+constexpr KernelTable float_table() {
+  return {LRK_ISA_NAME, stage_float, stage_bfloat16, multiply_float, nullptr,  nullptr,
+          transpose,    nullptr,     store_rows,     add_rows,       keep_mask};
+}
+
+}  // namespace LRK_ISA
+}  // namespace lrk
+
+#undef LRK_FN
+#undef LRK_INLINE

@@ -1,0 +1,341 @@
+// The torch ops of the extension, on LibTorch's stable ABI: checks, allocation, dispatch.
+// One binary serves every torch from 2.10 on and every CPython from 3.10 on, so nothing here may
+// use a symbol of at:: or c10::.
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "build_info.h"
+#include "cpu/lora.h"
+#include "philox.h"
+
+#if defined(LRK_WITH_CUDA)
+#  include "cuda/dropout_mask.h"
+
+// Weak, because the same binary must load where torch has no CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                             void** ret_stream)
+    __attribute__((weak));
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    if (begin < end) body(begin, end, context);
+  });
+}
+
+lrk::Runtime runtime() { return {lrk::kernel_table(), parallel_for}; }
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+lrk::Dtype dtype_of(const char* op, const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return lrk::Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return lrk::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return lrk::Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected ", name,
+                      " of dtype float32, bfloat16 or float16, got ", name_of(type));
+  }
+  return lrk::Dtype::kFloat32;
+}
+
+// A 2-D CPU tensor with adjacent columns.
+lrk::Matrix matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU, like the other tensors");
+  STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " with 2 dimensions, got shape ",
+                  shape_of(t));
+  const int64_t rows = t.size(0), cols = t.size(1);
+  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, op, ": expected ", name,
+                  " with adjacent columns (stride 1), got stride ", t.stride(1),
+                  "; pass a contiguous tensor");
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()), rows, cols,
+          rows > 1 ? t.stride(0) : cols};
+}
+
+void check_shape(const char* op, const char* name, const char* letters, const lrk::Matrix& m,
+                 int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(m.rows == rows && m.cols == cols, op, ": expected ", name, " of shape ", letters,
+                  " = (", rows, ", ", cols, "), got (", m.rows, ", ", m.cols, ")");
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::vector<int64_t> shape(sizes), strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                                                      : aoti_torch_dtype_float16();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                         shape.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void check_dropout_p(const char* op, double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": expected 0 <= dropout_p < 1, got ", p);
+}
+
+// Dropout as an optional value with a pointer to it: null is "off".
+struct DropoutArgument {
+  lrk::Dropout value{};
+  bool on = false;
+  double inverse_keep = 1.0;  // 1 / (1 - p)
+  const lrk::Dropout* get() const { return on ? &value : nullptr; }
+};
+
+lrk::Dropout dropout_from(int64_t seed, double p) {
+  const uint64_t bits = static_cast<uint64_t>(seed);
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32),
+          lrk::dropout_threshold(p)};
+}
+
+DropoutArgument dropout_argument(const char* op, const std::optional<Tensor>& seed, double p) {
+  check_dropout_p(op, p);
+  DropoutArgument result;
+  if (p == 0.0) return result;
+  STD_TORCH_CHECK(seed.has_value(), op, ": expected a dropout_seed since dropout_p is ", p,
+                  "; pass an int64 tensor with one element");
+  STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                  op, ": expected dropout_seed as an int64 CPU tensor with one element, got ",
+                  name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
+  result.value = dropout_from(*static_cast<const int64_t*>(seed->const_data_ptr()), p);
+  result.on = true;
+  result.inverse_keep = 1.0 / (1.0 - p);
+  return result;
+}
+
+// The gate as float32, whatever its dtype and stride; empty when there is none.
+std::vector<float> gate_values(const char* op, const std::optional<Tensor>& gate, int64_t rank) {
+  if (!gate.has_value()) return {};
+  STD_TORCH_CHECK(gate->is_cpu() && gate->dim() == 1 && gate->size(0) == rank, op,
+                  ": expected gate of shape (R,) = (", rank, ",) on the CPU, got ",
+                  shape_of(*gate));
+  std::vector<float> values(static_cast<size_t>(rank));
+  if (rank == 0) return values;
+  lrk::kernel_table().stage_float(
+      values.data(), 1,
+      {gate->const_data_ptr(), dtype_of(op, "gate", gate->scalar_type()), gate->stride(0), rank, 1,
+       1, nullptr, 0, 0, nullptr});
+  return values;
+}
+
+const float* pointer(const std::vector<float>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+lrk::Factor factor_argument(const char* op, const Tensor& factor, bool rank_last, int64_t width) {
+  const lrk::Factor result{matrix(op, "factor", factor), rank_last};
+  STD_TORCH_CHECK(result.width() == width, op, ": expected factor of shape ",
+                  rank_last ? "(width, R) = (" : "(R, width) = (",
+                  rank_last ? width : result.rank(), ", ", rank_last ? result.rank() : width,
+                  "), got ", shape_of(factor));
+  return result;
+}
+
+Tensor lora_down(const Tensor& x, const Tensor& factor, bool factor_rank_last,
+                 const std::optional<Tensor>& dropout_seed, double dropout_p) {
+  const char* op = "lora_down";
+  const lrk::Matrix input = matrix(op, "x", x);
+  const lrk::Factor f = factor_argument(op, factor, factor_rank_last, input.cols);
+  const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
+  Tensor out = empty({input.rows, f.rank()}, x.scalar_type());
+  lrk::lora_down(runtime(), matrix(op, "output", out), input, f,
+                 static_cast<float>(dropout.inverse_keep), dropout.get());
+  return out;
+}
+
+void lora_up_(Tensor y, const Tensor& p, const Tensor& factor, bool factor_rank_last,
+              const std::optional<Tensor>& gate, double scaling,
+              const std::optional<Tensor>& dropout_seed, double dropout_p) {
+  const char* op = "lora_up_";
+  lrk::Matrix target = matrix(op, "y", y);
+  target.data = y.mutable_data_ptr();
+  STD_TORCH_CHECK(target.rows <= 1 || target.stride >= target.cols, op,
+                  ": expected y whose rows do not overlap, got row stride ", target.stride, " for ",
+                  target.cols, " columns");
+  const lrk::Factor f = factor_argument(op, factor, factor_rank_last, target.cols);
+  const lrk::Matrix left = matrix(op, "p", p);
+  check_shape(op, "p", "(M, R)", left, target.rows, f.rank());
+  const std::vector<float> gates = gate_values(op, gate, f.rank());
+  const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
+  lrk::lora_up(runtime(), target, left, f, pointer(gates),
+               static_cast<float>(scaling * dropout.inverse_keep), dropout.get());
+}
+
+Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>& gate,
+                 double scaling, bool rank_last, const std::optional<Tensor>& dropout_seed,
+                 double dropout_p, ScalarType out_dtype) {
+  const char* op = "lora_grad";
+  const lrk::Matrix wide = matrix(op, "big", big);
+  const lrk::Matrix left = matrix(op, "p", p);
+  check_shape(op, "p", "(M, R)", left, wide.rows, left.cols);
+  const std::vector<float> gates = gate_values(op, gate, left.cols);
+  const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
+  dtype_of(op, "out_dtype", out_dtype);
+  Tensor out = rank_last ? empty({wide.cols, left.cols}, out_dtype)
+                         : empty({left.cols, wide.cols}, out_dtype);
+  lrk::lora_grad(runtime(), {matrix(op, "output", out), rank_last}, wide, left, pointer(gates),
+                 static_cast<float>(scaling * dropout.inverse_keep), dropout.get());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lora_b,
+                                          const Tensor& p, const std::optional<Tensor>& gate,
+                                          double scaling, ScalarType grad_dtype) {
+  const char* op = "lora_down_grad";
+  const lrk::Matrix wide = matrix(op, "grad_y", grad_y);
+  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+  check_shape(op, "lora_b", "(N, R)", b, wide.cols, b.cols);
+  const lrk::Matrix left = matrix(op, "p", p);
+  check_shape(op, "p", "(M, R)", left, wide.rows, b.cols);
+  const std::vector<float> gates = gate_values(op, gate, b.cols);
+  dtype_of(op, "grad_dtype", grad_dtype);
+  Tensor q = empty({wide.rows, b.cols}, grad_y.scalar_type());
+  Tensor grad_b = empty({wide.cols, b.cols}, grad_dtype);
+  lrk::lora_down_grad(runtime(), matrix(op, "q", q), matrix(op, "grad_b", grad_b), wide, b, left,
+                      pointer(gates), static_cast<float>(scaling));
+  return {q, grad_b};
+}
+
+void check_mask_arguments(const char* op, const Tensor& seed, int64_t rows, int64_t columns,
+                          double p) {
+  check_dropout_p(op, p);
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, op,
+                  ": expected seed as an int64 tensor with one element, got ",
+                  name_of(seed.scalar_type()), " of shape ", shape_of(seed));
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": expected rows and columns of 0 or more, got ",
+                  rows, " and ", columns);
+}
+
+Tensor dropout_keep_mask(const Tensor& seed, int64_t rows, int64_t columns, double p) {
+  check_mask_arguments("dropout_keep_mask", seed, rows, columns, p);
+  Tensor out = empty({rows, columns}, ScalarType::Bool);
+  lrk::dropout_keep_mask(runtime(), static_cast<uint8_t*>(out.mutable_data_ptr()), rows, columns,
+                         dropout_from(*static_cast<const int64_t*>(seed.const_data_ptr()), p));
+  return out;
+}
+
+#if defined(LRK_WITH_CUDA)
+
+Tensor dropout_keep_mask_cuda(const Tensor& seed, int64_t rows, int64_t columns, double p) {
+  const char* op = "dropout_keep_mask";
+  check_mask_arguments(op, seed, rows, columns, p);
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
+                  ": this torch has no CUDA support; install a CUDA build of torch");
+  const int32_t device = seed.get_device_index();
+  const int64_t sizes[2] = {rows, columns};
+  const int64_t strides[2] = {columns > 0 ? columns : 1, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      2, sizes, strides, aoti_torch_dtype_bool(), aoti_torch_device_type_cuda(), device, &handle));
+  Tensor out(handle);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error =
+      lrk::launch_dropout_keep_mask(static_cast<uint8_t*>(out.mutable_data_ptr()),
+                                    static_cast<const int64_t*>(seed.const_data_ptr()), rows,
+                                    columns, lrk::dropout_threshold(p), device, stream);
+  STD_TORCH_CHECK(error == nullptr, op, ": the launch failed on device ", device, ": ", error);
+  return out;
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
+  m.def(
+      "lora_down(Tensor x, Tensor factor, bool factor_rank_last, Tensor? dropout_seed=None, "
+      "float dropout_p=0.0) -> Tensor");
+  m.def(
+      "lora_up_(Tensor(a!) y, Tensor p, Tensor factor, bool factor_rank_last, Tensor? gate=None, "
+      "float scaling=1.0, Tensor? dropout_seed=None, float dropout_p=0.0) -> ()");
+  m.def(
+      "lora_grad(Tensor big, Tensor p, Tensor? gate, float scaling, bool rank_last, "
+      "Tensor? dropout_seed, float dropout_p, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "lora_down_grad(Tensor grad_y, Tensor lora_b, Tensor p, Tensor? gate, float scaling, "
+      "ScalarType grad_dtype) -> (Tensor q, Tensor grad_b)");
+  m.def("dropout_keep_mask(Tensor seed, SymInt rows, SymInt columns, float p) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
+  m.impl("lora_down", TORCH_BOX(&lora_down));
+  m.impl("lora_up_", TORCH_BOX(&lora_up_));
+  m.impl("lora_grad", TORCH_BOX(&lora_grad));
+  m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
+  m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));
+}
+
+#if defined(LRK_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, m) {
+  m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask_cuda));
+}
+#endif
+
+// Plain C entry points, for ctypes: they need no tensor and no second module.
+extern "C" {
+
+__attribute__((visibility("default"))) const char* lrk_build_info() { return LRK_BUILD_INFO_JSON; }
+
+__attribute__((visibility("default"))) const char* lrk_cpu_isa() {
+  return lrk::kernel_table().name;
+}
+
+// An empty module: importing it registers the ops above.
+__attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
+}

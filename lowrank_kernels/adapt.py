@@ -1,0 +1,213 @@
+"""``adapt``: replace the targeted linears of a model, in place, and say what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import ALL_LINEAR, AdapterConfig, names_match
+from .nn.frozen import why_not_frozen
+from .report import Replaced, Report, Skipped, collapse, count_parameters
+
+_CONFIG_ATTRIBUTE = "_lowrank_config"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`adapt` would do: made without touching the model."""
+
+    targets: dict[str, nn.Linear]
+    skipped: tuple[Skipped, ...]
+
+
+def config_of(model: nn.Module) -> AdapterConfig | None:
+    """The config a model was adapted with; None where it was not."""
+    return getattr(model, _CONFIG_ATTRIBUTE, None)
+
+
+def adapt(model: nn.Module, config: AdapterConfig) -> Report:
+    """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
+
+    The layers share the weights of the linears they replace; outputs do not change. What trains afterwards is
+    what the layers train, the biases that ``config.bias`` names, and what already trained in layers that were
+    adapted before. Everything is checked before anything is changed; if a layer cannot be made, the model is
+    put back and the error goes on.
+
+    Args:
+        model: any module that has linears below it.
+        config: a :class:`~lowrank_kernels.LoRAConfig`, or another :class:`~lowrank_kernels.AdapterConfig`.
+
+    Returns:
+        A report: what was replaced, with shape and rank; every linear that was not, and why; settings that match
+        nothing. ``report.undo()`` puts the model back, biases included.
+
+    Raises:
+        TypeError: not a module, not a config, or no class of one that says what a linear becomes.
+        ValueError: nothing to replace (the message names the linears there are); a model that is adapted already.
+    """
+    plan = plan_adaptation(model, config)
+    undo: list[Callable[[], None]] = []
+    try:
+        layers = _replace(model, config, plan, undo)
+    except BaseException:
+        while undo:
+            undo.pop()()
+        raise
+    trainable, total = count_parameters(model)
+    replaced = tuple(
+        Replaced(name, type(layer).__name__, (n, k), config.rank_of(name))
+        for name, layer in layers.items()
+        for n, k in [plan.targets[name].weight.shape]
+    )
+    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, _undo=undo)
+
+
+def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
+    """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(
+            f"adapt: expected config to be an AdapterConfig such as LoRAConfig, got {type(config).__name__}"
+        )
+    if config_of(model) is not None:
+        raise ValueError("adapt: this model is adapted already; call undo() on its report first")
+    wanted, head = config.target_modules, _output_head(model)
+    targets: dict[str, nn.Linear] = {}
+    skipped: list[Skipped] = []
+    unmatched = set() if isinstance(wanted, str) else set(wanted)
+    for name, module, parent in _outside_adapters(model):
+        unmatched = {w for w in unmatched if not names_match((w,), name)}
+        linear_like = (
+            isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
+        )
+        everything = wanted == ALL_LINEAR
+        targeted = linear_like if everything else names_match(wanted, name)
+        if not targeted and not linear_like:
+            continue
+        reason = (
+            "not in target_modules" if not targeted
+            else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
+            else "the output head; name it in target_modules to adapt it" if everything and module is head
+            else _read_by_parent(parent) or why_not_frozen(module)
+        )  # fmt: skip
+        if reason is None:
+            targets[name] = module  # type: ignore[assignment]
+        else:
+            skipped.append(Skipped(name, reason))
+    skipped += [Skipped(f"target_modules[{w!r}]", "matches no module") for w in sorted(unmatched)]
+    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets))]
+    if not targets:
+        raise ValueError(_nothing_to_replace(model, config, skipped))
+    return Plan(targets, tuple(skipped))
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, module, parent) of every module below the model, each once; nothing that is inside an adapter."""
+    seen: set[int] = set()
+
+    def walk(prefix: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        for name, module in parent.named_children():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield prefix + name, module, parent
+            if not hasattr(module, "base_layer"):
+                yield from walk(f"{prefix}{name}.", module)
+
+    yield from walk("", model)
+
+
+def _read_by_parent(parent: nn.Module) -> str | None:
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"its parent, nn.{type(parent).__name__}, reads its weight instead of calling it"
+    return None
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[Skipped]) -> str:
+    linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if isinstance(m, nn.Linear))
+    said = dict.fromkeys(f"{collapse(s.name)} ({s.reason})" for s in skipped if s.reason != "not in target_modules")
+    names = ", ".join(list(linears)[:40]) or "none"
+    return (
+        f"adapt: target_modules={config.target_modules!r} replaces nothing in this {type(model).__name__}; "
+        f"its linears: "
+        f"{names}{', …' if len(linears) > 40 else ''}" + (f"; skipped: {', '.join(list(said)[:20])}" if said else "")
+    )
+
+
+def _replace(
+    model: nn.Module, config: AdapterConfig, plan: Plan, undo: list[Callable[[], None]]
+) -> dict[str, nn.Module]:
+    """Do what the plan says; each step leaves its way back in ``undo`` before it is taken."""
+    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+    undo.append(lambda: _restore_requires_grad(requires_grad))
+    biases = list(_trained_biases(model, config, plan))
+    values = [(p, p.detach().clone()) for p in biases]
+    undo.append(lambda: _restore_values(values))
+    kept = {id(p) for m in model.modules() if hasattr(m, "base_layer") for p in m.parameters() if p.requires_grad}
+    owners = _weight_owners(model)
+    layers = {name: config.layer(name, linear) for name, linear in plan.targets.items()}
+
+    replacement = {id(linear): layers[name] for name, linear in plan.targets.items()}
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is not None and id(module) in replacement:
+                undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
+                parent._modules[child] = replacement[id(module)]
+    for name, layer in layers.items():
+        others = tuple(o for o in owners[id(plan.targets[name].weight)] if o != f"{name}.weight")
+        if others:
+            layer.weight_shared_with = others  # type: ignore[assignment]
+
+    trains = kept | {id(p) for p in biases}
+    trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trains)
+    undo.append(lambda: model.__dict__.pop(_CONFIG_ATTRIBUTE, None))
+    setattr(model, _CONFIG_ATTRIBUTE, config)
+    return layers
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            owners.setdefault(id(p), []).append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _trained_biases(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[nn.Parameter]:
+    if config.bias == "all":
+        yield from (p for name, p in model.named_parameters() if f".{name}".endswith(".bias"))
+    elif config.bias == "lora_only":
+        yield from (linear.bias for linear in plan.targets.values() if linear.bias is not None)
+
+
+def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
+    layer = parent._modules[child]
+    if layer is not module and layer is not None:
+        if hasattr(layer, "unmerge_"):
+            layer.unmerge_()  # type: ignore[operator]
+        module.train(layer.training)
+    parent._modules[child] = module
+
+
+def _restore_requires_grad(states: list[tuple[nn.Parameter, bool]]) -> None:
+    for p, requires_grad in states:
+        p.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def _restore_values(values: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for p, value in values:
+        p.copy_(value)

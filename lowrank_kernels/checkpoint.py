@@ -1,0 +1,341 @@
+"""Adapters on disk in PEFT's format: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+PEFT itself is not needed. A folder may come from anywhere: nothing in it is executed, and a model is changed
+only after every name, shape, dtype and value has been checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import Plan, adapt, config_of, plan_adaptation
+from .config import LoRAConfig
+from .nn.lora import LoRALinear
+from .report import Report, count_parameters
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_MAX_CONFIG_BYTES = 8 << 20
+_MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
+_FILE_DTYPES = ("F32", "BF16", "F16", "F64")
+
+# PEFT's names for our settings.
+_PEFT_NAMES = {
+    "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora", "lora_bias": "lora_bias", "bias": "bias",
+}  # fmt: skip
+# Settings that say nothing about the function of a trained adapter.
+_INERT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+# -------------------------------------------------------------------------------------------------- saving
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+    config: LoRAConfig | None = None,
+) -> Path:
+    """Write the model's LoRA adapter as a folder that PEFT loads.
+
+    Args:
+        model: adapted by :func:`adapt`. Not wrapped: give DDP's ``model.module``.
+        folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
+        base_model_name: for PEFT's ``base_model_name_or_path``.
+        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it.
+        config: for a model whose LoRALinears were put in by hand.
+
+    Returns:
+        The folder.
+
+    Tensors keep their dtypes. Merged layers save their factors as they are.
+
+    Raises:
+        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are;
+            a value that is not finite (nothing is written then).
+        ImportError: safetensors is not installed.
+    """
+    from safetensors.torch import save_file
+
+    config = config or config_of(model)  # type: ignore[assignment]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(
+            "save_adapter: this model was not adapted by lk.adapt(model, LoRAConfig(...)), or is wrapped; "
+            "pass config=, or the inner model"
+        )
+    _check_layers_follow(config, layers)
+    parameters = _adapter_parameters(model, config, list(layers))
+    tensors = {PREFIX + name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
+    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(
+            f"save_adapter: expected finite values, found NaN or Inf in {_few(broken)}; nothing was written"
+        )
+    written: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in _PEFT_NAMES.items()}
+    for theirs, value in written.items():
+        written[theirs] = (
+            dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+        )
+    written |= {
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model_name,
+        "inference_mode": True, "init_lora_weights": True,
+        "exclude_modules": written["exclude_modules"] or None,
+    }  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(written, indent=2, allow_nan=False) + "\n"  # unsorted: the first pattern that matches wins
+    _write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
+    for name, layer in layers.items():
+        has = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
+        says = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora, config.lora_bias)
+        if has != says:
+            raise ValueError(
+                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias) = {says} by its "
+                f"config, got {has}; pass the config= that describes the layers"
+            )
+
+
+def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
+    """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
+    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias"] + ["base_layer.bias"] * (config.bias == "lora_only")
+    wanted = {f"{layer}.{key}" for layer in layers for key in keys}
+    return {
+        name: p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in wanted or (config.bias == "all" and f".{name}".endswith(".bias"))
+    }
+
+
+def _write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> Report:
+    """Put a LoRA adapter, written by PEFT or by :func:`save_adapter`, on a model, in place.
+
+    The layers, ranks and scalings are those that the folder's config says; the tensors must be exactly those
+    that such layers have. Factors become float32, or stay float64.
+
+    Args:
+        model: the base model, not adapted yet.
+        folder: local, with adapter_config.json and adapter_model.safetensors.
+        trainable: whether the factors, and the biases the config names, train afterwards. False freezes
+            everything.
+
+    Returns:
+        The report of :func:`adapt`; its ``undo()`` takes the adapter off again, saved biases included.
+
+    Raises:
+        ValueError: a missing, unreadable, truncated or oversized file; a link that leaves the folder; pickled
+            weights; a config of another method, or with a setting that is not supported, by its name; tensors
+            that are missing, unexpected, of another shape, or not finite; targets that the model does not
+            have.
+        TypeError: tensors that are not floats.
+        ImportError: safetensors is not installed.
+
+    The model is exactly as before after every one of these.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r}")
+    config = _read_config(_inside(folder, CONFIG_FILE))
+    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
+            f"code when read; load it with PEFT if you trust it, and save it again"
+        )
+    plan = plan_adaptation(model, config)
+    base = _base_parameters(model, plan)
+    tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
+
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else None
+    report = adapt(model, replace(config, init="zero", dtype=dtype))
+    try:
+        with torch.no_grad():
+            for name, t in tensors.items():
+                model.get_parameter(name).copy_(t)
+        if not trainable:
+            model.requires_grad_(False)
+    except BaseException:
+        report.undo()
+        raise
+    trains, total = count_parameters(model)
+    return Report(f"{folder.name}: LoRA", report.replaced, report.skipped, trains, total, _undo=report._undo)
+
+
+def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """The model's parameters, by the names that they will have when the plan is carried out."""
+    return {
+        f"{owner}.base_layer.{key}" if owner in plan.targets else name: p
+        for name, p in model.named_parameters(remove_duplicate=False)
+        for owner, _, key in [name.rpartition(".")]
+    }
+
+
+def _expected_shapes(
+    base: Mapping[str, nn.Parameter], config: LoRAConfig, plan: Plan
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the file must hold."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in plan.targets.items():
+        n, k = linear.weight.shape
+        r = config.rank_of(name)
+        shapes |= {f"{name}.lora_A.weight": (r, k), f"{name}.lora_B.weight": (n, r)}
+        if config.lora_bias:
+            shapes[f"{name}.lora_B.bias"] = (n,)
+        if config.bias == "lora_only" and linear.bias is not None:
+            shapes[f"{name}.base_layer.bias"] = (n,)
+    if config.bias == "all":
+        shapes |= {name: tuple(p.shape) for name, p in base.items() if f".{name}".endswith(".bias")}
+    return shapes
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The real path of a regular file of the folder. Links may stay in it, or go to a Hub cache's blobs."""
+    path = folder / name
+    real = path.resolve()
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    if not real.exists():
+        raise ValueError(f"load_adapter: expected {name} in {folder}, found none")
+    if not real.is_file():
+        raise ValueError(f"load_adapter: expected {path} to be a regular file")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(f"load_adapter: expected {path} to be in its folder, got a link to {real}")
+    return real
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    """The settings in an adapter_config.json of PEFT's; ValueError names the one that does not fit."""
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"load_adapter: expected {path} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
+        )
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_adapter: expected {path} to hold JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"load_adapter: expected {path} to hold a JSON object, got {type(given).__name__}")
+    if given.get("peft_type") != "LORA":
+        raise ValueError(
+            f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
+        )
+    unsupported = {k: v for k, v in given.items() if v and k not in _PEFT_NAMES and k not in _INERT}
+    init = given.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        said = ", ".join(f"{k}={v!r}"[:80] for k, v in sorted(unsupported.items()))
+        raise ValueError(f"load_adapter: {path} uses settings that are not supported: {said}")
+    settings = {ours: given[theirs] for theirs, ours in _PEFT_NAMES.items() if given.get(theirs) is not None}
+    missing = [theirs for theirs in ("r", "lora_alpha", "target_modules") if given.get(theirs) is None]
+    if missing:
+        raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
+    try:
+        return LoRAConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_adapter: {path}: {error}") from None
+
+
+def _read_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], base: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The file's tensors by parameter, once they are known to be just the expected ones, and finite.
+
+    PEFT also writes the base weights of adapted embeddings and heads. Those must be the model's own.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb") as file:
+        start = file.read(8)
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    available = path.stat().st_size - 8
+    if not 0 < header <= min(available, _MAX_HEADER_BYTES):
+        raise ValueError(
+            f"load_adapter: expected {path} to start with a safetensors header that is within the file and of at "
+            f"most {_MAX_HEADER_BYTES} bytes, got {header} of {max(available, 0)}; it is truncated or not safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            copies = {n for n in found if n.removeprefix(PREFIX) in base and n.removeprefix(PREFIX) not in expected}
+            for name in copies:
+                own = base[name.removeprefix(PREFIX)]
+                if not torch.equal(file.get_tensor(name).to(own.dtype), own.cpu()):
+                    raise ValueError(
+                        f"load_adapter: expected {name} to be the model's own value, got another in {path}; "
+                        f"changed base weights are not supported"
+                    )
+            headers = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in found.items() if n not in copies}
+            _check_tensors(path, headers, expected)
+            tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
+    except SafetensorError as error:
+        raise ValueError(f"load_adapter: expected {path} to be a whole safetensors file: {error}") from None
+    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(f"load_adapter: expected finite values, found NaN or Inf in {_few(broken)} of {path}")
+    return tensors
+
+
+def _check_tensors(
+    path: Path, found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = {PREFIX + name: shape for name, shape in expected.items()}
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    if missing or unexpected:
+        raise ValueError(
+            f"load_adapter: expected {path} to hold the {len(wanted)} tensors of its config on this model; "
+            f"missing: {_few(missing)}; unexpected: {_few(unexpected)}"
+        )
+    for name, (shape, dtype) in found.items():
+        if shape != wanted[name]:
+            raise ValueError(f"load_adapter: expected {name} of shape {wanted[name]}, got {shape} in {path}")
+        if dtype not in _FILE_DTYPES:
+            raise TypeError(f"load_adapter: expected {name} of {', '.join(_FILE_DTYPES)}, got {dtype} in {path}")
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(name[:200] for name in names[:5]) or "none") + more

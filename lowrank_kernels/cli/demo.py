@@ -1,0 +1,179 @@
+"""`lrk demo`: fine-tune SmolLM2 to write docstrings, side by side with PEFT on the same steps."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .train import TARGETS, add_training_arguments, load_task
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
+    add_training_arguments(parser, steps=40)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
+
+
+def _peft_twin(model: Any, ours: Any, args: argparse.Namespace) -> Any:
+    """PEFT's LoRA on a copy of the same base, started from our factors."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, use_rslora=args.rslora,
+        target_modules=list(TARGETS), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    twin = get_peft_model(model, config)
+    mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    theirs = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(mine[name.removeprefix("base_model.model.").replace(".default.", ".")])
+    return twin
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        print(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+        if number == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    styles = ({"linewidth": 3.5, "alpha": 0.55}, {"linewidth": 1.2, "color": "black", "linestyle": "--"})
+    for run, style in zip(runs, styles, strict=False):
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.name}: training loss", **style)
+    steps = len(runs[0].losses)
+    axes.plot(
+        [0, steps],
+        [before, after[runs[0].name]],
+        "o",
+        color="tab:red",
+        label="held-out loss, before and after",
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title("SmolLM2-135M learns to write docstrings: LoRA on the same steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    import lowrank_kernels as lk
+
+    from . import training as loop
+
+    model, tokenizer, examples, held_out = load_task(args)
+    device = torch.device(args.device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    shown = held_out[:: max(1, len(held_out) // 4)][:4]
+    print("evaluating the untrained model", file=sys.stderr)
+    before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, device)
+    texts_before = loop.write_docstrings(model, tokenizer, shown, device)
+
+    torch.manual_seed(args.seed)
+    ours = copy.deepcopy(model)
+    report = lk.adapt(
+        ours,
+        lk.LoRAConfig(
+            r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora
+        ),
+    )
+    print(f"{len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
+    runs = [
+        loop.Run("lowrank_kernels LoRA", ours, args.learning_rate, args.steps),
+        loop.Run("PEFT LoRA", _peft_twin(model, ours, args), args.learning_rate, args.steps),
+    ]
+    stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, device)
+    with tqdm(total=args.steps, unit="step") as bar:
+        for step in range(args.steps):
+            batch = next(stream)
+            tokens = int(batch["attention_mask"].sum())
+            # The order alternates, so that neither always runs on warm caches.
+            for run in runs if step % 2 == 0 else runs[::-1]:
+                run.step(batch)
+            rates = " / ".join(f"{tokens / run.seconds[-1]:.0f}" for run in runs)
+            bar.set_postfix_str(f"loss {runs[0].losses[-1]:.3f} (PEFT {runs[1].losses[-1]:.3f}), {rates} tokens/s")
+            bar.update()
+
+    batch = next(stream)
+    rows: list[tuple[str, ...]] = [
+        ("", "held-out before", "held-out after", "trainable", "s/step", "peak MiB"),
+    ]
+    after: dict[str, float] = {}
+    results: list[dict[str, Any]] = []
+    for run in runs:
+        print(f"evaluating {run.name}", file=sys.stderr)
+        after[run.name] = loop.held_out_loss(run.model, tokenizer, held_out, args.batch_size, device)
+        peak = loop.peak_allocated(lambda run=run: run.forward_backward(batch), device)
+        run.optimizer.zero_grad(set_to_none=True)
+        rows.append(
+            (run.name, f"{before:.4f}", f"{after[run.name]:.4f}", f"{run.trainable}", f"{run.median_seconds():.3f}",
+             f"{peak / 2**20:.0f}")
+        )  # fmt: skip
+        results.append(
+            {"name": run.name, "held_out_before": before, "held_out_after": after[run.name], "losses": run.losses,
+             "trainable_parameters": run.trainable, "seconds_per_step": run.median_seconds(), "peak_bytes": peak}
+        )  # fmt: skip
+    texts_after = loop.write_docstrings(ours, tokenizer, shown, device)
+
+    curve_difference = max(abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
+    folder = args.output / "adapter"
+    lk.save_adapter(ours, folder)
+    logit_difference = _peft_logit_difference(ours, runs[1].model.unload(), folder, batch)
+
+    print(
+        f"\nLoRA, rank {args.rank}, {args.steps} steps of {args.batch_size} functions; losses in nats a target token\n"
+    )
+    _print_table(rows)
+    print(f"\nlargest difference between the two loss curves: {curve_difference:.2e}")
+    print(f"adapter written to {folder}; loaded back by PEFT, largest difference of logits: {logit_difference:.2e}\n")
+    for example, old, new in zip(shown, texts_before, texts_after, strict=True):
+        print(example.prompt.splitlines()[1])
+        print(f"    before:  {old}\n    after:   {new}\n    library: {example.target.removesuffix(chr(34) * 3)}")
+
+    _plot(args.output / "loss.png", runs, before, after)
+    result = {
+        "settings": {key: str(value) for key, value in vars(args).items() if not callable(value)},
+        "runs": results, "curve_difference": curve_difference, "logit_difference": logit_difference,
+        "generations": [
+            {"prompt": e.prompt, "before": old, "after": new}
+            for e, old, new in zip(shown, texts_before, texts_after, strict=True)
+        ],
+        "environment": loop.environment(),
+    }  # fmt: skip
+    (args.output / "demo.json").write_text(json.dumps(result, indent=1))
+    print(f"\nloss curve: {args.output / 'loss.png'}; everything as JSON: {args.output / 'demo.json'}")
+    return 0
+
+
+@torch.no_grad()
+def _peft_logit_difference(ours: Any, base: Any, folder: Path, batch: dict[str, torch.Tensor]) -> float:
+    """Largest difference between our logits and those of PEFT with the adapter that we saved."""
+    from peft import PeftModel
+
+    ours.eval()
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    inputs = {name: batch[name][:4] for name in ("input_ids", "attention_mask")}
+    return float((ours(**inputs).logits - theirs(**inputs).logits).abs().max())

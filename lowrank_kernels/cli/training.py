@@ -1,0 +1,171 @@
+"""The training loop that `lrk train` and `lrk demo` share."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrations.transformers import answer_loss
+from .docstrings import Example
+
+Batch = dict[str, Tensor]
+
+
+def encode(tokenizer: Any, examples: list[Example], device: torch.device | str) -> Batch:
+    """A left-padded batch; labels cover the targets alone."""
+    rows = []
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        target = tokenizer(example.target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((prompt + target, [-100] * len(prompt) + target))
+    length = max(len(ids) for ids, _ in rows)
+    columns = {
+        "input_ids": [[tokenizer.pad_token_id] * (length - len(ids)) + ids for ids, _ in rows],
+        "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows],
+        "labels": [[-100] * (length - len(ids)) + labels for ids, labels in rows],
+    }
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+
+
+def batches(
+    tokenizer: Any, examples: list[Example], size: int, seed: int, device: torch.device | str
+) -> Iterator[Batch]:
+    """Endless shuffled batches, the same for the same seed."""
+    order = random.Random(seed)
+    while True:
+        shuffled = order.sample(examples, len(examples))
+        for start in range(0, len(shuffled) - size + 1, size):
+            yield encode(tokenizer, shuffled[start : start + size], device)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Any, examples: list[Example], size: int, device: torch.device | str) -> float:
+    """Mean loss a target token over the examples, in nats."""
+    was_training = model.training
+    model.eval()
+    total = tokens = 0.0
+    by_length = sorted(examples, key=lambda e: len(e.prompt) + len(e.target))
+    for start in range(0, len(by_length), size):
+        batch = encode(tokenizer, by_length[start : start + size], device)
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total += float(answer_loss(model, **batch)) * count
+        tokens += count
+    model.train(was_training)
+    return total / tokens
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass
+class Run:
+    """One model under training, and what was seen of it."""
+
+    name: str
+    model: Any
+    learning_rate: float
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=0.0)
+        warmup = max(1, self.steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: cosine_schedule(step, self.steps, warmup)
+        )
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def forward_backward(self, batch: Batch) -> float:
+        self.model.train()
+        loss = answer_loss(self.model, **batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step; its loss and its duration are kept."""
+        _synchronize(batch["input_ids"].device)
+        start = time.perf_counter()
+        loss = self.forward_backward(batch)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _synchronize(batch["input_ids"].device)
+        self.seconds.append(time.perf_counter() - start)
+        if not math.isfinite(loss):
+            raise ValueError(f"{self.name}: the loss is {loss} at step {len(self.losses) + 1}; lower the learning rate")
+        self.losses.append(loss)
+        return loss
+
+    def median_seconds(self) -> float:
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that torch's allocator held at one time during a call, beyond those held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@torch.no_grad()
+def write_docstrings(model: Any, tokenizer: Any, examples: list[Example], device: torch.device | str) -> list[str]:
+    """What the model writes for each prompt, greedily, up to the closing quotes."""
+    was_training = model.training
+    model.eval()
+    inputs = tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True).to(device)
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return [text.split('"""')[0].strip().splitlines()[0] if text.strip() else "" for text in texts]
+
+
+def environment() -> dict[str, str]:
+    """What a figure needs beside it: device, versions."""
+    import platform
+
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }

@@ -1,0 +1,162 @@
+"""What to adapt, and how: one dataclass a method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .init.factors import INITS
+from .nn.lora import LoRALinear, check_lora_settings
+
+ALL_LINEAR = "all-linear"
+BIAS_MODES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which linears a method takes. A method is a subclass that says what a linear becomes, in :meth:`layer`.
+
+    Args:
+        target_modules: names, each of which takes a module of exactly that path or of a path that ends in
+            ``.name``; or one regular expression, matched against the whole path; or "all-linear": every
+            linear but the output head.
+        exclude_modules: names or a regular expression, matched in the same way; they win.
+        bias: which biases of the model train: "none", "all", or "lora_only" (those of the replaced linears).
+
+    Raises:
+        TypeError, ValueError: at construction, for a value of the wrong kind.
+    """
+
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] = ()
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        for option in ("target_modules", "exclude_modules"):
+            value = getattr(self, option)
+            if isinstance(value, str):
+                self._compile(option, value)
+            elif isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
+                ordered = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+                object.__setattr__(self, option, ordered)
+            else:
+                raise TypeError(
+                    f"{type(self).__name__}: expected {option} to be names, a regular expression or "
+                    f"{ALL_LINEAR!r}, got {value!r}"
+                )
+        if not self.target_modules:
+            raise ValueError(
+                f"{type(self).__name__}: expected target_modules to name something, got {self.target_modules!r}"
+            )
+        if self.bias not in BIAS_MODES:
+            raise ValueError(
+                f"{type(self).__name__}: expected bias to be one of {', '.join(BIAS_MODES)}, got {self.bias!r}"
+            )
+
+    def layer(self, name: str, linear: nn.Linear) -> nn.Module:
+        """The layer that replaces ``linear``, found at path ``name``. Shares its weight; has ``base_layer``."""
+        raise NotImplementedError
+
+    def rank_of(self, name: str) -> int:
+        """R of the module at path ``name``."""
+        raise NotImplementedError
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Settings that none of the replaced modules uses, in words."""
+        return []
+
+    def _compile(self, option: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{type(self).__name__}: expected {option} to hold a regular expression, got {pattern!r}: {error}"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Linears become :class:`~lowrank_kernels.nn.LoRALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ.
+
+    Args:
+        r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``.
+        rank_pattern, alpha_pattern: {regular expression: value}, for the modules whose path it matches, whole
+            or after a dot; the first that matches wins. As in PEFT.
+        (and those of :class:`AdapterConfig`)
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    lora_bias: bool = False
+    init: str = "kaiming"
+    train: str = "both"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, option)
+            if not isinstance(patterns, Mapping):
+                raise TypeError(f"LoRAConfig: expected {option} to be a dict of pattern to value, got {patterns!r}")
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise TypeError(f"LoRAConfig: expected the keys of {option} to be strings, got {pattern!r}")
+                self._compile(option, pattern)
+        for r in (self.r, *self.rank_pattern.values()):
+            for alpha in (self.alpha, *self.alpha_pattern.values()):
+                check_lora_settings(
+                    "LoRAConfig", r=r, alpha=alpha, dropout=self.dropout, train=self.train, dtype=self.dtype
+                )
+        for option in ("rslora", "lora_bias"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"LoRAConfig: expected {option} to be True or False, got {getattr(self, option)!r}")
+        if self.init not in INITS:
+            raise ValueError(f"LoRAConfig: expected init to be one of {', '.join(INITS)}, got {self.init!r}")
+
+    def rank_of(self, name: str) -> int:
+        return _lookup(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """alpha of the module at path ``name``."""
+        return _lookup(self.alpha_pattern, name, self.alpha)
+
+    def layer(self, name: str, linear: nn.Linear) -> LoRALinear:
+        return LoRALinear.from_linear(
+            linear,
+            self.rank_of(name),
+            alpha=self.alpha_of(name),
+            dropout=self.dropout,
+            rslora=self.rslora,
+            lora_bias=self.lora_bias,
+            init=self.init,
+            train=self.train,
+            dtype=self.dtype,
+        )
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        return [
+            f"{option}[{pattern!r}]"
+            for option in ("rank_pattern", "alpha_pattern")
+            for pattern in getattr(self, option)
+            if not any(_lookup({pattern: True}, name, False) for name in names)
+        ]
+
+
+def names_match(wanted: str | Sequence[str], name: str) -> bool:
+    """Whether a module's path is meant: a regular expression for all of it, or one of the names it is or ends in."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith("." + w) for w in wanted)
+
+
+def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for p, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", name)), default)

@@ -1,0 +1,211 @@
+"""What a user calls on tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops.backend import BACKENDS
+from .ops.dora import check_dora_linear, check_dora_weight_norm
+from .ops.lora import check_lora_linear
+
+
+def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.device, op: str) -> Tensor | None:
+    """The dropout seed as an int64 scalar on ``device``; drawn from torch's generator when none is given."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, int):
+        return torch.tensor(seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"{op}: expected dropout_seed to be an int or an int64 scalar tensor, got {seed!r}")
+    return seed.reshape(()).to(device)
+
+
+def _check_backend(backend: str, op: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Frozen linear plus low-rank correction: y = x Wᵀ + bias + s (P ∘ gate) Bᵀ with P = drop(x) Aᵀ.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); any strides, may be empty.
+        weight: W (N, K), x's dtype, frozen.
+        lora_a: A (R, K) and
+        lora_b: B (N, R), any float dtype: they are rounded to x's dtype inside; their gradients have their own dtype.
+        bias: (N,) or None.
+        scaling: s, usually alpha / R, or alpha / sqrt(R) for rsLoRA.
+        gate: (R,) or None: a factor for each rank.
+        dropout_p: probability of zeroing an element of the correction's input, 0 <= p < 1; kept ones are scaled
+            by 1 / (1 - p). The base product never sees dropout. Pass 0 in evaluation.
+        dropout_seed: int64 scalar (tensor or int). The mask is a function of (seed, row, column) and is never stored;
+            every backend draws the same one. Without a seed one is drawn from torch's generator of x's device.
+        backend: "auto", "reference", "cpu" (C++), "triton" or "cuda". A named one runs or raises.
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    Accumulates in float32; with the Triton kernels the sum of both products is rounded once; where a library computes
+    the base product (CPU, large products on a GPU) the correction is added to its rounded result. Deterministic run to
+    run. For backward, P (M, R) is saved where B or the gate is trained, and x where A is.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a weight that requires grad, a dropout probability outside
+            [0, 1), a backend that is unknown or cannot run here.
+        TypeError: dtypes that do not fit.
+
+    Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
+    """
+    check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
+    _check_backend(backend, "lora_linear")
+    seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
+    save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
+    y, _ = torch.ops.lowrank_kernels.lora_linear(
+        x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend
+    )
+    return y
+
+
+def dora_weight_norm(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    weight_sq_norm: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Row norms of the adapted weight, without forming it: n_i = ‖W_i + s B_i A‖₂.
+
+    n_i² = ‖W_i‖² + 2 s Σ_k B_ik (W Aᵀ)_ik + s² B_i (A Aᵀ) B_iᵀ, clamped at 0.
+
+    Args:
+        weight: W (N, K), float32, bfloat16 or float16; read once, in its own dtype.
+        lora_a: A (R, K) and
+        lora_b: B (N, R), any float dtype; not rounded to W's.
+        weight_sq_norm: ‖W_i‖² (N,), float32, from an earlier call while W has not changed; computed in the same pass
+            otherwise.
+        backend: "auto", "reference" (dense), "cpu" and "cuda" (C++ extension), "triton".
+
+    Returns:
+        (N,) float32; float64 where an operand is float64 (reference).
+
+    Accumulates in float32, deterministic. Where W_i ≈ -s B_i A the terms cancel: the error is then about 1e-7 ‖W_i‖² in
+    n_i², and a negative n_i² counts as 0. Differentiable in both factors.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, a backend that cannot run here.
+
+    Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5.
+    """
+    _check_backend(backend, "dora_weight_norm")
+    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
+    norm, _, _ = torch.ops.lowrank_kernels.dora_weight_norm(
+        weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend
+    )
+    return norm
+
+
+def dora_column_scale(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float = 1.0,
+    weight_sq_norm: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, g, ‖W_i‖²), each (N,): what :func:`dora_linear` needs beside its operands, to be kept while they do not change.
+
+    g = m / n, and 0 where n is 0: such a row of the output is its bias. Arguments, numbers and errors as for
+    :func:`dora_weight_norm`; never records gradients.
+    """
+    _check_backend(backend, "dora_weight_norm")
+    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
+    with torch.no_grad():
+        norm, sq_norm, scale = torch.ops.lowrank_kernels.dora_weight_norm(
+            weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend
+        )
+    return norm, scale, sq_norm
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    weight_sq_norm: Tensor | None = None,
+    norm_and_scale: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    dropout_base: bool = False,
+    detach_norm: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Weight-decomposed linear: y = g ∘ (x Wᵀ + s P Bᵀ) + bias with P = drop(x) Aᵀ, g = m / n, n_i = ‖W_i + s B_i A‖₂.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference").
+        weight: W (N, K), x's dtype, frozen.
+        lora_a: A (R, K),
+        lora_b: B (N, R) and
+        magnitude: m (N,), any float dtype.
+        bias: (N,) or None; not scaled.
+        scaling: s.
+        weight_sq_norm: as for :func:`dora_weight_norm`.
+        norm_and_scale: (n, g) from :func:`dora_column_scale` for these very operands; computed here otherwise.
+        dropout_p, dropout_seed: as for :func:`lora_linear`.
+        dropout_base: dropout reaches the base product too, as in PEFT's training:
+            y = x Wᵀ + (g - 1) ∘ (drop(x) Wᵀ) + g ∘ s P Bᵀ + bias. Costs a second main product. False is the paper's
+            simplified form.
+        detach_norm: treat n as a constant in backward (the paper's section 4.3, and PEFT). False: full gradients.
+        backend: "auto", "reference", "cpu", "triton" or "cuda" (the norm alone).
+
+    Returns:
+        y (..., N) in x's dtype. A row i with n_i = 0 has g_i = 0: there y is the bias, and the gradient of m_i is 0.
+
+    g and the sum of both products stay in float32 until the one rounding of y (with a library's main product: until
+    the one after its own). For backward, u = x Wᵀ + s P Bᵀ (M, N) is saved where m is trained: recomputing it would
+    read x and W again and multiply them again, and y does not determine it where g is 0.
+
+    Raises:
+        ValueError, TypeError: as :func:`lora_linear`, and for a magnitude that does not fit.
+
+    Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and 11.
+    """
+    check_dora_linear(x, weight, lora_a, lora_b, magnitude, bias, dropout_p)
+    _check_backend(backend, "dora_linear")
+    if norm_and_scale is None:
+        norm, scale, _ = dora_column_scale(
+            weight, lora_a, lora_b, magnitude,
+            scaling=scaling, weight_sq_norm=weight_sq_norm, backend=backend,
+        )  # fmt: skip
+    else:
+        norm, scale = norm_and_scale
+    seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (lora_a, lora_b, magnitude))
+    y, _, _ = torch.ops.lowrank_kernels.dora_linear(
+        x, weight, lora_a, lora_b, magnitude, norm, scale, bias,
+        scaling, dropout_p, seed, dropout_base, detach_norm, save, backend,
+    )  # fmt: skip
+    return y

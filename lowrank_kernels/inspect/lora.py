@@ -1,0 +1,120 @@
+"""The LoRA linear, as the tools see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..kernels import lora as launchers
+from ..kernels.lora_tiles import Strategy, fused_fits, lora_tiles
+from ..kernels.target import Target
+from .registry import KernelWork, LaunchCase, OpFamily, Traced
+
+_BF16, _F32 = torch.bfloat16, torch.float32
+_DTYPES = {"bf16": (_BF16, _BF16), "bf16/f32": (_BF16, _F32), "f32": (_F32, _F32)}
+_EVERYTHING = (True, True, True)
+
+
+def _case(
+    strategy: Strategy, M: int, R: int, dtypes: str, dropout_p: float = 0.0, *, width: int = 4096,
+    extras: bool = False, store_p: bool = True, needs: tuple[bool, bool, bool] = _EVERYTHING,
+) -> LaunchCase:  # fmt: skip
+    """Forward, and backward for ``needs`` of (x, A, B); ``extras``: with a bias and a gate."""
+    dtype, factor_dtype = _DTYPES[dtypes]
+
+    def run(target: Target) -> None:
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device="meta")
+
+        K = N = width
+        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy, width % 8 == 0)
+        x, weight = empty(M, K), empty(N, K)
+        lora_a, lora_b = empty(R, K, of=factor_dtype), empty(N, R, of=factor_dtype)
+        bias, gate = (empty(N), empty(R, of=factor_dtype)) if extras else (None, None)
+        seed = empty(of=torch.int64) if dropout_p else None
+        _, p = launchers.lora_linear_fwd(
+            x, weight, lora_a, lora_b, bias, gate, 0.5, dropout_p, seed, store_p, tiles
+        )
+        if any(needs):
+            launchers.lora_linear_bwd(
+                empty(M, N), x, weight, lora_a, lora_b, gate, p, 0.5, dropout_p, seed, needs, False, tiles
+            )
+
+    words = [
+        strategy, f"M={M}", f"R={R}", dtypes, *(["dropout"] if dropout_p else []), *(["bias gate"] if extras else []),
+        *([f"width={width}"] if width != 4096 else []), *([] if store_p else ["no P"]),
+        *([] if needs == _EVERYTHING else ["for " + "".join(n for n, need in zip("xAB", needs, strict=True) if need)]),
+    ]  # fmt: skip
+    return LaunchCase(" ".join(words).removesuffix(" for "), run)
+
+
+def _cases() -> Iterator[LaunchCase]:
+    strategies: tuple[Strategy, ...] = ("fused", "two_kernel", "library")
+    for strategy in strategies:
+        for M in (2048, 16):
+            for R in (16, 64, 256):
+                for name, (dtype, _) in _DTYPES.items():
+                    for dropout_p in (0.0, 0.1):
+                        if strategy != "fused" or fused_fits(M, R, dtype, dropout_p > 0.0):
+                            yield _case(strategy, M, R, name, dropout_p)
+        yield _case(strategy, 2048, 16, "bf16", extras=True)
+        # Rows that are not a multiple of 16 bytes: no descriptors, no wide loads.
+        yield _case(strategy, 2048, 16, "bf16", width=4097)
+        yield _case(strategy, 16, 16, "bf16", store_p=False, needs=(False, False, False))
+    yield _case("two_kernel", 2048, 16, "bf16", 0.1, extras=True)
+    yield _case("two_kernel", 2048, 16, "bf16", 0.1, needs=(True, True, False))
+    yield _case("two_kernel", 2048, 16, "bf16", needs=(False, False, True))
+
+
+def _main_flops(a: Mapping[str, Any]) -> float:
+    down = a["K"] if a.get("FUSE_DOWN") else 0
+    up = a["K"] if "dx" in a else a["N"]
+    return 2.0 * a["M"] * (a["N"] * a["K"] + a["R"] * (down + up))
+
+
+def _traced_tensors(dtype: torch.dtype, factor_dtype: torch.dtype) -> Any:
+    def tensors(device: str) -> tuple[Tensor, ...]:
+        x = torch.randn(2, 24, 64, dtype=dtype, device=device, requires_grad=True)
+        weight = torch.randn(48, 64, dtype=dtype, device=device)
+        lora_a = torch.randn(8, 64, dtype=factor_dtype, device=device, requires_grad=True)
+        lora_b = torch.randn(48, 8, dtype=factor_dtype, device=device, requires_grad=True)
+        bias = torch.randn(48, dtype=dtype, device=device, requires_grad=True)
+        gate = torch.randn(8, dtype=factor_dtype, device=device, requires_grad=True)
+        return x, weight, lora_a, lora_b, bias, gate
+
+    return tensors
+
+
+def _plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    return functional.lora_linear(x, weight, lora_a, lora_b, scaling=2.0)
+
+
+def _with_everything(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, gate: Tensor
+) -> Tensor:
+    return functional.lora_linear(
+        x, weight, lora_a, lora_b, bias, scaling=2.0, gate=gate, dropout_p=0.1, dropout_seed=7
+    )
+
+
+FAMILY = OpFamily(
+    name="lora",
+    cases=_cases,
+    work={
+        "_lora_linear_fwd_kernel": KernelWork(_main_flops, main=True),
+        "_lora_linear_bwd_dx_kernel": KernelWork(_main_flops, main=True),
+        "_lora_down_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["K"] * a["R"]),
+        "_lora_up_add_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["R"], in_place=("y_ptr",)),
+        "_lora_grad_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["R"]),
+        "_lora_bwd_q_grad_b_kernel": KernelWork(lambda a: 4.0 * a["M"] * a["N"] * a["R"]),
+        "_ordered_sum_kernel": KernelWork(lambda a: 1.0 * a["count"] * a["numel"], matrix=False),
+    },
+    traced=(
+        Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),
+        Traced("bfloat16, float32 factors, bias, gate, dropout", _with_everything, _traced_tensors(_BF16, _F32)),
+    ),
+)

@@ -1,0 +1,200 @@
+"""Launches and memory traffic of a piece of code, counted on a CPU: of Triton kernels in the interpreter, and of aten ops.
+
+The unit is the distinct byte: within one launch a byte counts once as read and once as written, however often it is
+touched. That is the traffic of a device whose caches lose nothing within a launch and keep nothing across launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .triton_internals import INTERPRETED, watched_interpreter
+
+
+class AccessFault(Exception):
+    """A kernel touched memory that it was not given, or used an atomic."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Distinct bytes of one tensor in one launch."""
+
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
+class CountedLaunch:
+    """A kernel launch, or an aten op, with the traffic of each of its tensors by name."""
+
+    name: str
+    tensors: dict[str, Traffic]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.read + t.written for t in self.tensors.values())
+
+
+@dataclass
+class MemoryRecord:
+    """What ``record_memory`` saw."""
+
+    launches: list[CountedLaunch] = field(default_factory=list)
+    saved: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(launch.nbytes for launch in self.launches)
+
+    def saved_bytes(self, beyond: Sequence[Tensor] = ()) -> int:
+        """Bytes that autograd saved for backward, each storage once, without the storages of ``beyond``."""
+        given = {t.untyped_storage().data_ptr() for t in beyond}
+        stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.saved}
+        return sum(nbytes for pointer, nbytes in stored.items() if pointer not in given)
+
+    def table(self) -> str:
+        """One line a launch, for people."""
+        lines = [f"{launch.nbytes:>12,}  {launch.name}" for launch in self.launches]
+        return "\n".join([*lines, f"{self.nbytes:>12,}  in {len(self.launches)} launches"])
+
+
+class _Region:
+    """The elements of one tensor argument, and which of them were touched."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.itemsize = name, tensor.element_size()
+        self.start = tensor.data_ptr()
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        self.end = self.start + span * self.itemsize
+        # A view leaves gaps between its rows that are not its own.
+        inside = torch.zeros(span, dtype=torch.bool)
+        inside.as_strided(tensor.shape, tensor.stride(), 0).fill_(True)
+        self.inside = inside.numpy()
+        self.read, self.written = np.zeros(span, dtype=bool), np.zeros(span, dtype=bool)
+
+    def touch(self, kind: str, addresses: np.ndarray, nbytes: int) -> bool:
+        """Mark elements; False when one of them is not the tensor's."""
+        elements = (addresses - np.uint64(self.start)) // np.uint64(self.itemsize)
+        if nbytes > self.itemsize:
+            elements = (elements[:, None] + np.arange(nbytes // self.itemsize, dtype=np.uint64)).ravel()
+        (self.read if kind == "read" else self.written)[elements] = True
+        return bool(self.inside[elements].all())
+
+    def traffic(self) -> Traffic:
+        return Traffic(int(self.read.sum()) * self.itemsize, int(self.written.sum()) * self.itemsize)
+
+
+class _KernelWatch:
+    """Follows the interpreter through one launch at a time."""
+
+    def __init__(self, record: MemoryRecord) -> None:
+        self.record = record
+        self.kernel, self.regions, self.starts = "", [], np.zeros(0, dtype=np.uint64)  # type: tuple[str, list[_Region], Any]
+
+    def launch(self, kernel: str, arguments: dict[str, Any]) -> None:
+        regions = []
+        for name, value in arguments.items():
+            tensor = getattr(value, "base", value)  # what a descriptor describes
+            if isinstance(tensor, Tensor) and tensor.numel():
+                regions.append(_Region(name, tensor))
+        self.kernel, self.regions = kernel, sorted(regions, key=lambda r: r.start)
+        self.starts = np.array([r.start for r in self.regions], dtype=np.uint64)
+
+    def access(self, kind: str, addresses: Any, mask: Any, nbytes: int) -> None:
+        if kind == "atomic":
+            raise AccessFault(f"{self.kernel}: an atomic, and results must not depend on the order of programs")
+        taken = np.asarray(addresses)[np.broadcast_to(mask, np.shape(addresses))].ravel()
+        if not taken.size:
+            return
+        owners = np.searchsorted(self.starts, taken, side="right") - 1
+        for owner in np.unique(owners):
+            mine = taken[owners == owner]
+            region = self.regions[owner] if owner >= 0 else None
+            if region is None or int(mine.max()) + nbytes > region.end:
+                last = region.name if region is not None else "the first argument"
+                where = int(mine.max()) - region.end if region is not None else int(mine.min()) - self.regions[0].start
+                raise AccessFault(
+                    f"{self.kernel}: a {kind} outside of every argument, {where:+} bytes from "
+                    f"{'the end of ' if region is not None else ''}{last}"
+                )
+            if not region.touch(kind, mine, nbytes):
+                raise AccessFault(f"{self.kernel}: a {kind} between the rows of {region.name}, which is a view")
+
+    def done(self) -> None:
+        traffic: dict[str, Traffic] = {}
+        for region in self.regions:
+            traffic[region.name] = region.traffic()
+        self.record.launches.append(CountedLaunch(self.kernel.lstrip("_"), traffic))
+
+
+_FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size")
+
+
+def _distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements, an expanded one's once."""
+    sizes = (n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s)
+    return int(torch.Size(sizes).numel()) * tensor.element_size() if tensor.numel() else 0
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class _OpWatch(TorchDispatchMode):
+    """Counts every aten op that moves data as a launch that reads its inputs and writes its outputs."""
+
+    def __init__(self, record: MemoryRecord) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "lowrank_kernels":
+            # An op of ours is what it launches: run its implementation with this mode still on.
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        storages = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
+        is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
+        if name in _FREE or is_view or not sum(t.numel() for t in outputs):
+            return result
+        traffic = {f"in{i}": Traffic(_distinct_bytes(t), 0) for i, t in enumerate(inputs)}
+        traffic |= {f"out{i}": Traffic(0, _distinct_bytes(t)) for i, t in enumerate(outputs)}
+        self.record.launches.append(CountedLaunch(name, traffic))
+        return result
+
+
+@contextlib.contextmanager
+def record_memory() -> Iterator[MemoryRecord]:
+    """Context that counts launches and bytes of CPU code, and what autograd saves.
+
+    Counted: every aten op that computes (views and allocations are free), and, under TRITON_INTERPRET=1, every Triton
+    kernel, with the distinct bytes that it reads and writes of each argument; masked lanes touch nothing.
+
+    Raises:
+        AccessFault: inside the context: a kernel accesses an address outside of its arguments, or between the rows of
+            a view; or uses an atomic.
+    """
+    record = MemoryRecord()
+    with contextlib.ExitStack() as stack:
+        if INTERPRETED:
+            watch = _KernelWatch(record)
+            stack.enter_context(watched_interpreter(watch.launch, watch.access, watch.done))
+
+        def pack(tensor: Tensor) -> Tensor:
+            record.saved.append(tensor.detach())
+            return tensor
+
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        stack.enter_context(_OpWatch(record))
+        yield record

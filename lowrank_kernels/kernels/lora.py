@@ -1,0 +1,513 @@
+"""Triton kernels of the LoRA linear and their launchers.
+
+y = x Wᵀ + bias + s (P ∘ gate) Bᵀ,  P = drop(x) Aᵀ
+dX = dY W + drop'(s (Q ∘ gate) A),  Q = dY B,  dA = s (Q ∘ gate)ᵀ drop(x),  dB = s dYᵀ (P ∘ gate)
+
+Every kernel accumulates in float32 and rounds once. Factors come in any float dtype and are rounded to x's in the
+kernel. Dropout masks are recomputed (``tiles.dropout_keep``); the masked operand stays exact and 1/(1-p) multiplies
+the float32 accumulator. Reductions that are split over programs go through float32 partials, summed in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .lora_tiles import LoRATiles, lora_tiles
+from .target import target_of
+from .tiles import _ordered_sum_kernel, cast, dot, dropout_keep, load_tile, store_tile, tile_position
+
+_KEEP_ALL = (None, 0, 1.0)
+Dropout = tuple[Tensor | None, int, float]
+"""(seed, threshold as an int32 bit pattern, 1 / (1 - p)); seed None: no dropout."""
+
+_NO_SPECIALIZE = ["M", "threshold_bits"]
+
+
+@triton.jit
+def _append_rank(acc, p_tile, b_ptr, gate_ptr, n0, r0, N, R, stride_bn, scaling,
+                 BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + s (P ∘ gate) Bᵀ for BLOCK_R ranks: P is rounded to its dtype already, and s ∘ gate go onto it."""
+    factor = scaling
+    if gate_ptr is not None:
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        factor = scaling * tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    b_tile = cast(load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False), p_tile.dtype)
+    return dot(cast(p_tile.to(tl.float32) * factor, p_tile.dtype), b_tile.T, acc, PRECISION)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_linear_fwd_kernel(
+    x, w, a, y,  # (M, K), (N, K), (R, K), (M, N): descriptors if USE_TMA, else pointers
+    p_ptr, b_ptr, bias_ptr, gate_ptr, seed_ptr,
+    M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_bn,
+    scaling, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, FUSE_DOWN: tl.constexpr, STORE_P: tl.constexpr, DROPOUT: tl.constexpr,
+    USE_TMA: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) tile of y at a time; programs walk the tiles with the stride of the grid.
+
+    FUSE_DOWN: P is a second accumulator of the main loop (R <= BLOCK_R), and the first column of programs writes it.
+    Otherwise P is an operand, and the rank is appended to the reduction in steps of BLOCK_R.
+    """
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    dtype: tl.constexpr = p_ptr.dtype.element_ty
+    for tile in tl.range(tl.program_id(0), num_pid_m * num_pid_n, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_n = tile_position(tile, num_pid_m, num_pid_n, GROUP_M)
+        m0 = pid_m * BLOCK_M
+        n0 = pid_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        acc_p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x_tile = load_tile(x, m0, k0, M, K, stride_xm, 1, BLOCK_M, BLOCK_K, USE_TMA)
+            w_tile = load_tile(w, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
+            acc = dot(x_tile, w_tile.T, acc, PRECISION)
+            if FUSE_DOWN:
+                a_tile = cast(load_tile(a, 0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, USE_TMA), dtype)
+                if DROPOUT:
+                    keep = dropout_keep(tl.load(seed_ptr), m0, k0, threshold_bits, BLOCK_M, BLOCK_K)
+                    x_tile = cast(tl.where(keep, x_tile, 0.0), dtype)
+                acc_p = dot(x_tile, a_tile.T, acc_p, PRECISION)
+
+        if FUSE_DOWN:
+            p_tile = cast(acc_p * keep_scale, dtype)
+            if STORE_P and pid_n == 0:
+                store_tile(p_ptr, p_tile, m0, 0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+            acc = _append_rank(
+                acc, p_tile, b_ptr, gate_ptr, n0, 0, N, R, stride_bn, scaling, BLOCK_N, BLOCK_R, PRECISION
+            )
+        else:
+            # Not pipelined: a turn or two, and the stages of the main loop fill shared memory already.
+            for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+                p_tile = load_tile(p_ptr, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+                acc = _append_rank(
+                    acc, p_tile, b_ptr, gate_ptr, n0, r0, N, R, stride_bn, scaling, BLOCK_N, BLOCK_R, PRECISION
+                )
+
+        if bias_ptr is not None:
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, USE_TMA)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_linear_bwd_dx_kernel(
+    dy, w, dx,  # (M, N), (N, K), (M, K): descriptors if USE_TMA, else pointers
+    q_ptr, a_ptr, gate_ptr, seed_ptr,
+    M, N, K, R, stride_dym, stride_wn, stride_wk, stride_ar,
+    scaling, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, DROPOUT: tl.constexpr,
+    USE_TMA: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_K) tile of dX at a time, reduced over N in steps of BLOCK_N.
+
+    The correction comes first, while the accumulator holds nothing else: it alone is masked and scaled.
+    """
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    num_pid_k = tl.cdiv(K, BLOCK_K)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    for tile in tl.range(tl.program_id(0), num_pid_m * num_pid_k, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_k = tile_position(tile, num_pid_m, num_pid_k, GROUP_M)
+        m0 = pid_m * BLOCK_M
+        k0 = pid_k * BLOCK_K
+        acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+            q_tile = load_tile(q_ptr, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+            if gate_ptr is not None:
+                offs_r = r0 + tl.arange(0, BLOCK_R)
+                gate = tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)
+                q_tile = cast(q_tile.to(tl.float32) * gate[None, :], dtype)
+            a_tile = cast(load_tile(a_ptr, r0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, False), dtype)
+            acc = dot(q_tile, a_tile, acc, PRECISION)
+        acc = acc * (scaling * keep_scale)
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), m0, k0, threshold_bits, BLOCK_M, BLOCK_K)
+            acc = tl.where(keep, acc, 0.0)
+        for n0 in range(0, N, BLOCK_N):
+            dy_tile = load_tile(dy, m0, n0, M, N, stride_dym, 1, BLOCK_M, BLOCK_N, USE_TMA)
+            w_tile = load_tile(w, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
+            acc = dot(dy_tile, w_tile, acc, PRECISION)
+        store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K, USE_TMA)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_down_kernel(
+    x_ptr, factor_ptr, seed_ptr, out_ptr,
+    M, K, R, stride_xm, stride_fr, stride_fk, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = drop(x) factorᵀ, (M, R). The factor is A with strides (K, 1), or B read as (R, N) with strides (1, R).
+
+    Grid: (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)); a program reads its rows of x once.
+    """
+    m0 = tl.program_id(0) * BLOCK_M
+    r0 = tl.program_id(1) * BLOCK_R
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        x_tile = load_tile(x_ptr, m0, k0, M, K, stride_xm, 1, BLOCK_M, BLOCK_K, False)
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), m0, k0, threshold_bits, BLOCK_M, BLOCK_K)
+            x_tile = cast(tl.where(keep, x_tile, 0.0), dtype)
+        factor = cast(load_tile(factor_ptr, k0, r0, K, R, stride_fk, stride_fr, BLOCK_K, BLOCK_R, False), dtype)
+        acc = dot(x_tile, factor, acc, PRECISION)
+    store_tile(out_ptr, acc * keep_scale, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_up_add_kernel(
+    y_ptr, p_ptr, factor_ptr, gate_ptr, seed_ptr,
+    M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y += drop'(s (P ∘ gate) factor) in place, y (M, C) contiguous, factor read as (R, C).
+
+    Grid: (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)).
+    """
+    m0 = tl.program_id(0) * BLOCK_M
+    c0 = tl.program_id(1) * BLOCK_C
+    dtype: tl.constexpr = p_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        p_tile = load_tile(p_ptr, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+        if gate_ptr is not None:
+            offs_r = r0 + tl.arange(0, BLOCK_R)
+            gate = tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)
+            p_tile = cast(p_tile.to(tl.float32) * gate[None, :], dtype)
+        factor = cast(load_tile(factor_ptr, r0, c0, R, C, stride_fr, stride_fc, BLOCK_R, BLOCK_C, False), dtype)
+        acc = dot(p_tile, factor, acc, PRECISION)
+    acc = acc * (scaling * keep_scale)
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), m0, c0, threshold_bits, BLOCK_M, BLOCK_C)
+        acc = tl.where(keep, acc, 0.0)
+    acc += load_tile(y_ptr, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False).to(tl.float32)
+    store_tile(y_ptr, acc, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_grad_kernel(
+    big_ptr, small_ptr, gate_ptr, seed_ptr, out_ptr,
+    M, C, R, stride_bm, stride_os, stride_or, stride_oc, rows_per_split, scaling, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[split] = s (small ∘ gate)ᵀ drop(big) over the rows of one split; strides place it as (R, C) or (C, R).
+
+    dA with big = x, small = Q; dB with big = dY, small = P. Grid: (cdiv(C, BLOCK_C), splits, cdiv(R, BLOCK_R)).
+    """
+    c0 = tl.program_id(0) * BLOCK_C
+    split = tl.program_id(1)
+    r0 = tl.program_id(2) * BLOCK_R
+    dtype: tl.constexpr = big_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    first = split * rows_per_split
+    last = min(first + rows_per_split, M)
+    for m0 in range(first, last, BLOCK_M):
+        big = load_tile(big_ptr, m0, c0, last, C, stride_bm, 1, BLOCK_M, BLOCK_C, False)
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), m0, c0, threshold_bits, BLOCK_M, BLOCK_C)
+            big = cast(tl.where(keep, big, 0.0), dtype)
+        small = load_tile(small_ptr, m0, r0, last, R, R, 1, BLOCK_M, BLOCK_R, False)
+        acc = dot(small.T, big, acc, PRECISION)
+    acc = acc * (scaling * keep_scale)
+    if gate_ptr is not None:
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        acc = acc * tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + split.to(tl.int64) * stride_os
+    store_tile(out, acc, r0, c0, R, C, stride_or, stride_oc, BLOCK_R, BLOCK_C, False)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _lora_bwd_q_grad_b_kernel(
+    dy_ptr, b_ptr, p_ptr, gate_ptr, q_ptr, grad_b_ptr,
+    M, N, R, stride_dym, stride_bn, scaling, columns_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q = dY B and dB = s dYᵀ (P ∘ gate) from one read of dY.
+
+    A program takes BLOCK_M rows and a range of columns: Q accumulates over its columns in registers, each column
+    tile's share of dB goes straight out. Grid: (cdiv(M, BLOCK_M), column splits, cdiv(R, BLOCK_R)).
+    q is (column splits, M, R), grad_b (row programs, N, R): partials in float32, or the result where there is one.
+    """
+    pid_m = tl.program_id(0)
+    split = tl.program_id(1)
+    r0 = tl.program_id(2) * BLOCK_R
+    m0 = pid_m * BLOCK_M
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    p_tile = load_tile(p_ptr, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+    factor = scaling
+    if gate_ptr is not None:
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        factor = scaling * tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    acc_q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    grad_b = grad_b_ptr + pid_m.to(tl.int64) * N * R
+    first = split * columns_per_split
+    for n0 in range(first, min(first + columns_per_split, N), BLOCK_N):
+        dy_tile = load_tile(dy_ptr, m0, n0, M, N, stride_dym, 1, BLOCK_M, BLOCK_N, False)
+        b_tile = cast(load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False), dtype)
+        acc_q = dot(dy_tile, b_tile, acc_q, PRECISION)
+        share = dot(dy_tile.T, p_tile, tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32), PRECISION)
+        store_tile(grad_b, share * factor, n0, r0, N, R, R, 1, BLOCK_N, BLOCK_R, False)
+    q = q_ptr + split.to(tl.int64) * M * R
+    store_tile(q, acc_q, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+def _dropout_arguments(dropout_p: float, dropout_seed: Tensor | None) -> Dropout:
+    if dropout_p == 0.0:
+        return _KEEP_ALL
+    threshold = int(dropout_p * 2.0**32)
+    return dropout_seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied: as PyTorch is told to multiply float32 matrices."""
+    if dtype != torch.float32:
+        return "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+def _can_describe(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can be made: 16-byte aligned rows, unit column stride, not empty."""
+    return all(
+        t.stride(1) == 1
+        and t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and (t.stride(0) * t.element_size()) % 16 == 0
+        for t in tensors
+    )
+
+
+def _describe(use_tma: bool, *tensors_and_blocks: tuple[Tensor, list[int]]) -> list[Any]:
+    if not use_tma:
+        return [tensor for tensor, _ in tensors_and_blocks]
+    return [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t, block in tensors_and_blocks]
+
+
+def _ordered_sum(partial: Tensor, out: Tensor) -> Tensor:
+    block = 1024
+    _ordered_sum_kernel[(triton.cdiv(out.numel(), block),)](
+        partial, out, partial.shape[0], out.numel(), BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _tiles(rows: Tensor, weight: Tensor, R: int, dropout_p: float) -> LoRATiles:
+    """Tiles for a product of ``rows`` (x or dY) with the weight; forward and backward get the same strategy."""
+    N, K = weight.shape
+    aligned = _can_describe(rows, weight)
+    return lora_tiles(
+        target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0, aligned=aligned
+    )
+
+
+def lora_down(
+    x: Tensor, factor: Tensor, rank_last: bool, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles
+) -> Tensor:
+    """drop(x) Aᵀ, or with ``rank_last`` x B (the factor stored as (C, R)); (M, R) in x's dtype."""
+    M, K = x.shape
+    R = factor.shape[1 if rank_last else 0]
+    stride_fr, stride_fk = (factor.stride(1), factor.stride(0)) if rank_last else factor.stride()
+    out = x.new_empty(M, R)
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    t = tiles.down
+    grid = (triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, t.BLOCK_R))
+    _lora_down_kernel[grid](
+        x, factor, seed, out, M, K, R, x.stride(0), stride_fr, stride_fk, threshold_bits, keep_scale,
+        BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
+        DROPOUT=seed is not None, PRECISION=_precision(x.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _up_add(
+    y: Tensor, p: Tensor, factor: Tensor, rank_last: bool, gate: Tensor | None, scaling: float,
+    dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles,
+) -> None:  # fmt: skip
+    """y += drop'(s (p ∘ gate) factor) after a library product, in place."""
+    if dropout_p == 0.0:
+        gated = p if gate is None else p * gate.to(p.dtype)
+        y.addmm_(gated, (factor.T if rank_last else factor).to(p.dtype), alpha=scaling)
+        return
+    M, C = y.shape
+    R = p.shape[1]
+    stride_fr, stride_fc = (factor.stride(1), factor.stride(0)) if rank_last else factor.stride()
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    t = tiles.up_add
+    _lora_up_add_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
+        y, p, factor, gate, seed, M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
+        BLOCK_M=t.BLOCK_M, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
+        DROPOUT=True, PRECISION=_precision(y.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+
+
+def lora_linear_fwd(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, store_p: bool, tiles: LoRATiles | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y (M, N) and, when ``store_p``, P (M, R), both in x's dtype, by the strategy of ``tiles``.
+
+    x (M, K) with unit column stride; factors with unit column stride; weight (N, K) of any strides.
+    """
+    M, K = x.shape
+    N, R = lora_b.shape
+    if M == 0 or N == 0:
+        return x.new_empty(M, N), x.new_empty(M, R) if store_p else None
+    tiles = tiles or _tiles(x, weight, R, dropout_p)
+    fused = tiles.strategy == "fused"
+    p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
+    if tiles.strategy == "library":
+        assert p is not None
+        y = torch.nn.functional.linear(x, weight, bias)
+        _up_add(y, p, lora_b, True, gate, scaling, 0.0, None, tiles)
+        return y, p
+
+    y = x.new_empty(M, N)
+    if p is None:
+        p = x.new_empty(M, R) if store_p else x.new_empty(1, R)
+    t = tiles.main
+    use_tma = t.tma and _can_describe(x, weight, lora_a, y)
+    x_arg, w_arg, a_arg, y_arg = _describe(
+        use_tma, (x, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_N, t.BLOCK_K]),
+        (lora_a, [t.BLOCK_R, t.BLOCK_K]), (y, [t.BLOCK_M, t.BLOCK_N]),
+    )  # fmt: skip
+    # Only the kernel that makes P draws the mask.
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed) if fused else _KEEP_ALL
+    _lora_linear_fwd_kernel[(t.programs(M, N),)](
+        x_arg, w_arg, a_arg, y_arg, p, lora_b, bias, gate, seed,
+        M, N, K, R, x.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0),
+        scaling, threshold_bits, keep_scale,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
+        FUSE_DOWN=fused, STORE_P=store_p, DROPOUT=seed is not None,
+        USE_TMA=use_tma, FLATTEN=t.flatten, PRECISION=_precision(x.dtype), **t.options,
+    )  # fmt: skip
+    return y, p if store_p else None
+
+
+def lora_linear_bwd_dx(
+    grad_y: Tensor, weight: Tensor, q: Tensor, lora_a: Tensor, gate: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles,
+) -> Tensor:  # fmt: skip
+    """dX = dY W + drop'(s (Q ∘ gate) A), (M, K) in grad_y's dtype."""
+    M, N = grad_y.shape
+    R, K = lora_a.shape
+    if tiles.strategy == "library":
+        grad_x = grad_y @ weight
+        _up_add(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed, tiles)
+        return grad_x
+    grad_x = grad_y.new_empty(M, K)
+    t = tiles.main_dx
+    use_tma = t.tma and _can_describe(grad_y, weight, grad_x)
+    # The tile's N and K are those of the product dY W: its columns are K, its reduction is N.
+    dy_arg, w_arg, dx_arg = _describe(
+        use_tma, (grad_y, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_K, t.BLOCK_N]), (grad_x, [t.BLOCK_M, t.BLOCK_N])
+    )
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    _lora_linear_bwd_dx_kernel[(t.programs(M, K),)](
+        dy_arg, w_arg, dx_arg, q, lora_a, gate, seed,
+        M, N, K, R, grad_y.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0),
+        scaling, threshold_bits, keep_scale,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_K, BLOCK_K=t.BLOCK_N, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
+        DROPOUT=seed is not None, USE_TMA=use_tma, FLATTEN=t.flatten, PRECISION=_precision(grad_y.dtype), **t.options,
+    )  # fmt: skip
+    return grad_x
+
+
+def lora_grad(
+    big: Tensor, small: Tensor, gate: Tensor | None, scaling: float, rank_last: bool,
+    dropout_p: float, dropout_seed: Tensor | None, out_dtype: torch.dtype, tiles: LoRATiles,
+) -> Tensor:  # fmt: skip
+    """s (small ∘ gate)ᵀ drop(big): (R, C), or with ``rank_last`` its transpose (C, R); in ``out_dtype``."""
+    M, C = big.shape
+    R = small.shape[1]
+    t = tiles.grad
+    splits = t.splits(M, C, R)
+    shape = (C, R) if rank_last else (R, C)
+    out = big.new_empty(shape, dtype=out_dtype)
+    partial = out if splits == 1 else big.new_empty((splits, *shape), dtype=torch.float32)
+    stride_or, stride_oc = (1, R) if rank_last else (C, 1)
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    rows_per_split = triton.cdiv(triton.cdiv(M, t.BLOCK_M), splits) * t.BLOCK_M
+    _lora_grad_kernel[(triton.cdiv(C, t.BLOCK_C), splits, triton.cdiv(R, t.BLOCK_R))](
+        big, small, gate, seed, partial, M, C, R, big.stride(0), C * R, stride_or, stride_oc, rows_per_split,
+        scaling, threshold_bits, keep_scale,
+        BLOCK_M=t.BLOCK_M, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
+        DROPOUT=seed is not None, PRECISION=_precision(big.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+    return out if splits == 1 else _ordered_sum(partial, out)
+
+
+def lora_bwd_q_grad_b(
+    grad_y: Tensor, lora_b: Tensor, p: Tensor, gate: Tensor | None, scaling: float, tiles: LoRATiles
+) -> tuple[Tensor, Tensor]:
+    """Q = dY B (M, R) in grad_y's dtype and dB = s dYᵀ (P ∘ gate) (N, R) in lora_b's, from one read of dY."""
+    M, N = grad_y.shape
+    R = lora_b.shape[1]
+    t = tiles.q_grad_b
+    row_programs = triton.cdiv(M, t.BLOCK_M)
+    splits = triton.cdiv(N, t.columns_per_split)
+    q, grad_b = grad_y.new_empty(M, R), torch.empty_like(lora_b)
+    q_out = q if splits == 1 else grad_y.new_empty((splits, M, R), dtype=torch.float32)
+    grad_b_out = grad_b if row_programs == 1 else grad_y.new_empty((row_programs, N, R), dtype=torch.float32)
+    _lora_bwd_q_grad_b_kernel[(row_programs, splits, triton.cdiv(R, t.BLOCK_R))](
+        grad_y, lora_b, p, gate, q_out, grad_b_out,
+        M, N, R, grad_y.stride(0), lora_b.stride(0), scaling, t.columns_per_split,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_R=t.BLOCK_R, PRECISION=_precision(grad_y.dtype),
+        num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _ordered_sum(q_out, q)
+    if row_programs > 1:
+        _ordered_sum(grad_b_out, grad_b)
+    return q, grad_b
+
+
+def lora_linear_bwd(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None,
+    p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
+    needs: tuple[bool, bool, bool], need_q: bool, tiles: LoRATiles | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dX, dA, dB, Q), each None unless needed; ``needs`` is for (x, lora_a, lora_b), ``need_q`` for the caller."""
+    M, N = grad_y.shape
+    R, K = lora_a.shape
+    need_x, need_a, need_b = needs
+    need_q = need_q or need_x or need_a
+    if M == 0:
+        return (
+            grad_y.new_zeros(0, K) if need_x else None,
+            torch.zeros_like(lora_a) if need_a else None,
+            torch.zeros_like(lora_b) if need_b else None,
+            grad_y.new_zeros(0, R) if need_q else None,
+        )
+    tiles = tiles or _tiles(grad_y, weight, R, dropout_p)
+    q = grad_x = grad_a = grad_b = None
+    if need_b and need_q:
+        assert p is not None
+        q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
+    elif need_b:
+        assert p is not None
+        grad_b = lora_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype, tiles)
+    elif need_q:
+        q = lora_down(grad_y, lora_b, True, 0.0, None, tiles)
+    if need_x:
+        assert q is not None
+        grad_x = lora_linear_bwd_dx(grad_y, weight, q, lora_a, gate, scaling, dropout_p, dropout_seed, tiles)
+    if need_a:
+        assert q is not None and x is not None
+        grad_a = lora_grad(x, q, gate, scaling, False, dropout_p, dropout_seed, lora_a.dtype, tiles)
+    return grad_x, grad_a, grad_b, q
+
+
+__all__ = ["lora_linear_bwd", "lora_linear_fwd"]

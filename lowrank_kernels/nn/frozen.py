@@ -1,0 +1,42 @@
+"""Which linear layers a correction can be put on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def why_not_frozen(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be used as x ↦ x Wᵀ + bias with a plain frozen weight W; None when it can."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        if hasattr(module, "base_layer"):
+            return f"already adapted ({kind})"
+        if kind == "Conv1D":
+            return "transformers' Conv1D keeps its weight as (in, out); an nn.Linear is needed"
+        return f"not an nn.Linear but a {kind}"
+    if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
+        return "its weight is computed by torch.nn.utils.parametrize"
+    weight = module.weight
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"quantised ({kind}, weight of {weight.dtype})"
+    if type(module).forward is not nn.Linear.forward:
+        return f"a {kind} has a forward of its own"
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout is not torch.strided:
+        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain tensor"
+    if has_hooks(module):
+        return "it carries hooks or a replaced forward, which would no longer run; remove them first"
+    return None

@@ -1,0 +1,82 @@
+"""Which backend runs an op, and the words for the one that cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+
+logger = logging.getLogger("lowrank_kernels")
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed (pip install triton)"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why a backend cannot run an op on such tensors; None when it can."""
+    if backend == "reference":
+        return None
+    if dtype not in _KERNEL_DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {dtype}; use backend='reference'"
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"it takes CPU tensors, and these are on {device_type}"
+        return None if _extension.available() else _extension.reason()
+    if backend == "triton":
+        if _triton_missing():
+            return _triton_missing()
+        if device_type == "cpu" and not _interpreted():
+            return "it takes CUDA tensors; on a CPU it runs in Triton's interpreter alone (set TRITON_INTERPRET=1)"
+        if device_type not in ("cpu", "cuda"):
+            return f"it takes CUDA tensors, and these are on {device_type}"
+        return None
+    return f"{op} has no CUDA C++ kernel; use backend='triton'"
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+@cache
+def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
+    preferred = "triton" if device_type == "cuda" else "cpu"
+    reason = why_not(op, preferred, device_type, dtype)
+    if reason is None:
+        return preferred
+    _say_once(f"{op}: backend 'auto' runs 'reference' here instead of '{preferred}': {reason}")
+    return "reference"
+
+
+def resolve_backend(op: str, backend: str, x: Tensor) -> str:
+    """The backend that runs ``op`` on tensors like ``x``.
+
+    "auto" takes Triton for CUDA tensors and C++ for CPU tensors, and falls back to "reference" with one log line.
+    A named backend is taken or refused.
+
+    Raises:
+        ValueError: an unknown backend, or a named one that cannot run, with the reason.
+    """
+    if backend == "auto":
+        return _automatic(op, x.device.type, x.dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = why_not(op, backend, x.device.type, x.dtype)
+    if reason is not None:
+        raise ValueError(f"{op}: backend '{backend}' cannot run here: {reason}")
+    return backend

@@ -1,0 +1,362 @@
+"""``lowrank_kernels::dora_weight_norm`` and ``dora_linear``: schemas, checks, backends, fakes, autograd, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..reference.dora import (
+    dora_column_scale_ref,
+    dora_linear_backward_ref,
+    dora_linear_ref,
+    dora_weight_norm_ref,
+)
+from ..reference.dropout import dropout_keep_mask_ref
+from .backend import resolve_backend
+from .library import define, no_double_backward, register_autocast, run_backward
+from .lora import check_lora_linear, unit_columns
+
+_NORM = (
+    "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? weight_sq_norm, "
+    "Tensor? magnitude, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_FORWARD = (
+    "dora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, Tensor norm, "
+    "Tensor column_scale, Tensor? bias, float scaling, float dropout_p, Tensor? dropout_seed, bool dropout_base, "
+    "bool detach_norm, bool save, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "dora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor norm, "
+    "Tensor column_scale, Tensor? p, Tensor? u, float scaling, float dropout_p, Tensor? dropout_seed, "
+    "bool dropout_base, bool detach_norm, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+Needs = tuple[bool, bool, bool, bool, bool]
+"""Which of the gradients of (x, lora_a, lora_b, magnitude, bias) to compute."""
+
+
+def check_dora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, dropout_p: float
+) -> None:
+    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
+    check_lora_linear(x, weight, lora_a, lora_b, bias, None, dropout_p, op="dora_linear")
+    if not isinstance(magnitude, Tensor) or not magnitude.is_floating_point():
+        raise TypeError(f"dora_linear: expected magnitude to be a tensor of a floating dtype, got {magnitude!r:.60}")
+    if magnitude.shape != (weight.shape[0],):
+        raise ValueError(
+            f"dora_linear: expected magnitude of shape (N,) = ({weight.shape[0]},), got {tuple(magnitude.shape)}"
+        )
+    if magnitude.device != x.device:
+        raise ValueError(f"dora_linear: expected magnitude on {x.device} like x, got {magnitude.device}")
+
+
+def check_dora_weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, weight_sq_norm: Tensor | None) -> None:
+    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError("dora_weight_norm: expected weight to be a tensor of shape (N, K)")
+    no_rows = weight.detach().new_empty(0, weight.shape[1])
+    check_lora_linear(no_rows, weight.detach(), lora_a, lora_b, None, None, 0.0, op="dora_weight_norm")
+    if weight_sq_norm is not None and weight_sq_norm.shape != (weight.shape[0],):
+        raise ValueError(
+            f"dora_weight_norm: expected weight_sq_norm of shape (N,) = ({weight.shape[0]},), "
+            f"got {tuple(weight_sq_norm.shape)}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- norm
+
+
+def _norm_backend(backend: str, weight: Tensor) -> str:
+    """The C++ extension serves both devices under the names "cpu" and "cuda"; Triton where CUDA was not compiled."""
+    on_gpu = weight.device.type == "cuda"
+    if backend == "cuda" or (backend == "auto" and on_gpu):
+        if on_gpu and _extension.has_cuda():
+            return "cpp"
+        if backend == "cuda":
+            raise ValueError(
+                f"dora_weight_norm: backend 'cuda' cannot run here: {_extension.why_no_cuda()}"
+                if on_gpu
+                else f"dora_weight_norm: backend 'cuda' cannot run here: the weight is on {weight.device}"
+            )
+    name = resolve_backend("dora_weight_norm", backend, weight)
+    return "cpp" if name == "cpu" else name
+
+
+def _norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    weight_sq_norm: Tensor | None, magnitude: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    name = _norm_backend(backend, weight)
+    if name == "reference":
+        norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
+        if weight_sq_norm is None:
+            weight_sq_norm = weight.to(norm.dtype).square().sum(1)
+        scale = norm.new_empty(0) if magnitude is None else dora_column_scale_ref(magnitude, norm)
+        return norm, weight_sq_norm.clone(), scale
+    weight, lora_a, lora_b = unit_columns(weight), unit_columns(lora_a), unit_columns(lora_b)
+    if name == "triton":
+        from ..kernels.dora import dora_norm
+    else:
+        dora_norm = torch.ops.lowrank_kernels.dora_norm
+    norm, sq_norm, scale = dora_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude)
+    return norm, sq_norm, scale
+
+
+def _norm_fake(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend):  # type: ignore[no-untyped-def]
+    wide = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
+    norm = weight.new_empty(weight.shape[0], dtype=wide)
+    return norm, torch.empty_like(norm), norm.new_empty(0) if magnitude is None else torch.empty_like(norm)
+
+
+def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, lora_a, lora_b, scaling = inputs[:4]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, lora_a, lora_b, output[0])
+    ctx.scaling = scaling
+
+
+def _norm_backward(ctx: Any, grad_norm: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    weight, lora_a, lora_b, norm = ctx.saved_tensors
+    if grad_norm is None:
+        return (None,) * 7
+    row_factor = torch.where(norm > 0, grad_norm / norm, 0.0)
+    grad_a, grad_b = _norm_gradients(weight, lora_a, lora_b, ctx.scaling, row_factor)
+    return None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None, None, None, None
+
+
+def _norm_gradients(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, row_factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of Σ_i c_i ‖V_i‖² / 2, V = W + s B A, with c the row factor: s Bᵀ (c ∘ V) and s (c ∘ V) Aᵀ.
+
+    Only (N, R), (R, K) and (R, R) products: V is never formed. Widened to the row factor's dtype by blocks of rows.
+    """
+    wide = row_factor.dtype
+    a, b = lora_a.to(wide), lora_b.to(wide)
+    weighted_b = row_factor[:, None] * b
+    grad_a = scaling * scaling * (b.T @ weighted_b) @ a
+    grad_b = scaling * scaling * weighted_b @ (a @ a.T)
+    rows_at_once = max(1, (1 << 22) // weight.shape[1])
+    for start in range(0, weight.shape[0], rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        w = weight[rows].to(wide)
+        grad_a = grad_a.addmm_(weighted_b[rows].T, w, alpha=scaling)
+        grad_b[rows] += scaling * row_factor[rows, None] * (w @ a.T)
+    return grad_a, grad_b
+
+
+# ------------------------------------------------------------------------------------------------------------- linear
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, norm: Tensor, column_scale: Tensor,
+    bias: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None, dropout_base: bool,
+    detach_norm: bool, save: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x2 = x.reshape(-1, x.shape[-1])
+    name = resolve_backend("dora_linear", backend, x)
+    if name == "reference":
+        y, p, u = dora_linear_ref(
+            x2, weight, lora_a, lora_b, column_scale, bias,
+            scaling=scaling, dropout_p=dropout_p, dropout_seed=dropout_seed, dropout_base=dropout_base,
+        )  # fmt: skip
+    else:
+        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        if dropout_base and dropout_p > 0.0:
+            # y = g ∘ (d Wᵀ + s d Aᵀ Bᵀ) + (x - d) Wᵀ + bias with d = drop(x): plain DoRA on d, and what d lost.
+            dropped = _drop(x2, dropout_p, dropout_seed, name)
+            rest = torch.nn.functional.linear(x2 - dropped, weight, bias)
+            y, p, u = _scaled_product(
+                dropped, weight, lora_a, lora_b, column_scale, None, scaling, 0.0, None, save, name
+            )
+            y = y.add_(rest)
+        else:
+            y, p, u = _scaled_product(
+                x2, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save, name
+            )
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return (y, p, u) if save else (y, x.new_empty(0), x.new_empty(0))
+
+
+def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None, backend: str) -> Tensor:
+    assert dropout_seed is not None
+    draw = torch.ops.lowrank_kernels.dropout_keep_mask if backend == "cpu" else dropout_keep_mask_ref
+    return torch.where(draw(dropout_seed, x.shape[0], x.shape[1], dropout_p), x / (1.0 - dropout_p), 0.0)
+
+
+def _scaled_product(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, save: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = g ∘ u + bias, P and u = x Wᵀ + s drop(x) Aᵀ Bᵀ; P and u are only right when ``save``."""
+    if backend == "triton":
+        from ..kernels.dora import dora_linear_fwd
+
+        return dora_linear_fwd(
+            x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save
+        )
+    cpp = torch.ops.lowrank_kernels
+    p = cpp.lora_down(x, lora_a, False, dropout_seed, dropout_p)
+    u = torch.nn.functional.linear(x, weight)
+    y = torch.empty_like(u) if save else u
+    cpp.dora_up_(u, p, lora_b, scaling, column_scale, bias, y if save else None)
+    return y, p, u
+
+
+def _forward_fake(x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
+                  dropout_base, detach_norm, save, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+    rows, n = x.numel() // x.shape[-1], weight.shape[0]
+    y = x.new_empty(*x.shape[:-1], n)
+    if not save:
+        return y, x.new_empty(0), x.new_empty(0)
+    return y, x.new_empty(rows, lora_a.shape[0]), x.new_empty(rows, n)
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor,
+    column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
+    dropout_seed: Tensor | None, dropout_base: bool, detach_norm: bool, needs: Needs, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_a, need_b, need_m, need_bias = needs
+    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
+    name = resolve_backend("dora_linear", backend, grad_y)
+    if name == "reference":
+        grads: tuple[Tensor | None, ...] = dora_linear_backward_ref(
+            dy, x, weight, lora_a, lora_b, column_scale, norm, p, u,
+            scaling=scaling, dropout_p=dropout_p, dropout_seed=dropout_seed, dropout_base=dropout_base,
+            detach_norm=detach_norm, needs=needs,
+        )  # fmt: skip
+    else:
+        x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
+        a, b = unit_columns(lora_a), unit_columns(lora_b)
+        need_inner = need_m or (not detach_norm and (need_a or need_b))
+        grad_x, grad_a, grad_b, inner = (_triton_backward if name == "triton" else _cpu_backward)(
+            dy, x2, weight, a, b, column_scale, p, u, scaling, dropout_p, dropout_seed,
+            dropout_base and dropout_p > 0.0, (need_x, need_a, need_b, need_inner),
+        )  # fmt: skip
+        grad_m = None
+        if need_inner:
+            assert inner is not None
+            positive = norm > 0
+            if need_m:
+                grad_m = torch.where(positive, inner / norm, 0.0)
+            if not detach_norm and (need_a or need_b):
+                row_factor = torch.where(positive, -column_scale * inner / norm.square(), 0.0)
+                more_a, more_b = _norm_gradients(weight, lora_a, lora_b, scaling, row_factor)
+                grad_a = None if grad_a is None else (grad_a + more_a).to(lora_a.dtype)
+                grad_b = None if grad_b is None else (grad_b + more_b).to(lora_b.dtype)
+        grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
+    grad_x = grads[0]
+    if grad_x is not None:
+        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
+
+
+def _cpu_backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor,
+    p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
+    dropout_base: bool, needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dX, dA, dB, Σ_m dY ∘ u). One pass over dY and u makes g ∘ dY, Q, dB and the sum."""
+    cpp = torch.ops.lowrank_kernels
+    need_x, need_a, need_b, need_inner = needs
+    grad_u, q, grad_b, inner = cpp.dora_down_grad(
+        grad_y, u if need_inner else None, column_scale, lora_b, p if need_b else None, scaling, lora_b.dtype
+    )
+    grad_x = grad_a = None
+    if need_x:
+        grad_x = _grad_x(
+            grad_y, grad_u, weight, scaling, dropout_base,
+            lambda target, mask: cpp.lora_up_(
+                target, q, lora_a, False, None, scaling, dropout_seed if mask else None, dropout_p if mask else 0.0
+            ),
+            lambda target: _drop(target, dropout_p, dropout_seed, "cpu"),
+        )  # fmt: skip
+    if need_a:
+        grad_a = cpp.lora_grad(x, q, None, scaling, False, dropout_seed, dropout_p, lora_a.dtype)
+    return grad_x, grad_a, grad_b if need_b else None, inner
+
+
+def _grad_x(
+    grad_y: Tensor, grad_u: Tensor, weight: Tensor, scaling: float, dropout_base: bool, add_correction: Any, drop: Any
+) -> Tensor:
+    """dU W + drop'(s Q A); with ``dropout_base`` dY W + drop'((dU - dY) W + s Q A)."""
+    if not dropout_base:
+        grad_x = grad_u @ weight
+        add_correction(grad_x, True)
+        return grad_x
+    through_mask = (grad_u - grad_y) @ weight
+    add_correction(through_mask, False)
+    return (grad_y @ weight).add_(drop(through_mask))
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    from ..kernels.dora import dora_linear_bwd
+
+    return dora_linear_bwd(*args)
+
+
+def _backward_fake(grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
+                   dropout_base, detach_norm, needs, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+    n, k = weight.shape
+    shapes = (
+        grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format), torch.empty_like(norm), grad_y.new_empty(n),
+    )  # fmt: skip
+    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- registration with torch
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    (x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias,
+     scaling, dropout_p, dropout_seed, dropout_base, detach_norm, save, backend) = inputs  # fmt: skip
+    _, p, u = output
+    ctx.mark_non_differentiable(p, u)
+    ctx.set_materialize_grads(False)
+    needs_norm = not detach_norm and (lora_a.requires_grad or lora_b.requires_grad)
+    ctx.save_for_backward(
+        x if lora_a.requires_grad else None, weight, lora_a, lora_b, norm, column_scale,
+        p if save and lora_b.requires_grad else None,
+        u if save and (magnitude.requires_grad or needs_norm) else None,
+        dropout_seed,
+    )  # fmt: skip
+    ctx.options = scaling, dropout_p, dropout_base, detach_norm, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.magnitude_dtype = magnitude.dtype
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 15
+    x, weight, lora_a, lora_b, norm, column_scale, p, u, seed = ctx.saved_tensors
+    scaling, dropout_p, dropout_base, detach_norm, backend = ctx.options
+    need_x, _, need_a, need_b, need_m, _, _, need_bias = ctx.needs_input_grad[:8]
+    needs = (need_x, need_a, need_b, need_m, need_bias)
+    grads = run_backward(
+        torch.ops.lowrank_kernels.dora_linear_backward.default,
+        grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u,
+        scaling, dropout_p, seed, dropout_base, detach_norm, needs, backend,
+    )  # fmt: skip
+    grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if grad_m is not None:
+        grad_m = grad_m.to(ctx.magnitude_dtype)
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, None, grad_a, grad_b, grad_m, None, None, grad_bias, *(None,) * 7
+
+
+def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
+    x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, *rest = args
+    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+    return x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, *rest
+
+
+define(_NORM, _norm, _norm_fake, setup_context=_norm_setup_context, backward=_norm_backward)
+define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+define(_BACKWARD, _backward, _backward_fake, **no_double_backward("dora_linear"))
+register_autocast("dora_linear", _autocast)

@@ -1,0 +1,233 @@
+"""``lowrank_kernels::lora_linear``: schema, checks, backends, fakes, autograd, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
+from .backend import resolve_backend
+from .library import define, no_double_backward, register_autocast, run_backward
+
+_FORWARD = (
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, "
+    "float dropout_p, Tensor? dropout_seed, bool save_p, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? gate, "
+    "Tensor? p, float scaling, float dropout_p, Tensor? dropout_seed, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+Needs = tuple[bool, bool, bool, bool, bool]
+"""Which of the gradients of (x, lora_a, lora_b, bias, gate) to compute."""
+
+
+def check_lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
+    dropout_p: float, op: str = "lora_linear",
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
+    for name, tensor in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"{op}: expected x of shape (..., K) = (..., {k}), got {tuple(x.shape)}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(f"{op}: expected lora_a of shape (R, K) = (R, {k}), got {tuple(lora_a.shape)}")
+    r = lora_a.shape[0]
+    if r == 0:
+        raise ValueError(f"{op}: expected a rank of at least 1, got lora_a of shape {tuple(lora_a.shape)}")
+    if lora_b.shape != (n, r):
+        raise ValueError(f"{op}: expected lora_b of shape (N, R) = ({n}, {r}), got {tuple(lora_b.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
+    if gate is not None and gate.shape != (r,):
+        raise ValueError(f"{op}: expected gate of shape (R,) = ({r},), got {tuple(gate.shape)}")
+    for name, optional in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+        ("gate", gate),
+    ):
+        if optional is not None and optional.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
+            f"cast x, or run under torch.autocast"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: expected a frozen weight, got one that requires grad; "
+            f"call weight.requires_grad_(False), or train it with torch.nn.functional.linear"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x2 = x.reshape(-1, x.shape[-1])
+    name = resolve_backend("lora_linear", backend, x)
+    if name == "reference":
+        y, p = lora_linear_ref(
+            x2, weight, lora_a, lora_b, bias,
+            scaling=scaling, gate=gate, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        )  # fmt: skip
+    else:
+        run = _cpu_forward if name == "cpu" else _triton_forward
+        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        y, p = run(x2, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p)
+    return y.reshape(*x.shape[:-1], -1 if y.numel() else weight.shape[0]), p if save_p else x.new_empty(0)
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None,
+    p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None, needs: Needs, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_a, need_b, need_bias, need_gate = needs
+    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
+    name = resolve_backend("lora_linear", backend, grad_y)
+    if name == "reference":
+        grads: tuple[Tensor | None, ...] = lora_linear_backward_ref(
+            dy, x, weight, lora_a, lora_b, p,
+            scaling=scaling, gate=gate, dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
+        )  # fmt: skip
+    else:
+        x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
+        lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
+        run = _cpu_backward if name == "cpu" else _triton_backward
+        grad_x, grad_a, grad_b, q = run(
+            dy, x2, weight, lora_a, lora_b, gate, p, scaling, dropout_p, dropout_seed,
+            (need_x, need_a, need_b), need_gate,
+        )  # fmt: skip
+        grad_gate = None
+        if need_gate:
+            assert q is not None and p is not None and gate is not None
+            grad_gate = (scaling * (q.float() * p.float()).sum(0)).to(gate.dtype)
+        grads = (grad_x, grad_a, grad_b, dy.sum(0) if need_bias else None, grad_gate)
+    grad_x = grads[0]
+    if grad_x is not None:
+        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
+
+
+def unit_columns(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor | None]:
+    from ..kernels.lora import lora_linear_fwd
+
+    return lora_linear_fwd(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    from ..kernels.lora import lora_linear_bwd
+
+    return lora_linear_bwd(*args)
+
+
+def _cpu_forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The main product is the library's; C++ makes P and adds the correction in place."""
+    cpp = torch.ops.lowrank_kernels
+    p = cpp.lora_down(x, lora_a, False, dropout_seed, dropout_p)
+    y = torch.nn.functional.linear(x, weight, bias)
+    cpp.lora_up_(y, p, lora_b, True, gate, scaling, None, 0.0)
+    return y, p
+
+
+def _cpu_backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None,
+    p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
+    needs: tuple[bool, bool, bool], need_q: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    cpp = torch.ops.lowrank_kernels
+    need_x, need_a, need_b = needs
+    q = grad_x = grad_a = grad_b = None
+    if need_x or need_a or need_q:
+        if need_b:
+            q, grad_b = cpp.lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.dtype)
+        else:
+            q = cpp.lora_down(grad_y, lora_b, True, None, 0.0)
+    elif need_b:
+        grad_b = cpp.lora_grad(grad_y, p, gate, scaling, True, None, 0.0, lora_b.dtype)
+    if need_x:
+        grad_x = grad_y @ weight
+        cpp.lora_up_(grad_x, q, lora_a, False, gate, scaling, dropout_seed, dropout_p)
+    if need_a:
+        grad_a = cpp.lora_grad(x, q, gate, scaling, False, dropout_seed, dropout_p, lora_a.dtype)
+    return grad_x, grad_a, grad_b, q
+
+
+# ------------------------------------------------------------------------------------------- registration with torch
+
+
+def _forward_fake(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p, backend):  # type: ignore[no-untyped-def]
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_a.shape[0]) if save_p else x.new_empty(0)
+
+
+def _backward_fake(grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, dropout_seed, needs, backend):  # type: ignore[no-untyped-def]
+    n, k = weight.shape
+    shapes = (
+        grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format), grad_y.new_empty(n),
+        grad_y.new_empty(0) if gate is None else torch.empty_like(gate),
+    )  # fmt: skip
+    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    need_a = lora_a.requires_grad
+    ctx.save_for_backward(
+        x if need_a else None, weight, lora_a, lora_b, gate, output[1] if save_p else None, dropout_seed
+    )
+    ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_p: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 11
+    x, weight, lora_a, lora_b, gate, p, seed = ctx.saved_tensors
+    need_x, need_w, need_a, need_b, need_bias, need_gate = ctx.needs_input_grad[:6]
+    needs = (need_x, need_a, need_b, need_bias, need_gate)
+    grads = run_backward(
+        torch.ops.lowrank_kernels.lora_linear_backward.default, grad_y, x, weight, lora_a, lora_b, gate, p,
+        ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
+    )  # fmt: skip
+    grad_x, grad_a, grad_b, grad_bias, grad_gate = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, None, grad_a, grad_b, grad_bias, grad_gate, None, None, None, None, None
+
+
+def _autocast(dtype: torch.dtype, x, weight, lora_a, lora_b, bias, *rest):  # type: ignore[no-untyped-def]
+    # Factors keep their dtype: the kernels round them, without a copy in memory.
+    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+    return x, weight, lora_a, lora_b, bias, *rest
+
+
+define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+define(_BACKWARD, _backward, _backward_fake, **no_double_backward("lora_linear"))
+register_autocast("lora_linear", _autocast)

@@ -1,0 +1,81 @@
+"""Who may import whom, read from the source, and what an import of the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowrank_kernels
+
+ROOT = Path(lowrank_kernels.__file__).parent
+OPTIONAL = {"transformers", "peft", "safetensors", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "gguf"}
+
+# layer -> what it may import: parts of this package, and packages from outside.
+ALLOWED = {
+    "reference": (set(), {"torch"}),
+    "kernels": (set(), {"torch", "triton"}),
+    "_extension": (set(), {"torch"}),
+    "ops": ({"reference", "kernels", "_extension"}, {"torch"}),
+    "functional": ({"ops"}, {"torch"}),
+    "init": ({"nn", "functional"}, {"torch"}),
+    "nn": ({"functional", "init"}, {"torch"}),
+    "adapt": ({"nn", "init", "functional"}, {"torch"}),
+    "checkpoint": ({"nn", "adapt"}, {"torch", "safetensors"}),
+    "integrations": (None, None),
+    "inspect": ({"kernels", "ops", "reference", "functional"}, {"torch", "triton", "numpy"}),
+    "cli": (None, None),
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, whether it is a part of this package) of every import in a file."""
+    package = path.relative_to(ROOT.parent).with_suffix("").parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append((node.module, False))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            targets = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(".".join((*base, target)), True) for target in targets]
+    return [(name, own or name.split(".")[0] == "lowrank_kernels") for name, own in found]
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if layer_of(path) != "__init__"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_layer_imports_only_what_it_may(path):
+    layer = layer_of(path)
+    own_allowed, outside_allowed = ALLOWED[layer]
+    for name, own in imports(path):
+        parts = name.split(".")
+        if own and own_allowed is not None and len(parts) > 1:
+            assert parts[1] == layer or parts[1] in own_allowed, f"{layer} imports {name}"
+        elif not own and outside_allowed is not None and parts[0] not in sys.stdlib_module_names:
+            assert parts[0] in outside_allowed, f"{layer} imports {name}"
+
+
+def test_only_ops_register_with_torch():
+    for path in FILES:
+        if layer_of(path) not in ("ops", "inspect"):
+            assert "torch.library" not in path.read_text(), path
+
+
+def test_import_brings_in_no_optional_package_and_no_cuda():
+    script = (
+        "import sys, torch; before = set(sys.modules); import lowrank_kernels;"
+        f"loaded = {{name.split('.')[0] for name in set(sys.modules) - before}} & {OPTIONAL!r};"
+        "assert not loaded, loaded; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
