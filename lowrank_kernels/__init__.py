@@ -1,7 +1,7 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from .functional import lora_linear
+from .functional import dora_linear, dora_weight_norm, lora_linear
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "lora_linear"]
+__all__ = ["__version__", "dora_linear", "dora_weight_norm", "lora_linear"]

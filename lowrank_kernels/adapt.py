@@ -81,9 +81,7 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     unmatched = set() if isinstance(wanted, str) else set(wanted)
     for name, module, parent in _outside_adapters(model):
         unmatched = {w for w in unmatched if not names_match((w,), name)}
-        linear_like = (
-            isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
-        )
+        linear_like = _looks_linear(module)
         everything = wanted == ALL_LINEAR
         targeted = linear_like if everything else names_match(wanted, name)
         if not targeted and not linear_like:
@@ -119,6 +117,11 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Mod
                 yield from walk(f"{prefix}{name}.", module)
 
     yield from walk("", model)
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return isinstance(module, nn.Linear) or "Linear" in kind or kind == "Conv1D"
 
 
 def _read_by_parent(parent: nn.Module) -> str | None:

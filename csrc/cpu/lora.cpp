@@ -30,7 +30,7 @@ struct SerialWork {
 };
 constexpr SerialWork kSerialFloat = {int64_t{1} << 22, int64_t{1} << 21, int64_t{1} << 18,
                                      int64_t{1} << 18};
-constexpr SerialWork kSerialTile = {int64_t{1} << 23, int64_t{1} << 22, int64_t{1} << 19,
+constexpr SerialWork kSerialTile = {int64_t{1} << 23, int64_t{1} << 22, int64_t{1} << 18,
                                     int64_t{1} << 20};
 // Drawing random words is the larger part of a pass with dropout.
 constexpr int64_t kSerialDropout = int64_t{1} << 14;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import lora as launchers
-from ..kernels.lora_tiles import Strategy, fused_fits, lora_tiles
+from ..kernels.lora_tiles import Strategy, choose_strategy, fused_fits, lora_tiles, predicted_seconds
 from ..kernels.target import Target
 from .registry import KernelWork, LaunchCase, OpFamily, Traced
 
@@ -84,26 +84,41 @@ def _traced_tensors(dtype: torch.dtype, factor_dtype: torch.dtype) -> Any:
         lora_b = torch.randn(48, 8, dtype=factor_dtype, device=device, requires_grad=True)
         bias = torch.randn(48, dtype=dtype, device=device, requires_grad=True)
         gate = torch.randn(8, dtype=factor_dtype, device=device, requires_grad=True)
-        return x, weight, lora_a, lora_b, bias, gate
+        seed = torch.full((), 7, dtype=torch.int64, device=device)
+        return x, weight, lora_a, lora_b, bias, gate, seed
 
     return tensors
 
 
-def _plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *_: Tensor) -> Tensor:
     return functional.lora_linear(x, weight, lora_a, lora_b, scaling=2.0)
 
 
 def _with_everything(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, gate: Tensor
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, gate: Tensor, seed: Tensor
 ) -> Tensor:
     return functional.lora_linear(
-        x, weight, lora_a, lora_b, bias, scaling=2.0, gate=gate, dropout_p=0.1, dropout_seed=7
+        x, weight, lora_a, lora_b, bias, scaling=2.0, gate=gate, dropout_p=0.1, dropout_seed=seed
     )
+
+
+def _choices(target: Target) -> Iterator[tuple[str, str]]:
+    K = N = 4096
+    for M in (1, 16, 2048, 8192):
+        for R in (16, 64):
+            for dropout_p in (0.0, 0.1):
+                seconds = predicted_seconds(target, M, K, N, R, _BF16, dropout_p > 0.0)
+                choice = choose_strategy(target, M, K, N, R, _BF16, dropout_p > 0.0)
+                words = ", ".join(f"{strategy} {1e6 * s:.0f} µs" for strategy, s in seconds.items())
+                shape = f"M={M}, K=N={K}, R={R}, bfloat16" + (", dropout" if dropout_p else "")
+                yield shape, f"{choice}: {words}"
 
 
 FAMILY = OpFamily(
     name="lora",
+    ops=("lora_linear",),
     cases=_cases,
+    choices=_choices,
     work={
         "_lora_linear_fwd_kernel": KernelWork(_main_flops, main=True),
         "_lora_linear_bwd_dx_kernel": KernelWork(_main_flops, main=True),

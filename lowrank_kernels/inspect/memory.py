@@ -80,13 +80,15 @@ class _Region:
         self.inside = inside.numpy()
         self.read, self.written = np.zeros(span, dtype=bool), np.zeros(span, dtype=bool)
 
-    def touch(self, kind: str, addresses: np.ndarray, nbytes: int) -> bool:
-        """Mark elements; False when one of them is not the tensor's."""
-        elements = (addresses - np.uint64(self.start)) // np.uint64(self.itemsize)
+    def elements(self, addresses: np.ndarray, nbytes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which addresses are elements of the tensor, and the indices of those."""
+        within = (addresses >= self.start) & (addresses <= max(self.end - nbytes, 0))
+        index = ((addresses[within] - np.uint64(self.start)) // np.uint64(self.itemsize)).astype(np.int64)
         if nbytes > self.itemsize:
-            elements = (elements[:, None] + np.arange(nbytes // self.itemsize, dtype=np.uint64)).ravel()
-        (self.read if kind == "read" else self.written)[elements] = True
-        return bool(self.inside[elements].all())
+            index = index[:, None] + np.arange(nbytes // self.itemsize)
+        owned = self.inside[index] if index.ndim == 1 else self.inside[index].all(axis=1)
+        within[within] = owned
+        return within, index[owned].ravel()
 
     def traffic(self) -> Traffic:
         return Traffic(int(self.read.sum()) * self.itemsize, int(self.written.sum()) * self.itemsize)
@@ -97,7 +99,8 @@ class _KernelWatch:
 
     def __init__(self, record: MemoryRecord) -> None:
         self.record = record
-        self.kernel, self.regions, self.starts = "", [], np.zeros(0, dtype=np.uint64)  # type: tuple[str, list[_Region], Any]
+        self.kernel = ""
+        self.regions: list[_Region] = []
 
     def launch(self, kernel: str, arguments: dict[str, Any]) -> None:
         regions = []
@@ -105,8 +108,7 @@ class _KernelWatch:
             tensor = getattr(value, "base", value)  # what a descriptor describes
             if isinstance(tensor, Tensor) and tensor.numel():
                 regions.append(_Region(name, tensor))
-        self.kernel, self.regions = kernel, sorted(regions, key=lambda r: r.start)
-        self.starts = np.array([r.start for r in self.regions], dtype=np.uint64)
+        self.kernel, self.regions = kernel, regions
 
     def access(self, kind: str, addresses: Any, mask: Any, nbytes: int) -> None:
         if kind == "atomic":
@@ -114,19 +116,27 @@ class _KernelWatch:
         taken = np.asarray(addresses)[np.broadcast_to(mask, np.shape(addresses))].ravel()
         if not taken.size:
             return
-        owners = np.searchsorted(self.starts, taken, side="right") - 1
-        for owner in np.unique(owners):
-            mine = taken[owners == owner]
-            region = self.regions[owner] if owner >= 0 else None
-            if region is None or int(mine.max()) + nbytes > region.end:
-                last = region.name if region is not None else "the first argument"
-                where = int(mine.max()) - region.end if region is not None else int(mine.min()) - self.regions[0].start
-                raise AccessFault(
-                    f"{self.kernel}: a {kind} outside of every argument, {where:+} bytes from "
-                    f"{'the end of ' if region is not None else ''}{last}"
-                )
-            if not region.touch(kind, mine, nbytes):
-                raise AccessFault(f"{self.kernel}: a {kind} between the rows of {region.name}, which is a view")
+        low, high = int(taken.min()), int(taken.max())
+        for region in self.regions:
+            if high < region.start or low >= region.end:
+                continue
+            mine, elements = region.elements(taken, nbytes)
+            (region.read if kind == "read" else region.written)[elements] = True
+            if mine.all():
+                return
+            taken = taken[~mine]  # another argument's: one may be a view into the memory of another
+        raise AccessFault(f"{self.kernel}: a {kind} {self._place(int(taken[0]))}")
+
+    def _place(self, address: int) -> str:
+        """Where an address that belongs to nobody lies."""
+        for region in self.regions:
+            if region.start <= address < region.end:
+                return f"between the rows of {region.name}, which is a view"
+        nearest = min(self.regions, key=lambda r: min(abs(address - r.start), abs(address - r.end)), default=None)
+        if nearest is None:
+            return "without any tensor argument"
+        where = f"{address - nearest.end} bytes past the end" if address >= nearest.end else f"{nearest.start - address} bytes before the start"
+        return f"outside of every argument, {where} of {nearest.name}"
 
     def done(self) -> None:
         traffic: dict[str, Traffic] = {}

@@ -6,8 +6,8 @@ A family is one module of this folder with a ``FAMILY``; its name stands in ``_M
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -62,13 +62,17 @@ class OpFamily:
         name: as in ``kernels/<name>.py``.
         cases: launches that together make every kernel variant that the tile rule can choose.
         work: by kernel name.
+        ops: the public functions that the family is.
         traced: calls that must be traceable without a device; tensors that require grad are differentiated.
+        choices: for common shapes, ("M = 16, R = 16", "fused: fused 12.3 µs, ...") on a target.
     """
 
     name: str
     cases: Callable[[], Iterator[LaunchCase]]
     work: Mapping[str, KernelWork]
-    traced: tuple[Traced, ...] = field(default=())
+    ops: tuple[str, ...] = ()
+    traced: tuple[Traced, ...] = ()
+    choices: Callable[[Target], Iterable[tuple[str, str]]] = lambda target: ()
 
 
 def family_names() -> tuple[str, ...]:

@@ -53,6 +53,9 @@ class AcceleratedLinear(PeftLinear):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p)
 
+    def _get_name(self) -> str:
+        return "Linear"  # a model prints as PEFT prints it
+
     def _adapters_for_op(self) -> list[str]:
         """The active adapters, if the op can take all of them as things stand now; else none."""
         if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
@@ -70,6 +73,8 @@ def _why_not_layer(layer: Any) -> str | None:
         return "already accelerated"
     if type(layer) is not PeftLinear:
         return f"a lora.{type(layer).__name__}, not a lora.Linear"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (by accelerate's hooks, for example)"
     base = layer.base_layer
     if type(base) is Conv1D and base.weight.dtype in FLOAT_DTYPES:
         return "its base carries hooks" if has_hooks(base) else None

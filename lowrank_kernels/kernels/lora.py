@@ -41,10 +41,18 @@ def _append_rank(acc, p_tile, b_ptr, gate_ptr, n0, r0, N, R, stride_bn, scaling,
     return dot(cast(p_tile.to(tl.float32) * factor, p_tile.dtype), b_tile.T, acc, PRECISION)
 
 
+@triton.jit
+def _scale_columns(tile, scale_ptr, col0, num_cols, COLS: tl.constexpr):
+    """tile ∘ scale, rounded to the tile's dtype."""
+    offs = col0 + tl.arange(0, COLS)
+    scale = tl.load(scale_ptr + offs, mask=offs < num_cols, other=0.0)
+    return cast(tile.to(tl.float32) * scale[None, :], tile.dtype)
+
+
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
 def _lora_linear_fwd_kernel(
     x, w, a, y,  # (M, K), (N, K), (R, K), (M, N): descriptors if USE_TMA, else pointers
-    p_ptr, b_ptr, bias_ptr, gate_ptr, seed_ptr,
+    p_ptr, b_ptr, bias_ptr, gate_ptr, seed_ptr, scale_ptr, u_ptr,
     M, N, K, R, stride_xm, stride_wn, stride_wk, stride_ar, stride_bn,
     scaling, threshold_bits, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -55,6 +63,7 @@ def _lora_linear_fwd_kernel(
 
     FUSE_DOWN: P is a second accumulator of the main loop (R <= BLOCK_R), and the first column of programs writes it.
     Otherwise P is an operand, and the rank is appended to the reduction in steps of BLOCK_R.
+    With a scale (DoRA's g) the sum u is multiplied by it, column by column, before the bias; u_ptr keeps u itself.
     """
     num_pid_m = tl.cdiv(M, BLOCK_M)
     num_pid_n = tl.cdiv(N, BLOCK_N)
@@ -91,8 +100,12 @@ def _lora_linear_fwd_kernel(
                     acc, p_tile, b_ptr, gate_ptr, n0, r0, N, R, stride_bn, scaling, BLOCK_N, BLOCK_R, PRECISION
                 )
 
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        if scale_ptr is not None:
+            if u_ptr is not None:
+                store_tile(u_ptr, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, False)
+            acc *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
         if bias_ptr is not None:
-            offs_n = n0 + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         store_tile(y, acc, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, USE_TMA)
 
@@ -100,7 +113,7 @@ def _lora_linear_fwd_kernel(
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
 def _lora_linear_bwd_dx_kernel(
     dy, w, dx,  # (M, N), (N, K), (M, K): descriptors if USE_TMA, else pointers
-    q_ptr, a_ptr, gate_ptr, seed_ptr,
+    q_ptr, a_ptr, gate_ptr, seed_ptr, scale_ptr,
     M, N, K, R, stride_dym, stride_wn, stride_wk, stride_ar,
     scaling, threshold_bits, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -110,6 +123,7 @@ def _lora_linear_bwd_dx_kernel(
     """One (BLOCK_M, BLOCK_K) tile of dX at a time, reduced over N in steps of BLOCK_N.
 
     The correction comes first, while the accumulator holds nothing else: it alone is masked and scaled.
+    With a scale (DoRA's g), dY is multiplied by it as it is read.
     """
     num_pid_m = tl.cdiv(M, BLOCK_M)
     num_pid_k = tl.cdiv(K, BLOCK_K)
@@ -133,6 +147,8 @@ def _lora_linear_bwd_dx_kernel(
             acc = tl.where(keep, acc, 0.0)
         for n0 in range(0, N, BLOCK_N):
             dy_tile = load_tile(dy, m0, n0, M, N, stride_dym, 1, BLOCK_M, BLOCK_N, USE_TMA)
+            if scale_ptr is not None:
+                dy_tile = _scale_columns(dy_tile, scale_ptr, n0, N, BLOCK_N)
             w_tile = load_tile(w, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
             acc = dot(dy_tile, w_tile, acc, PRECISION)
         store_tile(dx, acc, m0, k0, M, K, K, 1, BLOCK_M, BLOCK_K, USE_TMA)
@@ -165,13 +181,14 @@ def _lora_down_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
 def _lora_up_add_kernel(
-    y_ptr, p_ptr, factor_ptr, gate_ptr, seed_ptr,
+    y_ptr, p_ptr, factor_ptr, gate_ptr, seed_ptr, scale_ptr, bias_ptr, out_ptr,
     M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y += drop'(s (P ∘ gate) factor) in place, y (M, C) contiguous, factor read as (R, C).
 
+    With a scale (DoRA's g) and an out: y keeps that sum u, out = g ∘ u + bias; without an out, y becomes that.
     Grid: (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)).
     """
     m0 = tl.program_id(0) * BLOCK_M
@@ -191,7 +208,16 @@ def _lora_up_add_kernel(
         keep = dropout_keep(tl.load(seed_ptr), m0, c0, threshold_bits, BLOCK_M, BLOCK_C)
         acc = tl.where(keep, acc, 0.0)
     acc += load_tile(y_ptr, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False).to(tl.float32)
-    store_tile(y_ptr, acc, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False)
+    target = y_ptr
+    if scale_ptr is not None:
+        offs_c = c0 + tl.arange(0, BLOCK_C)
+        if out_ptr is not None:
+            store_tile(y_ptr, acc, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False)
+            target = out_ptr
+        acc *= tl.load(scale_ptr + offs_c, mask=offs_c < C, other=0.0)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    store_tile(target, acc, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False)
 
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
@@ -229,15 +255,18 @@ def _lora_grad_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
 def _lora_bwd_q_grad_b_kernel(
-    dy_ptr, b_ptr, p_ptr, gate_ptr, q_ptr, grad_b_ptr,
-    M, N, R, stride_dym, stride_bn, scaling, columns_per_split,
+    dy_ptr, b_ptr, p_ptr, gate_ptr, q_ptr, grad_b_ptr, scale_ptr, u_ptr, inner_ptr, du_ptr,
+    M, N, R, stride_dym, stride_bn, stride_partial, scaling, columns_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q = dY B and dB = s dYᵀ (P ∘ gate) from one read of dY.
 
     A program takes BLOCK_M rows and a range of columns: Q accumulates over its columns in registers, each column
     tile's share of dB goes straight out. Grid: (cdiv(M, BLOCK_M), column splits, cdiv(R, BLOCK_R)).
-    q is (column splits, M, R), grad_b (row programs, N, R): partials in float32, or the result where there is one.
+    q is (column splits, M, R), grad_b (row programs, N, R): partials in float32, or the result where there is one;
+    row programs are stride_partial apart.
+    With a scale (DoRA's g), dY is multiplied by it as it is read, and that product goes to du where it is asked for;
+    inner = Σ_m dY ∘ u of the program's rows comes from the unscaled dY.
     """
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
@@ -250,14 +279,23 @@ def _lora_bwd_q_grad_b_kernel(
         offs_r = r0 + tl.arange(0, BLOCK_R)
         factor = scaling * tl.load(gate_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
     acc_q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    grad_b = grad_b_ptr + pid_m.to(tl.int64) * N * R
+    partial = pid_m.to(tl.int64) * stride_partial
     first = split * columns_per_split
     for n0 in range(first, min(first + columns_per_split, N), BLOCK_N):
         dy_tile = load_tile(dy_ptr, m0, n0, M, N, stride_dym, 1, BLOCK_M, BLOCK_N, False)
+        if scale_ptr is not None:
+            if inner_ptr is not None and r0 == 0:
+                u_tile = load_tile(u_ptr, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, False)
+                offs_n = n0 + tl.arange(0, BLOCK_N)
+                inner = tl.sum(dy_tile.to(tl.float32) * u_tile.to(tl.float32), axis=0)
+                tl.store(inner_ptr + partial + offs_n, inner, mask=offs_n < N)
+            dy_tile = _scale_columns(dy_tile, scale_ptr, n0, N, BLOCK_N)
+            if du_ptr is not None and r0 == 0:
+                store_tile(du_ptr, dy_tile, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, False)
         b_tile = cast(load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False), dtype)
         acc_q = dot(dy_tile, b_tile, acc_q, PRECISION)
         share = dot(dy_tile.T, p_tile, tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32), PRECISION)
-        store_tile(grad_b, share * factor, n0, r0, N, R, R, 1, BLOCK_N, BLOCK_R, False)
+        store_tile(grad_b_ptr + partial, share * factor, n0, r0, N, R, R, 1, BLOCK_N, BLOCK_R, False)
     q = q_ptr + split.to(tl.int64) * M * R
     store_tile(q, acc_q, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R, False)
 
@@ -296,10 +334,11 @@ def _describe(use_tma: bool, *tensors_and_blocks: tuple[Tensor, list[int]]) -> l
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t, block in tensors_and_blocks]
 
 
-def _ordered_sum(partial: Tensor, out: Tensor) -> Tensor:
-    block = 1024
-    _ordered_sum_kernel[(triton.cdiv(out.numel(), block),)](
-        partial, out, partial.shape[0], out.numel(), BLOCK=block, num_warps=4
+def _ordered_sum(partial: Tensor, out: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Sum the partials (count, …) into ``out`` and, where a row of them is longer, ``tail``."""
+    block, numel = 1024, partial[0].numel()
+    _ordered_sum_kernel[(triton.cdiv(numel, block),)](
+        partial, out, tail, partial.shape[0], out.numel(), numel, BLOCK=block, num_warps=4
     )
     return out
 
@@ -334,10 +373,11 @@ def lora_down(
 
 def _up_add(
     y: Tensor, p: Tensor, factor: Tensor, rank_last: bool, gate: Tensor | None, scaling: float,
-    dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles,
+    dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles, *,
+    column_scale: Tensor | None = None, bias: Tensor | None = None, out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """y += drop'(s (p ∘ gate) factor) after a library product, in place."""
-    if dropout_p == 0.0:
+    """y += drop'(s (p ∘ gate) factor) after a library product, in place; with ``column_scale`` see the kernel."""
+    if dropout_p == 0.0 and column_scale is None:
         gated = p if gate is None else p * gate.to(p.dtype)
         y.addmm_(gated, (factor.T if rank_last else factor).to(p.dtype), alpha=scaling)
         return
@@ -347,19 +387,22 @@ def _up_add(
     seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
     t = tiles.up_add
     _lora_up_add_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
-        y, p, factor, gate, seed, M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
+        y, p, factor, gate, seed, column_scale, bias, out,
+        M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
         BLOCK_M=t.BLOCK_M, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
-        DROPOUT=True, PRECISION=_precision(y.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+        DROPOUT=seed is not None, PRECISION=_precision(y.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
 
 def lora_linear_fwd(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
-    scaling: float, dropout_p: float, dropout_seed: Tensor | None, store_p: bool, tiles: LoRATiles | None = None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, store_p: bool, tiles: LoRATiles | None = None, *,
+    column_scale: Tensor | None = None, u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y (M, N) and, when ``store_p``, P (M, R), both in x's dtype, by the strategy of ``tiles``.
 
     x (M, K) with unit column stride; factors with unit column stride; weight (N, K) of any strides.
+    ``column_scale`` (N,) float32 multiplies the sum before the bias (DoRA); ``u`` (M, N) receives the sum itself.
     """
     M, K = x.shape
     N, R = lora_b.shape
@@ -370,8 +413,16 @@ def lora_linear_fwd(
     p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
     if tiles.strategy == "library":
         assert p is not None
-        y = torch.nn.functional.linear(x, weight, bias)
-        _up_add(y, p, lora_b, True, gate, scaling, 0.0, None, tiles)
+        if column_scale is None:
+            y = torch.nn.functional.linear(x, weight, bias)
+            _up_add(y, p, lora_b, True, gate, scaling, 0.0, None, tiles)
+            return y, p
+        product = torch.mm(x, weight.T, out=u)
+        y = product if u is None else torch.empty_like(u)
+        _up_add(
+            product, p, lora_b, True, gate, scaling, 0.0, None, tiles,
+            column_scale=column_scale, bias=bias, out=None if u is None else y,
+        )  # fmt: skip
         return y, p
 
     y = x.new_empty(M, N)
@@ -386,7 +437,7 @@ def lora_linear_fwd(
     # Only the kernel that makes P draws the mask.
     seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed) if fused else _KEEP_ALL
     _lora_linear_fwd_kernel[(t.programs(M, N),)](
-        x_arg, w_arg, a_arg, y_arg, p, lora_b, bias, gate, seed,
+        x_arg, w_arg, a_arg, y_arg, p, lora_b, bias, gate, seed, column_scale, u,
         M, N, K, R, x.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0),
         scaling, threshold_bits, keep_scale,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
@@ -398,13 +449,17 @@ def lora_linear_fwd(
 
 def lora_linear_bwd_dx(
     grad_y: Tensor, weight: Tensor, q: Tensor, lora_a: Tensor, gate: Tensor | None,
-    scaling: float, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles, *,
+    column_scale: Tensor | None = None, grad_u: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dX = dY W + drop'(s (Q ∘ gate) A), (M, K) in grad_y's dtype."""
+    """dX = dY W + drop'(s (Q ∘ gate) A), (M, K) in grad_y's dtype.
+
+    ``column_scale`` (N,) multiplies dY first (DoRA); a library's product takes that product as ``grad_u``.
+    """
     M, N = grad_y.shape
     R, K = lora_a.shape
     if tiles.strategy == "library":
-        grad_x = grad_y @ weight
+        grad_x = (grad_y if grad_u is None else grad_u) @ weight
         _up_add(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed, tiles)
         return grad_x
     grad_x = grad_y.new_empty(M, K)
@@ -416,7 +471,7 @@ def lora_linear_bwd_dx(
     )
     seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
     _lora_linear_bwd_dx_kernel[(t.programs(M, K),)](
-        dy_arg, w_arg, dx_arg, q, lora_a, gate, seed,
+        dy_arg, w_arg, dx_arg, q, lora_a, gate, seed, column_scale,
         M, N, K, R, grad_y.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0),
         scaling, threshold_bits, keep_scale,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_K, BLOCK_K=t.BLOCK_N, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
@@ -450,28 +505,39 @@ def lora_grad(
 
 
 def lora_bwd_q_grad_b(
-    grad_y: Tensor, lora_b: Tensor, p: Tensor, gate: Tensor | None, scaling: float, tiles: LoRATiles
-) -> tuple[Tensor, Tensor]:
-    """Q = dY B (M, R) in grad_y's dtype and dB = s dYᵀ (P ∘ gate) (N, R) in lora_b's, from one read of dY."""
+    grad_y: Tensor, lora_b: Tensor, p: Tensor, gate: Tensor | None, scaling: float, tiles: LoRATiles, *,
+    column_scale: Tensor | None = None, u: Tensor | None = None, grad_u: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Q = dY B (M, R) in grad_y's dtype and dB = s dYᵀ (P ∘ gate) (N, R) in lora_b's, from one read of dY.
+
+    With ``column_scale`` (N,) both are those of g ∘ dY (DoRA), and with ``u`` (M, N) the third result is
+    Σ_m dY ∘ u (N,) in float32; ``grad_u`` (M, N) receives g ∘ dY.
+    """
     M, N = grad_y.shape
     R = lora_b.shape[1]
     t = tiles.q_grad_b
     row_programs = triton.cdiv(M, t.BLOCK_M)
     splits = triton.cdiv(N, t.columns_per_split)
-    q, grad_b = grad_y.new_empty(M, R), torch.empty_like(lora_b)
+    q, grad_b = grad_y.new_empty(M, R), torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+    inner = None if u is None else grad_y.new_empty(N, dtype=torch.float32)
     q_out = q if splits == 1 else grad_y.new_empty((splits, M, R), dtype=torch.float32)
-    grad_b_out = grad_b if row_programs == 1 else grad_y.new_empty((row_programs, N, R), dtype=torch.float32)
+    grad_b_out, inner_out, stride_partial = grad_b, inner, 0
+    if row_programs > 1:
+        # One row of partials holds dB's and, after it, the inner sums': one launch adds up both.
+        stride_partial = N * R + (0 if inner is None else N)
+        grad_b_out = grad_y.new_empty((row_programs, stride_partial), dtype=torch.float32)
+        inner_out = None if inner is None else grad_b_out[0, N * R :]
     _lora_bwd_q_grad_b_kernel[(row_programs, splits, triton.cdiv(R, t.BLOCK_R))](
-        grad_y, lora_b, p, gate, q_out, grad_b_out,
-        M, N, R, grad_y.stride(0), lora_b.stride(0), scaling, t.columns_per_split,
+        grad_y, lora_b, p, gate, q_out, grad_b_out, column_scale, u, inner_out, grad_u,
+        M, N, R, grad_y.stride(0), lora_b.stride(0), stride_partial, scaling, t.columns_per_split,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_R=t.BLOCK_R, PRECISION=_precision(grad_y.dtype),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     if splits > 1:
         _ordered_sum(q_out, q)
     if row_programs > 1:
-        _ordered_sum(grad_b_out, grad_b)
-    return q, grad_b
+        _ordered_sum(grad_b_out, grad_b, inner)
+    return q, grad_b, inner
 
 
 def lora_linear_bwd(
@@ -495,7 +561,7 @@ def lora_linear_bwd(
     q = grad_x = grad_a = grad_b = None
     if need_b and need_q:
         assert p is not None
-        q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
+        q, grad_b, _ = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
     elif need_b:
         assert p is not None
         grad_b = lora_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype, tiles)

@@ -158,21 +158,25 @@ def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligne
     )  # fmt: skip
 
 
-def choose_strategy(
-    target: Target, M: int, K: int, N: int, R: int, dtype: torch.dtype, dropout: bool, aligned: bool = True
-) -> Strategy:
-    """The strategy with the least predicted time (``roofline.lora_forward_seconds``) among those that fit.
-
-    Large products that cannot be read in wide pieces are the library's.
-    """
-    few = M <= DECODE_ROWS
-    if not aligned and not few:
-        return "library"
+def predicted_seconds(
+    target: Target, M: int, K: int, N: int, R: int, dtype: torch.dtype, dropout: bool
+) -> dict[Strategy, float]:
+    """What the roofline (``roofline.lora_forward_seconds``) gives each strategy that fits."""
     candidates: tuple[Strategy, ...] = ("fused", "two_kernel", "library")
     if not fused_fits(M, R, dtype, dropout):
         candidates = ("two_kernel", "library")
-    columns = _cdiv(N, (_DECODE if few else _LARGE)[target.arch][1])
-    return min(candidates, key=lambda s: lora_forward_seconds(target, s, M, K, N, R, dtype, columns))
+    columns = _cdiv(N, (_DECODE if M <= DECODE_ROWS else _LARGE)[target.arch][1])
+    return {s: lora_forward_seconds(target, s, M, K, N, R, dtype, columns) for s in candidates}
+
+
+def choose_strategy(
+    target: Target, M: int, K: int, N: int, R: int, dtype: torch.dtype, dropout: bool, aligned: bool = True
+) -> Strategy:
+    """The strategy with the least predicted time; large products that cannot be read in wide pieces are the library's."""
+    if not aligned and M > DECODE_ROWS:
+        return "library"
+    seconds = predicted_seconds(target, M, K, N, R, dtype, dropout)
+    return min(seconds, key=lambda s: seconds[s])
 
 
 @lru_cache(maxsize=4096)

@@ -97,10 +97,11 @@ def dropout_keep(seed, row0, col0, threshold_bits, ROWS: tl.constexpr, COLS: tl.
 
 
 @triton.jit
-def _ordered_sum_kernel(partial_ptr, out_ptr, count, numel, BLOCK: tl.constexpr):
-    """out[i] = Σ_s partial[s, i] for s = 0, 1, …, count - 1 in that order: the same bits at every run.
+def _ordered_sum_kernel(partial_ptr, out_ptr, tail_ptr, count, out_numel, numel, BLOCK: tl.constexpr):
+    """Σ_s partial[s, i] for s = 0, 1, …, count - 1 in that order: the same bits at every run.
 
-    Grid: (cdiv(numel, BLOCK),). partial is float32 (count, numel), out is (numel,) of any float dtype.
+    Grid: (cdiv(numel, BLOCK),). partial is float32 (count, numel); the first out_numel sums go to out, of any float
+    dtype, what is left of them to tail, float32 (None where nothing is).
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
@@ -109,4 +110,6 @@ def _ordered_sum_kernel(partial_ptr, out_ptr, count, numel, BLOCK: tl.constexpr)
     for _ in range(count):
         acc += tl.load(ptrs, mask=mask, other=0.0)
         ptrs += numel
-    tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty), mask=offs < out_numel)
+    if tail_ptr is not None:
+        tl.store(tail_ptr + (offs - out_numel), acc, mask=mask & (offs >= out_numel))

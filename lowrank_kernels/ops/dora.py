@@ -14,7 +14,6 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from ..reference.dropout import dropout_keep_mask_ref
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast, run_backward
 from .lora import check_lora_linear, unit_columns
@@ -183,8 +182,12 @@ def _forward(
 
 def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None, backend: str) -> Tensor:
     assert dropout_seed is not None
-    draw = torch.ops.lowrank_kernels.dropout_keep_mask if backend == "cpu" else dropout_keep_mask_ref
-    return torch.where(draw(dropout_seed, x.shape[0], x.shape[1], dropout_p), x / (1.0 - dropout_p), 0.0)
+    if backend == "triton":
+        from ..kernels.dora import dropout
+
+        return dropout(x, dropout_p, dropout_seed)
+    keep = torch.ops.lowrank_kernels.dropout_keep_mask(dropout_seed, x.shape[0], x.shape[1], dropout_p)
+    return torch.where(keep, x / (1.0 - dropout_p), 0.0)
 
 
 def _scaled_product(
@@ -268,29 +271,16 @@ def _cpu_backward(
     )
     grad_x = grad_a = None
     if need_x:
-        grad_x = _grad_x(
-            grad_y, grad_u, weight, scaling, dropout_base,
-            lambda target, mask: cpp.lora_up_(
-                target, q, lora_a, False, None, scaling, dropout_seed if mask else None, dropout_p if mask else 0.0
-            ),
-            lambda target: _drop(target, dropout_p, dropout_seed, "cpu"),
-        )  # fmt: skip
+        if dropout_base:
+            through_mask = (grad_u - grad_y) @ weight
+            cpp.lora_up_(through_mask, q, lora_a, False, None, scaling, None, 0.0)
+            grad_x = (grad_y @ weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
+        else:
+            grad_x = grad_u @ weight
+            cpp.lora_up_(grad_x, q, lora_a, False, None, scaling, dropout_seed, dropout_p)
     if need_a:
         grad_a = cpp.lora_grad(x, q, None, scaling, False, dropout_seed, dropout_p, lora_a.dtype)
     return grad_x, grad_a, grad_b if need_b else None, inner
-
-
-def _grad_x(
-    grad_y: Tensor, grad_u: Tensor, weight: Tensor, scaling: float, dropout_base: bool, add_correction: Any, drop: Any
-) -> Tensor:
-    """dU W + drop'(s Q A); with ``dropout_base`` dY W + drop'((dU - dY) W + s Q A)."""
-    if not dropout_base:
-        grad_x = grad_u @ weight
-        add_correction(grad_x, True)
-        return grad_x
-    through_mask = (grad_u - grad_y) @ weight
-    add_correction(through_mask, False)
-    return (grad_y @ weight).add_(drop(through_mask))
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

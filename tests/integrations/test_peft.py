@@ -92,7 +92,7 @@ def test_outputs_and_gradients_are_pefts(llama, tokens, kind, training):
     report = accelerate(ours)
     linears = [n for n, m in theirs.named_modules() if type(m) is PeftLinear]
     assert [r.name for r in report.replaced] == linears and linears
-    assert list(ours.state_dict()) == names
+    assert list(ours.state_dict()) == names and repr(ours) == repr(theirs)
     with op_calls() as op:
         ours(tokens)
     assert op.call_count == len(linears)
@@ -182,6 +182,16 @@ def test_quantised_and_hooked_bases_are_listed():
     x = torch.randn(2, 6)
     layer = model.base_model.model["hooked"]
     assert torch.equal(layer(x), 2 * nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+def test_a_forward_replaced_on_the_instance_is_listed(llama, tokens):
+    model = make(llama).eval()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    report = accelerate(model)
+    assert len(report.replaced) == 5 and type(layer) is PeftLinear
+    assert [s.name for s in report.skipped] == ["base_model.model.model.layers.0.self_attn.q_proj"]
+    assert "replaced on the instance" in report.skipped[0].reason
 
 
 def test_hooks_added_later_still_run(llama, tokens):

@@ -1,0 +1,73 @@
+"""The command `lrk`: one module a subcommand, imported when its name is on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
+"""What a wrong option, file or environment raises: told in one line, without a traceback."""
+
+
+class Command(NamedTuple):
+    """A subcommand. Its module has ``add_parser(subparsers)`` and ``run(args) -> int``."""
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command("doctor", "what of this package runs on this machine, which path each op takes, and why", "doctor"),
+    Command("inspect", "what the compiler makes of every kernel, for any GPU, without one", "inspect"),
+    Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
+    Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
+)
+
+
+def _parser(chosen: Command | None) -> argparse.ArgumentParser:
+    """The parser of all subcommands, with the options of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="lrk", description="Kernels for frozen weights with small trained corrections.",
+        epilog="lrk COMMAND --help tells a command's options.",
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        if command is chosen:
+            importlib.import_module(f"{__name__}.{command.module}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(command.name, help=command.help)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lrk` with these arguments (default: the process's).
+
+    Returns:
+        0; 1 when the command found something wrong; 2 for a user's error, told in one line on stderr; 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]  # wherever it stands
+    name = next((a for a in arguments if not a.startswith("-")), None)
+    chosen = next((command for command in COMMANDS if command.name == name), None)
+    try:
+        args = _parser(chosen).parse_args(arguments)
+        args.debug = debug
+        return int(importlib.import_module(f"{__name__}.{args.command}").run(args) or 0)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"lrk: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; the interpreter would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,173 @@
+"""Triton kernel of the DoRA norm, and the launchers of the DoRA linear.
+
+y = g ∘ u + bias,  u = x Wᵀ + s P Bᵀ,  g = m / n,  n_i² = ‖W_i‖² + 2 s Σ_k B_ik (W Aᵀ)_ik + s² B_i (A Aᵀ) B_iᵀ
+
+The products are those of the LoRA linear (``kernels/lora.py``) with a column scale in the epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lora import _dropout_arguments, _tiles, lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
+from .lora_tiles import LoRATiles
+from .target import target_of
+from .tiles import dot, dropout_keep, load_tile, store_tile
+
+
+@triton.jit
+def _dora_norm_kernel(
+    w_ptr, a_ptr, b_ptr, gram_ptr, sq_in_ptr, magnitude_ptr, norm_ptr, sq_out_ptr, scale_ptr,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_bn, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of W a program, read once: U = W Aᵀ a block of ranks at a time, and ‖W_i‖² with the first.
+
+    All in float32, products included: the sum of the three terms can be much smaller than any of them.
+    gram = A Aᵀ, float32 (R, R) contiguous. Grid: (cdiv(N, BLOCK_N),).
+    """
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        u = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+        sq = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            w = load_tile(w_ptr, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False).to(tl.float32)
+            a = load_tile(a_ptr, r0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, False).to(tl.float32)
+            u = dot(w, a.T, u, PRECISION)
+            if sq_in_ptr is None and r0 == 0:
+                sq += tl.sum(w * w, axis=1)
+        if r0 == 0:
+            if sq_in_ptr is not None:
+                sq = tl.load(sq_in_ptr + offs_n, mask=mask_n, other=0.0)
+            tl.store(sq_out_ptr + offs_n, sq, mask=mask_n)
+            total = sq
+        # B_i (A Aᵀ) for these ranks, over all ranks of B.
+        for t0 in range(0, R, BLOCK_R):
+            b_t = load_tile(b_ptr, n0, t0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
+            gram = load_tile(gram_ptr, t0, r0, R, R, R, 1, BLOCK_R, BLOCK_R, False)
+            u = dot((0.5 * scaling) * b_t, gram, u, PRECISION)
+        b = load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
+        total += (2.0 * scaling) * tl.sum(b * u, axis=1)
+    # A sum that cancelled below zero is a zero norm, and so is a NaN none: it stays one.
+    norm = tl.sqrt(tl.where(total < 0.0, 0.0, total))
+    tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+    if magnitude_ptr is not None:
+        m = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(scale_ptr + offs_n, tl.where(norm == 0.0, 0.0, m / tl.where(norm == 0.0, 1.0, norm)), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["M", "threshold_bits"])
+def _dropout_kernel(
+    x_ptr, add_ptr, seed_ptr, out_ptr, M, C, stride_xm, threshold_bits, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = drop(x) + add, tile by tile; x (M, C), add and out contiguous. Grid: (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C))."""
+    m0 = tl.program_id(0) * BLOCK_M
+    c0 = tl.program_id(1) * BLOCK_C
+    x = load_tile(x_ptr, m0, c0, M, C, stride_xm, 1, BLOCK_M, BLOCK_C, False).to(tl.float32)
+    keep = dropout_keep(tl.load(seed_ptr), m0, c0, threshold_bits, BLOCK_M, BLOCK_C)
+    out = tl.where(keep, x * keep_scale, 0.0)
+    if add_ptr is not None:
+        out += load_tile(add_ptr, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False).to(tl.float32)
+    store_tile(out_ptr, out, m0, c0, M, C, C, 1, BLOCK_M, BLOCK_C, False)
+
+
+def dropout(x: Tensor, dropout_p: float, dropout_seed: Tensor, add: Tensor | None = None) -> Tensor:
+    """drop(x) (M, C), added to ``add`` where there is one, in x's dtype."""
+    M, C = x.shape
+    out = x.new_empty(M, C)
+    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    if out.numel():
+        _dropout_kernel[(triton.cdiv(M, 32), triton.cdiv(C, 128))](
+            x, add, seed, out, M, C, x.stride(0), threshold_bits, keep_scale, BLOCK_M=32, BLOCK_C=128, num_warps=4
+        )
+    return out
+
+
+def dora_norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    weight_sq_norm: Tensor | None, magnitude: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(n, ‖W_i‖², g), each (N,) float32; g is empty without a magnitude. Two launches: A Aᵀ, and the norm."""
+    N, K = weight.shape
+    R = lora_a.shape[0]
+    wide_a = lora_a.float()
+    gram = wide_a @ wide_a.T
+    norm, sq_norm = (weight.new_empty(N, dtype=torch.float32) for _ in range(2))
+    scale = weight.new_empty(0 if magnitude is None else N, dtype=torch.float32)
+    if N == 0:
+        return norm, sq_norm, scale
+    # Twice the products of tf32 would lose the digits that cancellation needs; where there is no tf32, plain FMA.
+    precision = "tf32x3" if target_of(weight.device).arch.startswith("sm_") else "ieee"
+    block_r = min(max(16, triton.next_power_of_2(R)), 128)  # more ranks: W is read again for each 128 of them
+    _dora_norm_kernel[(triton.cdiv(N, 16),)](
+        weight, lora_a, lora_b, gram, weight_sq_norm, magnitude, norm, sq_norm, scale,
+        N, K, R, weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0), scaling,
+        BLOCK_N=16, BLOCK_K=64 if block_r <= 32 else 32, BLOCK_R=block_r, PRECISION=precision,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return norm, sq_norm, scale
+
+
+def dora_linear_fwd(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, dropout_seed: Tensor | None, save: bool, tiles: LoRATiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = g ∘ u + bias (M, N), P (M, R), u (M, N), all in x's dtype; P and u are empty unless ``save``."""
+    u = x.new_empty(x.shape[0], weight.shape[0]) if save else None
+    y, p = lora_linear_fwd(
+        x, weight, lora_a, lora_b, bias, None, scaling, dropout_p, dropout_seed, save, tiles,
+        column_scale=column_scale, u=u,
+    )  # fmt: skip
+    empty = x.new_empty(0)
+    return y, empty if p is None else p, empty if u is None else u
+
+
+def dora_linear_bwd(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor,
+    p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
+    dropout_base: bool, needs: tuple[bool, bool, bool, bool], tiles: LoRATiles | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dX, dA, dB, Σ_m dY ∘ u), each None unless in ``needs``.
+
+    ``dropout_base``: dX = dY W + drop'((g ∘ dY - dY) W + s Q A).
+    """
+    M, N = grad_y.shape
+    R, K = lora_a.shape
+    need_x, need_a, need_b, need_inner = needs
+    if M == 0:
+        return (
+            grad_y.new_zeros(0, K) if need_x else None,
+            torch.zeros_like(lora_a) if need_a else None,
+            torch.zeros_like(lora_b) if need_b else None,
+            grad_y.new_zeros(N, dtype=torch.float32) if need_inner else None,
+        )
+    tiles = tiles or _tiles(grad_y, weight, R, dropout_p)
+    if p is None:
+        p = grad_y.new_zeros(M, R)  # dB is not wanted; its share of the one pass is wasted, and small
+    grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy == "library") else None
+    q, grad_b, inner = lora_bwd_q_grad_b(
+        grad_y, lora_b, p, None, scaling, tiles,
+        column_scale=column_scale, u=u if need_inner else None, grad_u=grad_u,
+    )  # fmt: skip
+    grad_x = grad_a = None
+    if need_x and dropout_base:
+        assert grad_u is not None and dropout_seed is not None
+        through_mask = (grad_u - grad_y) @ weight
+        through_mask.addmm_(q, lora_a.to(q.dtype), alpha=scaling)
+        grad_x = dropout(through_mask, dropout_p, dropout_seed, add=grad_y @ weight)
+    elif need_x:
+        grad_x = lora_linear_bwd_dx(
+            grad_y, weight, q, lora_a, None, scaling, dropout_p, dropout_seed, tiles,
+            column_scale=column_scale, grad_u=grad_u,
+        )  # fmt: skip
+    if need_a:
+        assert x is not None
+        grad_a = lora_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype, tiles)
+    return grad_x, grad_a, grad_b if need_b else None, inner
