@@ -154,18 +154,17 @@ DropoutArgument dropout_argument(const char* op, const std::optional<Tensor>& se
   return result;
 }
 
-// The gate as float32, whatever its dtype and stride; empty when there is none.
-std::vector<float> gate_values(const char* op, const std::optional<Tensor>& gate, int64_t rank) {
-  if (!gate.has_value()) return {};
-  STD_TORCH_CHECK(gate->is_cpu() && gate->dim() == 1 && gate->size(0) == rank, op,
-                  ": expected gate of shape (R,) = (", rank, ",) on the CPU, got ",
-                  shape_of(*gate));
-  std::vector<float> values(static_cast<size_t>(rank));
-  if (rank == 0) return values;
-  lrk::kernel_table().stage_float(
-      values.data(), 1,
-      {gate->const_data_ptr(), dtype_of(op, "gate", gate->scalar_type()), gate->stride(0), rank, 1,
-       1, nullptr, 0, 0, nullptr});
+// A vector such as the gate as float32, whatever its dtype and stride; empty when there is none.
+std::vector<float> float_values(const char* op, const char* name, const char* letter,
+                                const std::optional<Tensor>& t, int64_t size) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, op, ": expected ", name,
+                  " of shape (", letter, ",) = (", size, ",) on the CPU, got ", shape_of(*t));
+  std::vector<float> values(static_cast<size_t>(size));
+  if (size == 0) return values;
+  lrk::kernel_table().stage_float(values.data(), 1,
+                                  {t->const_data_ptr(), dtype_of(op, name, t->scalar_type()),
+                                   t->stride(0), size, 1, 1, nullptr, 0, 0, nullptr});
   return values;
 }
 
@@ -194,22 +193,93 @@ Tensor lora_down(const Tensor& x, const Tensor& factor, bool factor_rank_last,
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> lora_linear_few_rows(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, double scaling,
+    const std::optional<Tensor>& dropout_seed, double dropout_p,
+    const std::optional<Tensor>& column_scale, bool keep_u) {
+  const char* op = "lora_linear_few_rows";
+  const lrk::Matrix input = matrix(op, "x", x);
+  const lrk::Matrix w = matrix(op, "weight", weight);
+  check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
+  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+  check_shape(op, "lora_b", "(N, R)", b, w.rows, lora_a.size(0));
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, b.cols);
+  const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, w.rows);
+  Tensor p = lora_down(x, lora_a, false, dropout_seed, dropout_p);
+  Tensor y = empty({input.rows, w.rows}, x.scalar_type());
+  Tensor u = empty({keep_u ? input.rows : 0, w.rows}, x.scalar_type());
+  lrk::Epilogue epilogue;
+  epilogue.scale = pointer(scales);
+  epilogue.bias = pointer(biases);
+  if (keep_u) epilogue.u = matrix(op, "u", u);
+  lrk::lora_linear_few_rows(runtime(), matrix(op, "output", y), matrix(op, "p", p), input, w, b,
+                            pointer(gates), static_cast<float>(scaling), epilogue);
+  return {y, p, u};
+}
+
+// A matrix that is written: its rows may not overlap.
+lrk::Matrix target(const char* op, const char* name, Tensor t) {
+  lrk::Matrix result = matrix(op, name, t);
+  result.data = t.mutable_data_ptr();
+  STD_TORCH_CHECK(result.rows <= 1 || result.stride >= result.cols, op, ": expected ", name,
+                  " whose rows do not overlap, got row stride ", result.stride, " for ",
+                  result.cols, " columns");
+  return result;
+}
+
 void lora_up_(Tensor y, const Tensor& p, const Tensor& factor, bool factor_rank_last,
               const std::optional<Tensor>& gate, double scaling,
               const std::optional<Tensor>& dropout_seed, double dropout_p) {
   const char* op = "lora_up_";
-  lrk::Matrix target = matrix(op, "y", y);
-  target.data = y.mutable_data_ptr();
-  STD_TORCH_CHECK(target.rows <= 1 || target.stride >= target.cols, op,
-                  ": expected y whose rows do not overlap, got row stride ", target.stride, " for ",
-                  target.cols, " columns");
-  const lrk::Factor f = factor_argument(op, factor, factor_rank_last, target.cols);
+  const lrk::Matrix sum = target(op, "y", y);
+  const lrk::Factor f = factor_argument(op, factor, factor_rank_last, sum.cols);
   const lrk::Matrix left = matrix(op, "p", p);
-  check_shape(op, "p", "(M, R)", left, target.rows, f.rank());
-  const std::vector<float> gates = gate_values(op, gate, f.rank());
+  check_shape(op, "p", "(M, R)", left, sum.rows, f.rank());
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, f.rank());
   const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
-  lrk::lora_up(runtime(), target, left, f, pointer(gates),
+  lrk::lora_up(runtime(), sum, left, f, pointer(gates),
                static_cast<float>(scaling * dropout.inverse_keep), dropout.get());
+}
+
+void dora_up_(Tensor u, const Tensor& p, const Tensor& lora_b, double scaling,
+              const Tensor& column_scale, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& y) {
+  const char* op = "dora_up_";
+  const lrk::Matrix sum = target(op, "u", u);
+  const lrk::Factor f = factor_argument(op, lora_b, true, sum.cols);
+  const lrk::Matrix left = matrix(op, "p", p);
+  check_shape(op, "p", "(M, R)", left, sum.rows, f.rank());
+  const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, sum.cols);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, sum.cols);
+  lrk::Matrix scaled = sum;
+  if (y.has_value()) {
+    scaled = target(op, "y", *y);
+    check_shape(op, "y", "(M, N)", scaled, sum.rows, sum.cols);
+    STD_TORCH_CHECK(scaled.dtype == sum.dtype, op, ": expected y of u's dtype");
+  }
+  lrk::lora_up(runtime(), sum, left, f, nullptr, static_cast<float>(scaling), nullptr,
+               pointer(scales), pointer(biases), &scaled);
+}
+
+std::tuple<Tensor, Tensor> dora_scale_grad(const Tensor& grad_y, const std::optional<Tensor>& u,
+                                           const Tensor& column_scale) {
+  const char* op = "dora_scale_grad";
+  const lrk::Matrix from = matrix(op, "grad_y", grad_y);
+  const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, from.cols);
+  Tensor grad_u = empty({from.rows, from.cols}, grad_y.scalar_type());
+  Tensor inner = empty({u.has_value() ? from.cols : 0}, ScalarType::Float);
+  lrk::Matrix other{};
+  if (u.has_value()) {
+    other = matrix(op, "u", *u);
+    check_shape(op, "u", "(M, N)", other, from.rows, from.cols);
+    STD_TORCH_CHECK(other.dtype == from.dtype, op, ": expected u of grad_y's dtype");
+  }
+  lrk::dora_scale_grad(runtime(), matrix(op, "grad_u", grad_u), from,
+                       u.has_value() ? &other : nullptr, scales.data(),
+                       u.has_value() ? static_cast<float*>(inner.mutable_data_ptr()) : nullptr);
+  return {grad_u, inner};
 }
 
 Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>& gate,
@@ -219,7 +289,7 @@ Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>
   const lrk::Matrix wide = matrix(op, "big", big);
   const lrk::Matrix left = matrix(op, "p", p);
   check_shape(op, "p", "(M, R)", left, wide.rows, left.cols);
-  const std::vector<float> gates = gate_values(op, gate, left.cols);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, left.cols);
   const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
   dtype_of(op, "out_dtype", out_dtype);
   Tensor out = rank_last ? empty({wide.cols, left.cols}, out_dtype)
@@ -238,7 +308,7 @@ std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lo
   check_shape(op, "lora_b", "(N, R)", b, wide.cols, b.cols);
   const lrk::Matrix left = matrix(op, "p", p);
   check_shape(op, "p", "(M, R)", left, wide.rows, b.cols);
-  const std::vector<float> gates = gate_values(op, gate, b.cols);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, b.cols);
   dtype_of(op, "grad_dtype", grad_dtype);
   Tensor q = empty({wide.rows, b.cols}, grad_y.scalar_type());
   Tensor grad_b = empty({wide.cols, b.cols}, grad_dtype);
@@ -298,6 +368,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "lora_down(Tensor x, Tensor factor, bool factor_rank_last, Tensor? dropout_seed=None, "
       "float dropout_p=0.0) -> Tensor");
   m.def(
+      "lora_linear_few_rows(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, Tensor? column_scale, "
+      "bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
+  m.def(
+      "dora_up_(Tensor(a!) u, Tensor p, Tensor lora_b, float scaling, Tensor column_scale, "
+      "Tensor? bias, Tensor(b!)? y) -> ()");
+  m.def(
+      "dora_scale_grad(Tensor grad_y, Tensor? u, Tensor column_scale) -> "
+      "(Tensor grad_u, Tensor inner)");
+  m.def(
       "lora_up_(Tensor(a!) y, Tensor p, Tensor factor, bool factor_rank_last, Tensor? gate=None, "
       "float scaling=1.0, Tensor? dropout_seed=None, float dropout_p=0.0) -> ()");
   m.def(
@@ -311,7 +391,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_down", TORCH_BOX(&lora_down));
+  m.impl("lora_linear_few_rows", TORCH_BOX(&lora_linear_few_rows));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
+  m.impl("dora_up_", TORCH_BOX(&dora_up_));
+  m.impl("dora_scale_grad", TORCH_BOX(&dora_scale_grad));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
   m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));

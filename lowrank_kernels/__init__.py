@@ -1,7 +1,27 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
+from . import integrations, nn
+from .adapt import adapt
+from .checkpoint import load_adapter, save_adapter
+from .config import AdapterConfig, LoRAConfig
 from .functional import dora_linear, dora_weight_norm, lora_linear
+from .merge import merge_lora_
+from .report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "dora_linear", "dora_weight_norm", "lora_linear"]
+__all__ = [
+    "AdapterConfig",
+    "LoRAConfig",
+    "Report",
+    "__version__",
+    "adapt",
+    "dora_linear",
+    "dora_weight_norm",
+    "integrations",
+    "load_adapter",
+    "lora_linear",
+    "merge_lora_",
+    "nn",
+    "save_adapter",
+]

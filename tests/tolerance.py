@@ -25,8 +25,8 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 def assert_as_exact_as_eager(
     ours: Tensor, eager: Tensor, oracle: Tensor, *, factor: float = OUTPUT_FACTOR, ulps: float = ULPS, what: str = ""
 ) -> None:
-    """Fail unless |ours - oracle| <= factor · max|eager - oracle| + ulps · ulp(oracle), element by element, and the same
-    of the root mean squares.
+    """Fail unless |ours - oracle| <= factor · max|eager - oracle| + ulps · ulp(oracle), element by element, and the
+    same holds of the root mean squares.
 
     Args:
         ours: what a kernel gave. NaN or infinity where the oracle is finite fails.

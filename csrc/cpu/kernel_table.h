@@ -84,6 +84,15 @@ struct KernelTable {
               int64_t rows, int64_t cols, float scale, const Dropout* dropout, int64_t row,
               int64_t col);
 
+  // dst = scale ∘ src + bias, a factor and a summand per column; bias may be null, dst may be src.
+  void (*scale_columns)(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
+                        int64_t src_stride, int64_t rows, int64_t cols, const float* scale,
+                        const float* bias);
+  // dst = scale ∘ src, and inner[j] += the sum over rows of src * u; u and inner may be null.
+  void (*scale_grad)(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
+                     int64_t src_stride, const void* u, int64_t u_stride, int64_t rows,
+                     int64_t cols, const float* scale, float* inner);
+
   void (*keep_mask)(uint8_t* dst, int64_t dst_stride, int64_t rows, int64_t cols,
                     const Dropout& dropout, int64_t row);
 };

@@ -245,10 +245,9 @@ template <typename Elem>
 void down_block(const Engine<Elem>& engine, const Matrix& x, int64_t row0, int64_t rows,
                 int64_t col0, int64_t cols, const Elem* panels, int64_t panel_count,
                 int64_t panel_stride, const Dropout* dropout, float* c, int64_t c_stride,
-                Elem* staged) {
+                Elem* staged, bool accumulate = false) {
   const bool in_place = x.dtype == Engine<Elem>::kDtype && !dropout;
   const int64_t direct = in_place ? Engine<Elem>::direct_depth(cols) : 0;
-  bool accumulate = false;
   for (int64_t k0 = 0; k0 < cols;) {
     const Elem* l;
     int64_t l_stride, live, depth;
@@ -301,11 +300,81 @@ void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Fact
   });
 }
 
+// ---- few rows: the frozen product and the correction together
+// --------------------------------------
+
+// With few tokens the weight is the long side. Its rows stream through the tiles as L, read where
+// they lie, with x as G; the rank is appended to the reduction, so that y is rounded once.
+template <typename Elem>
+void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                     const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
+                     const Epilogue& epilogue) {
+  const KernelTable& kernels = runtime.kernels;
+  const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
+  const int64_t panels = ceil_div(m, kPanel), padded = Engine<Elem>::depth(width);
+  const int64_t padded_rank = Engine<Elem>::depth(rank), c_stride = panels * kPanel;
+  Layout layout;
+  const size_t x_at = layout.add<Elem>(panels * kPanel * padded);
+  const size_t p_at = layout.add<Elem>(panels * kPanel * padded_rank);
+  const size_t scaled_at = layout.add<float>(m * rank);
+  const size_t factor_at = layout.add<float>(rank);
+  CallScratch shared(layout.bytes());
+  Elem* x_panels = at<Elem>(shared.base(), x_at);
+  Elem* p_panels = at<Elem>(shared.base(), p_at);
+  float* scaled = at<float>(shared.base(), scaled_at);
+  float* factor = at<float>(shared.base(), factor_at);
+  for (int64_t r = 0; r < rank; ++r) factor[r] = gate ? scale * gate[r] : scale;
+  Source s = rectangle(p, 0, 0, m, rank);
+  s.col_scale = factor;
+  kernels.stage_float(scaled, rank, s);
+  pack_all(runtime, p_panels, padded_rank, {Matrix{scaled, Dtype::kFloat32, m, rank, rank}, true});
+  pack_all(runtime, x_panels, padded, {x, true});
+
+  run(runtime, ceil_div(n, kRowBlock), true, [&](int64_t begin, int64_t end) {
+    Layout own;
+    const size_t c_at = own.add<float>(kRowBlock * c_stride);
+    const size_t turned_at = own.add<float>(c_stride * kRowBlock);
+    const size_t staged_at = own.add<Elem>(kRowBlock * kDepthBlock);
+    TaskScratch scratch(own.bytes());
+    float* c = at<float>(scratch.base(), c_at);
+    float* turned = at<float>(scratch.base(), turned_at);
+    Elem* staged = at<Elem>(scratch.base(), staged_at);
+    Engine<Elem> engine(kernels);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, n - row);
+      const Dropout* keep_all = nullptr;
+      down_block(engine, weight, row, rows, 0, width, x_panels, panels, padded * kPanel, keep_all,
+                 c, c_stride, staged);
+      down_block(engine, lora_b, row, rows, 0, rank, p_panels, panels, padded_rank * kPanel,
+                 keep_all, c, c_stride, staged, true);
+      kernels.transpose(reinterpret_cast<uint32_t*>(turned), kRowBlock,
+                        reinterpret_cast<uint32_t*>(c), c_stride, rows, m);
+      if (epilogue.u.data) {
+        const Matrix& u = epilogue.u;
+        kernels.store(mutable_element(u, 0, row), u.dtype, u.stride, turned, kRowBlock, m, rows,
+                      1.0f);
+      }
+      if (epilogue.scale || epilogue.bias) {
+        for (int64_t i = 0; i < m; ++i) {
+          float* line = turned + i * kRowBlock;
+          for (int64_t j = 0; j < rows; ++j) {
+            if (epilogue.scale) line[j] *= epilogue.scale[row + j];
+            if (epilogue.bias) line[j] += epilogue.bias[row + j];
+          }
+        }
+      }
+      kernels.store(mutable_element(y, 0, row), y.dtype, y.stride, turned, kRowBlock, m, rows,
+                    1.0f);
+    }
+  });
+}
+
 // ---- up: y += (p * gate) factor -----------------------------------------------------------------
 
 template <typename Elem>
 void up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
-        const float* gate, float scale, const Dropout* dropout) {
+        const float* gate, float scale, const Dropout* dropout, const float* column_scale,
+        const float* bias, const Matrix* scaled) {
   const int64_t m = y.rows, width = y.cols, rank = factor.rank();
   const int64_t depth = Engine<Elem>::depth(rank), panels = ceil_div(width, kPanel);
   const PanelSource source{factor.matrix, factor.rank_last};
@@ -358,6 +427,11 @@ void up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& 
                            kUpColumns, false});
           runtime.kernels.add(mutable_element(y, row, col), y.dtype, y.stride, c, kUpColumns, rows,
                               cols, scale, dropout, row, col);
+          if (scaled) {
+            runtime.kernels.scale_columns(mutable_element(*scaled, row, col), y.dtype,
+                                          scaled->stride, element(y, row, col), y.stride, rows,
+                                          cols, column_scale + col, bias ? bias + col : nullptr);
+          }
         }
       }
     }
@@ -660,14 +734,48 @@ void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const
   }
 }
 
+void lora_linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                          const Matrix& weight, const Matrix& lora_b, const float* gate,
+                          float scale, const Epilogue& epilogue) {
+  if (y.rows == 0 || y.cols == 0) return;
+  if (on_tiles(runtime, x.dtype)) {
+    linear_few_rows<uint16_t>(runtime, y, p, x, weight, lora_b, gate, scale, epilogue);
+  } else {
+    linear_few_rows<float>(runtime, y, p, x, weight, lora_b, gate, scale, epilogue);
+  }
+}
+
 void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
-             const float* gate, float scale, const Dropout* dropout) {
+             const float* gate, float scale, const Dropout* dropout, const float* column_scale,
+             const float* bias, const Matrix* scaled) {
   if (y.rows == 0 || y.cols == 0 || p.cols == 0) return;
   if (on_tiles(runtime, y.dtype)) {
-    up<uint16_t>(runtime, y, p, factor, gate, scale, dropout);
+    up<uint16_t>(runtime, y, p, factor, gate, scale, dropout, column_scale, bias, scaled);
   } else {
-    up<float>(runtime, y, p, factor, gate, scale, dropout);
+    up<float>(runtime, y, p, factor, gate, scale, dropout, column_scale, bias, scaled);
   }
+}
+
+void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
+                     const Matrix* u, const float* column_scale, float* inner) {
+  constexpr int64_t kRows = 32, kColumns = 256;
+  const int64_t m = grad_y.rows, n = grad_y.cols;
+  if (inner) std::memset(inner, 0, static_cast<size_t>(n) * sizeof(float));
+  // A task owns its columns, and adds up their rows from first to last.
+  run(runtime, ceil_div(n, kColumns), m * n > (int64_t{1} << 15), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t col = task * kColumns, cols = std::min(kColumns, n - col);
+      for (int64_t row = 0; row < m; row += kRows) {
+        const int64_t rows = std::min(kRows, m - row);
+        prefetch(grad_y, row + kRows, col, kRows, cols);
+        if (u) prefetch(*u, row + kRows, col, kRows, cols);
+        runtime.kernels.scale_grad(mutable_element(grad_u, row, col), grad_y.dtype, grad_u.stride,
+                                   element(grad_y, row, col), grad_y.stride,
+                                   u ? element(*u, row, col) : nullptr, u ? u->stride : 0, rows,
+                                   cols, column_scale + col, inner ? inner + col : nullptr);
+      }
+    }
+  });
 }
 
 void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,

@@ -40,9 +40,31 @@ struct Factor {
 void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
                float scale, const Dropout* dropout);
 
-// y (M, width) += scale * keep * ((p * gate) factor). gate: R floats or null.
+// What happens to a finished sum u, column by column: y = scale * u + bias (scale null: 1, bias
+// null: 0). Where `u` has data, u itself is kept there.
+struct Epilogue {
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  Matrix u{nullptr, Dtype::kFloat32, 0, 0, 0};
+};
+
+// y (M, N) from u = x weight^T + scale * (p * gate) lora_b^T for few rows of x; p (M, R) is there
+// already. gate: R floats or null.
+void lora_linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                          const Matrix& weight, const Matrix& lora_b, const float* gate,
+                          float scale, const Epilogue& epilogue);
+
+// y (M, width) += scale * keep * ((p * gate) factor). gate: R floats or null. With `column_scale`
+// (and `bias`, or null), `scaled` = column_scale * y + bias as well; it may be y.
 void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
-             const float* gate, float scale, const Dropout* dropout);
+             const float* gate, float scale, const Dropout* dropout,
+             const float* column_scale = nullptr, const float* bias = nullptr,
+             const Matrix* scaled = nullptr);
+
+// grad_u (M, N) = column_scale * grad_y, and inner (N floats) = the sums over rows of grad_y * u;
+// u and inner may be null.
+void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
+                     const Matrix* u, const float* column_scale, float* inner);
 
 // out (R, width), or (width, R) with rank_last: scale * (p * gate)^T drop(big).
 void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,

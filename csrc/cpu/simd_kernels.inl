@@ -551,9 +551,104 @@ LRK_FN void add_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* sr
   }
 }
 
+// ---- column scales ------------------------------------------------------------------------------
+
+template <typename T>
+LRK_FN void scale_columns_typed(T* dst, int64_t dst_stride, const T* src, int64_t src_stride,
+                                int64_t rows, int64_t cols, const float* scale, const float* bias) {
+  const int64_t whole = cols / kWidth * kWidth, rest = cols - whole;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* in = src + i * src_stride;
+    T* out = dst + i * dst_stride;
+    for (int64_t j = 0; j < whole; j += kWidth) {
+      VecF value = load(scale + j) * load(in + j);
+      if (bias) value += load(bias + j);
+      store(out + j, value);
+    }
+    if (rest) {
+      VecF value = load_part(scale + whole, rest) * load_part(in + whole, rest);
+      if (bias) value += load_part(bias + whole, rest);
+      store_part(out + whole, value, rest);
+    }
+  }
+}
+
+template <typename T>
+LRK_FN void scale_grad_typed(T* dst, int64_t dst_stride, const T* src, int64_t src_stride,
+                             const T* u, int64_t u_stride, int64_t rows, int64_t cols,
+                             const float* scale, float* inner) {
+  // Column by column of registers, so that the sums stay in one; rows come from the cache.
+  for (int64_t j = 0; j < cols; j += kWidth) {
+    const int64_t n = cols - j < kWidth ? cols - j : int64_t{kWidth};
+    const bool whole = n == kWidth;
+    const VecF g = whole ? load(scale + j) : load_part(scale + j, n);
+    VecF sum = g * 0.0f;
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* in = src + i * src_stride + j;
+      const VecF value = whole ? load(in) : load_part(in, n);
+      if (whole) {
+        store(dst + i * dst_stride + j, g * value);
+      } else {
+        store_part(dst + i * dst_stride + j, g * value, n);
+      }
+      if (u) {
+        const T* other = u + i * u_stride + j;
+        sum += value * (whole ? load(other) : load_part(other, n));
+      }
+    }
+    if (u) {
+      const VecF total = sum + (whole ? load(inner + j) : load_part(inner + j, n));
+      if (whole) {
+        store(inner + j, total);
+      } else {
+        store_part(inner + j, total, n);
+      }
+    }
+  }
+}
+
+LRK_FN void scale_columns(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
+                          int64_t src_stride, int64_t rows, int64_t cols, const float* scale,
+                          const float* bias) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return scale_columns_typed(static_cast<float*>(dst), dst_stride,
+                                 static_cast<const float*>(src), src_stride, rows, cols, scale,
+                                 bias);
+    case Dtype::kBFloat16:
+      return scale_columns_typed(static_cast<BFloat16*>(dst), dst_stride,
+                                 static_cast<const BFloat16*>(src), src_stride, rows, cols, scale,
+                                 bias);
+    case Dtype::kFloat16:
+      return scale_columns_typed(static_cast<Float16*>(dst), dst_stride,
+                                 static_cast<const Float16*>(src), src_stride, rows, cols, scale,
+                                 bias);
+  }
+}
+
+LRK_FN void scale_grad(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
+                       int64_t src_stride, const void* u, int64_t u_stride, int64_t rows,
+                       int64_t cols, const float* scale, float* inner) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return scale_grad_typed(static_cast<float*>(dst), dst_stride, static_cast<const float*>(src),
+                              src_stride, static_cast<const float*>(u), u_stride, rows, cols, scale,
+                              inner);
+    case Dtype::kBFloat16:
+      return scale_grad_typed(static_cast<BFloat16*>(dst), dst_stride,
+                              static_cast<const BFloat16*>(src), src_stride,
+                              static_cast<const BFloat16*>(u), u_stride, rows, cols, scale, inner);
+    case Dtype::kFloat16:
+      return scale_grad_typed(static_cast<Float16*>(dst), dst_stride,
+                              static_cast<const Float16*>(src), src_stride,
+                              static_cast<const Float16*>(u), u_stride, rows, cols, scale, inner);
+  }
+}
+
 constexpr KernelTable float_table() {
-  return {LRK_ISA_NAME, stage_float, stage_bfloat16, multiply_float, nullptr,  nullptr,
-          transpose,    nullptr,     store_rows,     add_rows,       keep_mask};
+  return {LRK_ISA_NAME,  stage_float, stage_bfloat16, multiply_float, nullptr,
+          nullptr,       transpose,   nullptr,        store_rows,     add_rows,
+          scale_columns, scale_grad,  keep_mask};
 }
 
 }  // namespace LRK_ISA

@@ -37,7 +37,8 @@ def _version(package: str) -> str | None:
 def _versions() -> Iterator[Row]:
     yield "lowrank_kernels", str(_version("lowrank_kernels") or "not installed (run from its source tree)")
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    built_for = f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPUs"
     yield "torch", f"{torch.__version__}, built for {built_for}; {torch.get_num_threads()} threads"
     triton = _version("triton")
     yield "triton", f"{triton} (written for 3.5 to 3.8)" if triton else "missing: no GPU kernels (pip install triton)"
@@ -49,8 +50,8 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
     properties = torch.cuda.get_device_properties(0)
-    gib = properties.total_memory / 2**30
-    return f"{torch.cuda.device_count()}, the first: {properties.name}, {gib:.0f} GiB, {properties.multi_processor_count} processors"
+    size = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} processors"
+    return f"{torch.cuda.device_count()}, the first: {properties.name}, {size}"
 
 
 def _extension_rows() -> Iterator[Row]:
@@ -59,12 +60,12 @@ def _extension_rows() -> Iterator[Row]:
     info = _extension.build_info()
     if not info["available"]:
         yield "C++ ops", f"not loaded: {info['reason']}"
-        yield "", "costs: CPU tensors run the plain PyTorch reference, which is slower and saves more memory traffic for later"
+        yield "", "costs: CPU tensors run the plain PyTorch reference, which is right and slower"
         return
     yield "C++ ops", f"loaded: {info['path']}"
     yield "", f"{info.get('compiler', 'unknown compiler')}; runs here as {info.get('cpu_isa')}"
     if info.get("cuda"):
-        yield "CUDA C++", f"built for {info.get('cuda_archs')}"
+        yield "CUDA C++", f"built for sm_{', sm_'.join(info.get('cuda_archs', ()))}"
     else:
         yield "CUDA C++", f"not built: {info.get('cuda_note') or 'the build says no more'}"
         yield "", "costs: nothing on a CPU; on a GPU the Triton kernels run, which compile at first use"
@@ -94,11 +95,12 @@ def print_table(rows: list[Row], indent: str = "  ") -> None:
     """Left-aligned columns, as wide as they need; the last as it comes."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
-        print(indent + "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip())
+        cells = [cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)]
+        print(indent + "  ".join([*cells, row[-1]]).rstrip())
 
 
 def _strategies() -> Iterator[Row]:
-    """What the tile rules choose for common shapes, on this GPU or, without one, on the one that most figures are for."""
+    """What the tile rules choose for common shapes: on this GPU or, without one, on an H100."""
     from ..inspect.registry import family, family_names
     from ..kernels.target import TARGETS, target_of
 
@@ -122,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(list(_path_rows(ops)))
     choices = list(_strategies()) if have_triton else []
     if choices:
-        print("\nTriton's strategy, by predicted time" + ("" if torch.cuda.is_available() else " (no GPU here: for sm_90)"))
+        where = "" if torch.cuda.is_available() else " (no GPU here: for sm_90)"
+        print(f"\nTriton's strategy, by predicted time{where}")
         print_table(choices)
     print("\nOptional packages")
     print_table([(name, _version(name) or "missing", f"for {use}") for name, use in _OPTIONAL])

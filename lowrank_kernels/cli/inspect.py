@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..inspect.registry import OpFamily
 
 _HEADER = (
-    "case", "tile", "warps", "stages", "regs", "spill", "KiB", "occ", "matrix", "TMA", "cp.async", "MB", "GFLOP", "µs",
+    "case", "tile", "w", "st", "regs", "spill", "KiB", "occ", "matrix", "TMA", "cp.async", "MB", "GFLOP", "µs",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--kernel", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--save-cubins", type=Path, metavar="DIR", help="write the binaries, for a disassembler")
-    parser.add_argument("--write-budget", type=Path, metavar="FILE", help="write the budget that the tests compare with")
+    parser.add_argument("--write-budget", type=Path, metavar="FILE", help="write the budget that the tests hold to")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (default 2)")
 
 
@@ -69,18 +69,18 @@ def _cells(family: OpFamily, compiled: Compiled) -> tuple[str, ...]:
 
 def _print_table(rows: list[tuple[str, ...]], widths: list[int]) -> None:
     for row in rows:
-        cells = (cell.ljust(w) if i in (0, 1, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("  " + " ".join(cells).rstrip())
+        cells = zip(_HEADER, row, widths, strict=True)
+        aligned = (cell.ljust(w) if name in ("case", "tile", "matrix") else cell.rjust(w) for name, cell, w in cells)
+        print("  " + " ".join(aligned).rstrip())
 
 
 def _print_arch(arch: str, results: list[tuple[OpFamily, Compiled]]) -> None:
     from ..kernels.target import TARGETS
 
     target = TARGETS[arch]
-    print(
-        f"\n{arch}: {target.num_sms} processors, {target.shared_bytes // 1024} KiB of shared memory a program; "
-        f"roofline at {target.copy_bytes_per_s / 1e12:.1f} TB/s and {target.matrix_flops_per_s / 1e12:.0f} TFLOP/s (half precision)"
-    )
+    print(f"\n{arch}: {target.num_sms} processors, {target.shared_bytes // 1024} KiB of shared memory a program")
+    bandwidth, flops = target.copy_bytes_per_s / 1e12, target.matrix_flops_per_s / 1e12
+    print(f"  times: a roofline at {bandwidth:.1f} TB/s and {flops:.0f} TFLOP/s in half precision, and 4 µs a launch")
     rows = [_cells(family, compiled) for family, compiled in results]
     widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
     _print_table([_HEADER], widths)
@@ -113,7 +113,7 @@ def _save_binaries(folder: Path, results: Iterable[tuple[OpFamily, Compiled]]) -
 
 def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise ValueError("inspect: expected TRITON_INTERPRET to be off, got 1; the interpreter compiles nothing, unset it")
+        raise ValueError("inspect: expected TRITON_INTERPRET to be off, got 1; the interpreter compiles nothing")
     from ..inspect.budget import write_budget
     from ..inspect.compile import compile_launches, faults
     from ..inspect.launches import recorded_launches
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         if arch not in known:
             raise ValueError(f"inspect: expected --arch to be one of {', '.join(known)}, got {arch!r}")
     if args.write_budget and (args.arch or args.op or args.kernel):
-        raise ValueError("inspect: expected --write-budget without --op, --arch and --kernel: a budget holds everything")
+        raise ValueError("inspect: expected --write-budget without --op, --arch and --kernel: a budget holds it all")
 
     everything: list[tuple[OpFamily, Compiled]] = []
     found: list[str] = []

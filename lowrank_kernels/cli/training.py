@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +124,20 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what libraries write to file descriptor 2 off the terminal: the profiler reports its own start there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
     """Most bytes that torch's allocator held at one time during a call, beyond those held before it."""
     if device.type == "cuda":
@@ -132,7 +149,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None

@@ -1,44 +1,40 @@
-"""What a compiled kernel is made of, read from its machine code with the tools that Triton carries."""
+"""What a compiled kernel is made of, read from its assembly and its binary with the tools that Triton carries."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 
 from .triton_internals import nvidia_tool
 
-_SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
-# Kinds of instruction, by what the disassembler calls them.
+# Kinds of instruction, as PTX and AMD's assembly call them. NVIDIA's carry the name of the machine instruction that
+# ptxas makes of each: wgmma is HGMMA, mma.sync is HMMA.
 _NVIDIA_KINDS = {
-    "HGMMA": re.compile(r"[HIQ]GMMA"),
-    "tcgen05": re.compile(r"UTC\w*MMA"),
-    "HMMA": re.compile(r"[HIQ]MMA"),
-    "TMA": re.compile(r"UTMA(LDG|STG)"),
-    "cp.async": re.compile(r"LDGSTS"),
-    # Of global memory: in shared memory the compiler has its own, to hand out tensor memory.
-    "atomic": re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG)"),
-    "local": re.compile(r"(LDL|STL)"),
-    "shared load": re.compile(r"(LDS|LDSM)"),
-    "shared store": re.compile(r"(STS|STSM)"),
-    "global load": re.compile(r"LDG"),
-    "global store": re.compile(r"STG"),
-    "barrier": re.compile(r"BAR"),
+    "HGMMA": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma\b",
+    "HMMA": r"mma\.sync",
+    "TMA": r"cp\.async\.bulk\.tensor",
+    "cp.async": r"cp\.async\.c[ag]",
+    "atomic": r"(?:atom|red)\.(?![\w.]*shared)|cp\.reduce\.async",
+    "shared load": r"ld\.shared|ldmatrix",
+    "shared store": r"st\.shared|stmatrix",
+    "global load": r"ld\.global",
+    "global store": r"st\.global",
+    "barrier": r"bar(?:rier)?\.",
 }
 _AMD_KINDS = {
-    "MFMA": re.compile(r"v_mfma\w*"),
-    "cp.async": re.compile(r"(global|buffer)_load_lds\w*"),
-    "atomic": re.compile(r"(global|buffer|flat)_atomic\w*"),
-    "local": re.compile(r"scratch_(load|store)\w*"),
-    "shared load": re.compile(r"ds_read\w*"),
-    "shared store": re.compile(r"ds_write\w*"),
-    "global load": re.compile(r"(global|buffer|flat)_load(?!_lds)\w*"),
-    "global store": re.compile(r"(global|buffer|flat)_store\w*"),
-    "barrier": re.compile(r"s_barrier"),
+    "MFMA": r"v_mfma",
+    "cp.async": r"(?:global|buffer)_load_lds",
+    "atomic": r"(?:global|buffer|flat)_atomic",
+    "shared load": r"ds_read",
+    "shared store": r"ds_write",
+    "global load": r"(?:global|buffer|flat)_load_(?!lds)",
+    "global store": r"(?:global|buffer|flat)_store",
+    "barrier": r"s_barrier",
 }
 MATRIX_KINDS = ("HGMMA", "tcgen05", "HMMA", "MFMA")
 
@@ -53,23 +49,23 @@ class BinaryFacts:
     instructions: dict[str, int]
 
 
-def _count(opcodes: list[str], kinds: dict[str, re.Pattern[str]]) -> dict[str, int]:
-    seen = Counter(opcodes)
-    return {kind: sum(n for opcode, n in seen.items() if pattern.fullmatch(opcode)) for kind, pattern in kinds.items()}
+def _count(assembly: str, kinds: dict[str, str]) -> dict[str, int]:
+    """Statements of each kind; a statement starts a line, after a predicate at most."""
+    return {kind: len(re.findall(rf"^\s*(?:@!?%\w+\s+)?(?:{p})", assembly, re.MULTILINE)) for kind, p in kinds.items()}
 
 
-def cubin_facts(cubin: bytes) -> BinaryFacts:
-    """Facts of an NVIDIA binary, from ``cuobjdump``."""
+def nvidia_facts(ptx: str, cubin: bytes) -> BinaryFacts:
+    """Facts of an NVIDIA kernel: instructions from its PTX, resources from the binary, by ``cuobjdump``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [nvidia_tool("cuobjdump"), "-sass", "-res-usage", file.name]
+        command = [nvidia_tool("cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     resources = _RESOURCES.search(text)
     if resources is None:
         raise RuntimeError("cuobjdump printed no resource usage; its format may have changed")
     registers, stack, _, local = (int(n) for n in resources.groups())
-    return BinaryFacts(registers, stack + local, _count(_SASS_LINE.findall(text), _NVIDIA_KINDS))
+    return BinaryFacts(registers, stack + local, _count(ptx, _NVIDIA_KINDS))
 
 
 def amdgcn_facts(assembly: str) -> BinaryFacts:
@@ -79,8 +75,7 @@ def amdgcn_facts(assembly: str) -> BinaryFacts:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    opcodes = re.findall(r"^\s+([a-z]\w+)\b", assembly, re.MULTILINE)
     # Scalar registers spill into lanes of vector registers, which is no memory traffic.
     spills = max(4 * field("vgpr_spill_count"), field("private_segment_fixed_size"))
     # .vgpr_count holds vector and accumulation registers together: they come from one file.
-    return BinaryFacts(field("vgpr_count"), spills, _count(opcodes, _AMD_KINDS))
+    return BinaryFacts(field("vgpr_count"), spills, _count(assembly, _AMD_KINDS))

@@ -20,7 +20,8 @@ REGENERATE = "lrk inspect --write-budget tests/proof/budget.json"
 def entry(compiled: Compiled) -> dict[str, Any]:
     """What the budget holds of one variant."""
     matrix = {kind: compiled.count(kind) for kind in MATRIX_KINDS if compiled.count(kind)}
-    return {"registers": compiled.registers, "spills": compiled.spills, "shared": compiled.shared_bytes, "matrix": matrix}
+    shared = compiled.shared_bytes
+    return {"registers": compiled.registers, "spills": compiled.spills, "shared": shared, "matrix": matrix}
 
 
 def write_budget(path: Path, results: Iterable[Compiled]) -> None:

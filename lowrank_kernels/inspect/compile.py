@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from ..kernels.roofline import launch_seconds
 from ..kernels.target import TARGETS
-from .binaries import MATRIX_KINDS, amdgcn_facts, cubin_facts
+from .binaries import MATRIX_KINDS, amdgcn_facts, nvidia_facts
 from .launches import Launch
 from .occupancy import occupancy
 from .registry import OpFamily
@@ -65,7 +65,7 @@ def compile_launch(launch: Launch) -> Compiled:
         return Compiled(launch, error=f"{type(error).__name__}: {last[-1]}")
     if "cubin" in binary.asm:
         code = binary.asm["cubin"]
-        facts = cubin_facts(code)
+        facts = nvidia_facts(binary.asm["ptx"], code)
     else:
         code = binary.asm["hsaco"]
         facts = amdgcn_facts(binary.asm["amdgcn"])
@@ -94,7 +94,7 @@ def _alone(launch: Launch) -> Compiled:
 def compile_launches(
     launches: Iterable[Launch], workers: int = 2, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Compiled]:
-    """Compile launches in ``workers`` processes; equal variants once. A launch that kills the compiler is found and named.
+    """Compile launches in ``workers`` processes, equal variants once. A launch that kills the compiler is named.
 
     Returns:
         One result a launch, in their order.
@@ -148,7 +148,7 @@ def faults(family: OpFamily, compiled: Compiled) -> Iterator[str]:
     if compiled.error is not None:
         yield f"{launch.name}: {compiled.error}"
         return
-    if compiled.spills or compiled.count("local"):
+    if compiled.spills:
         yield f"{launch.name}: spills {compiled.spills} bytes a thread ({compiled.registers} registers)"
     if compiled.shared_bytes > target.shared_bytes:
         yield f"{launch.name}: {compiled.shared_bytes} bytes of shared memory, {target.shared_bytes} allowed"

@@ -55,9 +55,7 @@ class Launch:
     @property
     def tile(self) -> str:
         """The BLOCK_ constants by letter, as "M128 N256 K64 R16"."""
-        return " ".join(
-            f"{k.removeprefix('BLOCK_')}{v}" for k, v in self.arguments.items() if k.startswith("BLOCK_")
-        )
+        return " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in self.arguments.items() if k.startswith("BLOCK_"))
 
     @property
     def tensors(self) -> dict[str, TensorArgument]:
@@ -75,7 +73,10 @@ def recorded_launches(family: OpFamily, arch: str) -> list[Launch]:
     for case in family.cases():
         taken: set[str] = set()
 
-        def keep(kernel: Any, grid: Any, args: Any, kwargs: Any, request: Any, case: str = case.name, taken: set[str] = taken) -> None:
+        def keep(
+            kernel: Any, grid: Any, args: Any, kwargs: Any, request: Any,
+            case: str = case.name, taken: set[str] = taken,
+        ) -> None:  # fmt: skip
             parameters = kernel.arg_names
             bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
             name = f"{arch} {kernel.__name__} {case}"

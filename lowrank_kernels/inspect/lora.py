@@ -36,9 +36,7 @@ def _case(
         lora_a, lora_b = empty(R, K, of=factor_dtype), empty(N, R, of=factor_dtype)
         bias, gate = (empty(N), empty(R, of=factor_dtype)) if extras else (None, None)
         seed = empty(of=torch.int64) if dropout_p else None
-        _, p = launchers.lora_linear_fwd(
-            x, weight, lora_a, lora_b, bias, gate, 0.5, dropout_p, seed, store_p, tiles
-        )
+        _, p = launchers.lora_linear_fwd(x, weight, lora_a, lora_b, bias, gate, 0.5, dropout_p, seed, store_p, tiles)
         if any(needs):
             launchers.lora_linear_bwd(
                 empty(M, N), x, weight, lora_a, lora_b, gate, p, 0.5, dropout_p, seed, needs, False, tiles

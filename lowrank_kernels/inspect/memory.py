@@ -1,4 +1,4 @@
-"""Launches and memory traffic of a piece of code, counted on a CPU: of Triton kernels in the interpreter, and of aten ops.
+"""Launches and memory traffic of a piece of code, counted on a CPU: Triton kernels in the interpreter, and aten ops.
 
 The unit is the distinct byte: within one launch a byte counts once as read and once as written, however often it is
 touched. That is the traffic of a device whose caches lose nothing within a launch and keep nothing across launches.
@@ -135,7 +135,8 @@ class _KernelWatch:
         nearest = min(self.regions, key=lambda r: min(abs(address - r.start), abs(address - r.end)), default=None)
         if nearest is None:
             return "without any tensor argument"
-        where = f"{address - nearest.end} bytes past the end" if address >= nearest.end else f"{nearest.start - address} bytes before the start"
+        past = address - nearest.end
+        where = f"{past} bytes past the end" if past >= 0 else f"{nearest.start - address} bytes before the start"
         return f"outside of every argument, {where} of {nearest.name}"
 
     def done(self) -> None:
@@ -145,7 +146,9 @@ class _KernelWatch:
         self.record.launches.append(CountedLaunch(self.kernel.lstrip("_"), traffic))
 
 
-_FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size")
+_FREE = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size",
+)  # fmt: skip
 
 
 def _distinct_bytes(tensor: Tensor) -> int:

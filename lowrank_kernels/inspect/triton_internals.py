@@ -24,7 +24,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 def gpu_target(arch: str) -> GPUTarget:
     """Triton's name of "sm_90", "gfx942", …"""
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 def nvidia_tool(name: str) -> str:
@@ -76,7 +78,7 @@ OnLaunch = Callable[[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, An
 
 @contextmanager
 def intercepted_launches(target: GPUTarget, on_launch: OnLaunch) -> Iterator[None]:
-    """Context in which ``kernel[grid](...)`` calls ``on_launch`` with what the JIT would have compiled, and does no more.
+    """Context in which ``kernel[grid](...)`` calls ``on_launch`` with what the JIT would have compiled, and no more.
 
     Signature, constants and divisibility come from the JIT's own binder, so tensors may live on the meta device.
     """
@@ -117,7 +119,7 @@ def watched_interpreter(
 ) -> Iterator[None]:
     """Context in which the interpreter reports every launch, with its arguments by name, and every memory access."""
     if not INTERPRETED:
-        raise RuntimeError("watching kernels needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import")
+        raise RuntimeError("watching kernels needs Triton's interpreter: set TRITON_INTERPRET=1 before importing them")
     from triton.runtime import interpreter
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor

@@ -320,10 +320,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _can_describe(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can be made: 16-byte aligned rows, unit column stride, not empty."""
     return all(
-        t.stride(1) == 1
-        and t.numel() > 0
-        and t.data_ptr() % 16 == 0
-        and (t.stride(0) * t.element_size()) % 16 == 0
+        t.stride(1) == 1 and t.numel() > 0 and t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size()) % 16 == 0
         for t in tensors
     )
 
@@ -344,12 +341,10 @@ def _ordered_sum(partial: Tensor, out: Tensor, tail: Tensor | None = None) -> Te
 
 
 def _tiles(rows: Tensor, weight: Tensor, R: int, dropout_p: float) -> LoRATiles:
-    """Tiles for a product of ``rows`` (x or dY) with the weight; forward and backward get the same strategy."""
+    """Tiles for a product of ``rows`` (x or dY) with the weight."""
     N, K = weight.shape
     aligned = _can_describe(rows, weight)
-    return lora_tiles(
-        target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0, aligned=aligned
-    )
+    return lora_tiles(target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0, aligned=aligned)
 
 
 def lora_down(
@@ -546,8 +541,7 @@ def lora_linear_bwd(
     needs: tuple[bool, bool, bool], need_q: bool, tiles: LoRATiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dX, dA, dB, Q), each None unless needed; ``needs`` is for (x, lora_a, lora_b), ``need_q`` for the caller."""
-    M, N = grad_y.shape
-    R, K = lora_a.shape
+    M, (R, K) = grad_y.shape[0], lora_a.shape
     need_x, need_a, need_b = needs
     need_q = need_q or need_x or need_a
     if M == 0:

@@ -66,7 +66,7 @@ class ThinTiles:
     def splits(self, rows: int, columns: int, rank: int) -> int:
         """How many parts to cut the reduction over rows into, so that ``wanted_programs`` run.
 
-        The parts' sums, in float32, written and read again, stay below a sixteenth of the large operand in half precision.
+        The parts' sums, in float32, written and read again, stay below a sixteenth of the large operand's bytes.
         """
         programs = _cdiv(columns, self.BLOCK_C) * _cdiv(rank, self.BLOCK_R)
         return max(1, min(_cdiv(rows, self.BLOCK_M), self.wanted_programs // programs, rows // (64 * rank)))
@@ -97,7 +97,7 @@ class LoRATiles:
     q_grad_b: FusedGradTiles
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product in half precision: of many tokens, and of DECODE_ROWS or fewer.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of a product in half precision: many tokens, and DECODE_ROWS or fewer.
 # BLOCK_K is the same in both, and so is the matrix instruction: a row's sum has one order whatever its batch.
 _LARGE = {
     "sm_80": (128, 128, 64, 8, 3),
@@ -172,7 +172,7 @@ def predicted_seconds(
 def choose_strategy(
     target: Target, M: int, K: int, N: int, R: int, dtype: torch.dtype, dropout: bool, aligned: bool = True
 ) -> Strategy:
-    """The strategy with the least predicted time; large products that cannot be read in wide pieces are the library's."""
+    """The strategy with the least predicted time; large products of unaligned rows go to the library."""
     if not aligned and M > DECODE_ROWS:
         return "library"
     seconds = predicted_seconds(target, M, K, N, R, dtype, dropout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -55,15 +55,14 @@ def _known_arch(name: str, capability: tuple[int, int]) -> str:
     return "sm_120" if major >= 12 else "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_86"
 
 
-@lru_cache(maxsize=None)
+@cache
 def target_of(device: torch.device) -> Target:
     """The target of a torch device; its own processor count where it has one."""
     if device.type != "cuda":
         return TARGETS["interpreter"]
     properties = torch.cuda.get_device_properties(device)
-    known = TARGETS[
-        _known_arch(getattr(properties, "gcnArchName", "") if torch.version.hip else "", (properties.major, properties.minor))
-    ]
+    name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    known = TARGETS[_known_arch(name, (properties.major, properties.minor))]
     return Target(
         known.arch, properties.multi_processor_count, known.shared_bytes, known.tma,
         known.copy_bytes_per_s, known.matrix_flops_per_s,

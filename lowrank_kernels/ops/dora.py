@@ -16,7 +16,7 @@ from ..reference.dora import (
 )
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast, run_backward
-from .lora import check_lora_linear, unit_columns
+from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, few_rows, unit_columns
 
 _NORM = (
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? weight_sq_norm, "
@@ -198,11 +198,13 @@ def _scaled_product(
     if backend == "triton":
         from ..kernels.dora import dora_linear_fwd
 
-        return dora_linear_fwd(
-            x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save
-        )
+        return dora_linear_fwd(x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save)
     cpp = torch.ops.lowrank_kernels
-    p = cpp.lora_down(x, lora_a, False, dropout_seed, dropout_p)
+    if few_rows(x, weight):
+        return cpp.lora_linear_few_rows(
+            x, weight, lora_a, lora_b, bias, None, scaling, dropout_seed, dropout_p, column_scale, save
+        )
+    p = cpu_down(x, lora_a, False, dropout_p, dropout_seed)
     u = torch.nn.functional.linear(x, weight)
     y = torch.empty_like(u) if save else u
     cpp.dora_up_(u, p, lora_b, scaling, column_scale, bias, y if save else None)
@@ -263,24 +265,28 @@ def _cpu_backward(
     p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
     dropout_base: bool, needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dA, dB, Σ_m dY ∘ u). One pass over dY and u makes g ∘ dY, Q, dB and the sum."""
+    """(dX, dA, dB, Σ_m dY ∘ u). One pass over dY and u makes dU = g ∘ dY and the sum, the next one Q and dB."""
     cpp = torch.ops.lowrank_kernels
     need_x, need_a, need_b, need_inner = needs
-    grad_u, q, grad_b, inner = cpp.dora_down_grad(
-        grad_y, u if need_inner else None, column_scale, lora_b, p if need_b else None, scaling, lora_b.dtype
-    )
-    grad_x = grad_a = None
+    grad_u, inner = cpp.dora_scale_grad(grad_y, u if need_inner else None, column_scale)
+    q = grad_b = grad_x = grad_a = None
+    if need_b and (need_x or need_a):
+        q, grad_b = cpp.lora_down_grad(grad_u, lora_b, p, None, scaling, lora_b.dtype)
+    elif need_b:
+        grad_b = cpu_grad(grad_u, p, None, scaling, True, 0.0, None, lora_b.dtype)
+    elif need_x or need_a:
+        q = cpu_down(grad_u, lora_b, True, 0.0, None)
     if need_x:
         if dropout_base:
             through_mask = (grad_u - grad_y) @ weight
-            cpp.lora_up_(through_mask, q, lora_a, False, None, scaling, None, 0.0)
+            cpu_up_(through_mask, q, lora_a, False, None, scaling, 0.0, None)
             grad_x = (grad_y @ weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
         else:
             grad_x = grad_u @ weight
-            cpp.lora_up_(grad_x, q, lora_a, False, None, scaling, dropout_seed, dropout_p)
+            cpu_up_(grad_x, q, lora_a, False, None, scaling, dropout_p, dropout_seed)
     if need_a:
-        grad_a = cpp.lora_grad(x, q, None, scaling, False, dropout_seed, dropout_p, lora_a.dtype)
-    return grad_x, grad_a, grad_b if need_b else None, inner
+        grad_a = cpu_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
+    return grad_x, grad_a, grad_b, inner if need_inner else None
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _extension
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast, run_backward
@@ -141,15 +142,76 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return lora_linear_bwd(*args)
 
 
+def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether PyTorch's own thin products beat the extension's on this CPU.
+
+    They do in float32 (MKL), and in half precision where the extension has no tile instructions. They never do with
+    dropout, which the extension draws while it reads. Measured: see docs/benchmarks.md.
+    """
+    return dropout_p == 0.0 and not (x.dtype == torch.bfloat16 and _extension.cpu_isa() == "amx")
+
+
+# Tokens (least, most) for which the extension's own product beats PyTorch's, whole correction included.
+_FEW_ROWS = {
+    ("amx", torch.bfloat16): (1, 128),
+    ("amx", torch.float32): (5, 64),
+    ("avx512", torch.float32): (5, 64),
+    ("amx", torch.float16): (12, 32),
+    ("avx512", torch.float16): (12, 32),
+}
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the extension computes the frozen product too: with few tokens the weight streams through it once."""
+    least, most = _FEW_ROWS.get((_extension.cpu_isa() or "", x.dtype), (1, 0))
+    return least <= x.shape[0] <= most and weight.stride(1) == 1
+
+
+def _gated(p: Tensor, gate: Tensor | None) -> Tensor:
+    return p if gate is None else (p * gate).to(p.dtype)
+
+
+def cpu_down(x: Tensor, factor: Tensor, rank_last: bool, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
+    """drop(x) Aᵀ, or with ``rank_last`` x B: (M, R) in x's dtype."""
+    if _library_is_faster(x, dropout_p):
+        return x @ (factor if rank_last else factor.T).to(x.dtype)
+    return torch.ops.lowrank_kernels.lora_down(x, factor, rank_last, dropout_seed, dropout_p)
+
+
+def cpu_up_(
+    y: Tensor, p: Tensor, factor: Tensor, rank_last: bool, gate: Tensor | None, scaling: float,
+    dropout_p: float, dropout_seed: Tensor | None,
+) -> None:  # fmt: skip
+    """y += drop'(s (p ∘ gate) factor), in place."""
+    if _library_is_faster(y, dropout_p):
+        y.addmm_(_gated(p, gate), (factor.T if rank_last else factor).to(y.dtype), alpha=scaling)
+    else:
+        torch.ops.lowrank_kernels.lora_up_(y, p, factor, rank_last, gate, scaling, dropout_seed, dropout_p)
+
+
+def cpu_grad(
+    big: Tensor, p: Tensor, gate: Tensor | None, scaling: float, rank_last: bool,
+    dropout_p: float, dropout_seed: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """s (p ∘ gate)ᵀ drop(big): (R, C), or with ``rank_last`` its transpose."""
+    if _library_is_faster(big, dropout_p) and dtype == big.dtype and not rank_last:
+        return torch.mm(_gated(p, gate).T, big).mul_(scaling)
+    return torch.ops.lowrank_kernels.lora_grad(big, p, gate, scaling, rank_last, dropout_seed, dropout_p, dtype)
+
+
 def _cpu_forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
     scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The main product is the library's; C++ makes P and adds the correction in place."""
-    cpp = torch.ops.lowrank_kernels
-    p = cpp.lora_down(x, lora_a, False, dropout_seed, dropout_p)
+    """The main product is the library's; the thin ones are whoever's is faster, and dropout is the extension's."""
+    if few_rows(x, weight):
+        y, p, _ = torch.ops.lowrank_kernels.lora_linear_few_rows(
+            x, weight, lora_a, lora_b, bias, gate, scaling, dropout_seed, dropout_p, None, False
+        )
+        return y, p
+    p = cpu_down(x, lora_a, False, dropout_p, dropout_seed)
     y = torch.nn.functional.linear(x, weight, bias)
-    cpp.lora_up_(y, p, lora_b, True, gate, scaling, None, 0.0)
+    cpu_up_(y, p, lora_b, True, gate, scaling, 0.0, None)
     return y, p
 
 
@@ -158,21 +220,23 @@ def _cpu_backward(
     p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
     needs: tuple[bool, bool, bool], need_q: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    cpp = torch.ops.lowrank_kernels
     need_x, need_a, need_b = needs
     q = grad_x = grad_a = grad_b = None
     if need_x or need_a or need_q:
         if need_b:
-            q, grad_b = cpp.lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.dtype)
+            q, grad_b = torch.ops.lowrank_kernels.lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.dtype)
         else:
-            q = cpp.lora_down(grad_y, lora_b, True, None, 0.0)
+            q = cpu_down(grad_y, lora_b, True, 0.0, None)
     elif need_b:
-        grad_b = cpp.lora_grad(grad_y, p, gate, scaling, True, None, 0.0, lora_b.dtype)
+        assert p is not None
+        grad_b = cpu_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype)
     if need_x:
+        assert q is not None
         grad_x = grad_y @ weight
-        cpp.lora_up_(grad_x, q, lora_a, False, gate, scaling, dropout_seed, dropout_p)
+        cpu_up_(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed)
     if need_a:
-        grad_a = cpp.lora_grad(x, q, gate, scaling, False, dropout_seed, dropout_p, lora_a.dtype)
+        assert q is not None and x is not None
+        grad_a = cpu_grad(x, q, gate, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
     return grad_x, grad_a, grad_b, q
 
 

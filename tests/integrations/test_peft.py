@@ -206,6 +206,18 @@ def test_hooks_added_later_still_run(llama, tokens):
         assert seen and seen[-1] is module
 
 
+def test_a_base_that_trains_is_pefts(llama, tokens):
+    theirs = make(llama)
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    for model in (ours, theirs):
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    with op_calls() as op:
+        ours(tokens)
+    assert op.call_count == 5
+    assert_agrees(ours, theirs, tokens)
+
+
 def test_conv1d_runs_on_the_op():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)

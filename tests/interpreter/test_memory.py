@@ -6,12 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from lowrank_kernels.inspect.memory import AccessFault, record_memory
 from lowrank_kernels.inspect.triton_internals import without_driver
 
 # Faults inside a kernel reach the caller as the interpreter's own error, with ours in its text.
-from triton.runtime.errors import InterpreterError
+FAULTS = (AccessFault, InterpreterError)
 
 
 @triton.jit
@@ -67,25 +68,25 @@ def test_descriptors_are_counted() -> None:
 )
 def test_planted_access_out_of_bounds(count: int, shift: int, words: str) -> None:
     source, target = torch.randn(100), torch.zeros(64)
-    with pytest.raises((AccessFault, InterpreterError), match=words), record_memory():
+    with pytest.raises(FAULTS, match=words), record_memory():
         _copy_kernel[(1,)](source, target, count, shift, 1, BLOCK=64)
 
 
 def test_planted_write_out_of_bounds() -> None:
     memory = torch.zeros(128)
-    with pytest.raises((AccessFault, InterpreterError), match="write outside of every argument"), record_memory():
+    with pytest.raises(FAULTS, match="write outside of every argument"), record_memory():
         _copy_kernel[(1,)](torch.randn(64), memory[:63], 64, 0, 1, BLOCK=64)
     assert not memory[63:].any()
 
 
 def test_planted_access_between_the_rows_of_a_view() -> None:
     wide = torch.randn(64, 2)
-    with pytest.raises((AccessFault, InterpreterError), match="between the rows of source"), record_memory():
+    with pytest.raises(FAULTS, match="between the rows of source"), record_memory():
         _copy_kernel[(1,)](wide[:, 0], torch.zeros(64), 64, 0, 1, BLOCK=64)
 
 
 def test_planted_atomic() -> None:
-    with pytest.raises((AccessFault, InterpreterError), match="atomic"), record_memory():
+    with pytest.raises(FAULTS, match="atomic"), record_memory():
         _atomic_kernel[(1,)](torch.zeros(64), BLOCK=64)
 
 
