@@ -101,8 +101,8 @@ def conditions() -> dict[str, str]:
     return {
         "device": f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads",
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(), "torch": torch.__version__, "commit": command("git", "rev-parse", "--short", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "commit": command("git", "rev-parse", "--short", "HEAD"), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 

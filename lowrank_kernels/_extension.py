@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["available", "build_info", "cpu_isa", "has_op", "reason", "require"]
+__all__ = ["available", "build_info", "cpu_isa", "has_cuda", "has_op", "reason", "require", "why_no_cuda"]
 
 _FOLDER = Path(__file__).resolve().parent
 _NAMESPACE = "lowrank_kernels"
@@ -97,6 +97,23 @@ def cpu_isa() -> str | None:
     if not available() or _library is None:
         return None
     return str(_library.lrk_cpu_isa().decode())
+
+
+def why_no_cuda() -> str:
+    """Why the compiled CUDA kernels are not available; empty when they are. Asks for no device."""
+    if not available() or _library is None:
+        return f"the compiled extension is not available: {_reason}"
+    built = json.loads(_library.lrk_build_info().decode())
+    if not built["cuda"]:
+        return f"the extension was built without CUDA: {built['cuda_note']}; rebuild it where nvcc is"
+    if torch.version.cuda is None:
+        return "this torch has no CUDA support; install a CUDA build of torch"
+    return ""
+
+
+def has_cuda() -> bool:
+    """Whether the loaded extension has CUDA kernels that this torch can launch; a device is another matter."""
+    return not why_no_cuda()
 
 
 def build_info() -> dict[str, Any]:

@@ -211,9 +211,7 @@ def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     }
 
 
-def _expected_shapes(
-    base: Mapping[str, nn.Parameter], config: LoRAConfig, plan: Plan
-) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(base: Mapping[str, nn.Parameter], config: LoRAConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the file must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in plan.targets.items():

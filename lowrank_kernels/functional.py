@@ -131,7 +131,7 @@ def dora_column_scale(
     weight_sq_norm: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, g, ‖W_i‖²), each (N,): what :func:`dora_linear` needs beside its operands, to be kept while they do not change.
+    """(n, g, ‖W_i‖²), each (N,): what :func:`dora_linear` needs beside its operands, until one of them changes.
 
     g = m / n, and 0 where n is 0: such a row of the output is its bias. Arguments, numbers and errors as for
     :func:`dora_weight_norm`; never records gradients.

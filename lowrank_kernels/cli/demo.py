@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    styles = ({"linewidth": 3.5, "alpha": 0.55}, {"linewidth": 1.2, "color": "black", "linestyle": "--"})
+    styles: tuple[dict[str, Any], ...] = (
+        {"linewidth": 3.5, "alpha": 0.55},
+        {"linewidth": 1.2, "color": "black", "linestyle": "--"},
+    )
     for run, style in zip(runs, styles, strict=False):
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.name}: training loss", **style)
     steps = len(runs[0].losses)
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     for run in runs:
         print(f"evaluating {run.name}", file=sys.stderr)
         after[run.name] = loop.held_out_loss(run.model, tokenizer, held_out, args.batch_size, device)
-        peak = loop.peak_allocated(lambda run=run: run.forward_backward(batch), device)
+        peak = loop.peak_allocated(partial(run.forward_backward, batch), device)
         run.optimizer.zero_grad(set_to_none=True)
         rows.append(
             (run.name, f"{before:.4f}", f"{after[run.name]:.4f}", f"{run.trainable}", f"{run.median_seconds():.3f}",

@@ -55,7 +55,7 @@ def load_language_model(name: str, dtype: torch.dtype, device: torch.device | st
                 f"model {name!r}: expected one of {', '.join(_PACKAGED)} or a folder with a config.json"
             )
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     if name in _PACKAGED and hasattr(model.config, "quantization_config"):
         # The weights are plain floating-point matrices now; a quantisation note would mislead savers and adapters.
         del model.config.quantization_config

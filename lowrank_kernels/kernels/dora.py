@@ -67,7 +67,10 @@ def _dropout_kernel(
     x_ptr, add_ptr, seed_ptr, out_ptr, M, C, stride_xm, threshold_bits, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = drop(x) + add, tile by tile; x (M, C), add and out contiguous. Grid: (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C))."""
+    """out = drop(x) + add, tile by tile; x (M, C), add and out contiguous.
+
+    Grid: (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)).
+    """
     m0 = tl.program_id(0) * BLOCK_M
     c0 = tl.program_id(1) * BLOCK_C
     x = load_tile(x_ptr, m0, c0, M, C, stride_xm, 1, BLOCK_M, BLOCK_C, False).to(tl.float32)

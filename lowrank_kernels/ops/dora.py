@@ -211,8 +211,10 @@ def _scaled_product(
     return y, p, u
 
 
-def _forward_fake(x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
-                  dropout_base, detach_norm, save, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
+    dropout_base, detach_norm, save, backend,
+):  # fmt: skip
     rows, n = x.numel() // x.shape[-1], weight.shape[0]
     y = x.new_empty(*x.shape[:-1], n)
     if not save:
@@ -269,10 +271,12 @@ def _cpu_backward(
     cpp = torch.ops.lowrank_kernels
     need_x, need_a, need_b, need_inner = needs
     grad_u, inner = cpp.dora_scale_grad(grad_y, u if need_inner else None, column_scale)
-    q = grad_b = grad_x = grad_a = None
+    q: Any = None
+    grad_b = grad_x = grad_a = None
     if need_b and (need_x or need_a):
         q, grad_b = cpp.lora_down_grad(grad_u, lora_b, p, None, scaling, lora_b.dtype)
     elif need_b:
+        assert p is not None
         grad_b = cpu_grad(grad_u, p, None, scaling, True, 0.0, None, lora_b.dtype)
     elif need_x or need_a:
         q = cpu_down(grad_u, lora_b, True, 0.0, None)
@@ -285,6 +289,7 @@ def _cpu_backward(
             grad_x = grad_u @ weight
             cpu_up_(grad_x, q, lora_a, False, None, scaling, dropout_p, dropout_seed)
     if need_a:
+        assert x is not None
         grad_a = cpu_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
     return grad_x, grad_a, grad_b, inner if need_inner else None
 
@@ -295,8 +300,10 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor |
     return dora_linear_bwd(*args)
 
 
-def _backward_fake(grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
-                   dropout_base, detach_norm, needs, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
+    dropout_base, detach_norm, needs, backend,
+):  # fmt: skip
     n, k = weight.shape
     shapes = (
         grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),

@@ -82,6 +82,7 @@ def _forward(
     scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x2 = x.reshape(-1, x.shape[-1])
+    p: Tensor | None
     name = resolve_backend("lora_linear", backend, x)
     if name == "reference":
         y, p = lora_linear_ref(
@@ -92,7 +93,9 @@ def _forward(
         run = _cpu_forward if name == "cpu" else _triton_forward
         x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
         y, p = run(x2, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p)
-    return y.reshape(*x.shape[:-1], -1 if y.numel() else weight.shape[0]), p if save_p else x.new_empty(0)
+    if p is None or not save_p:
+        p = x.new_empty(0)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), p
 
 
 def _backward(
@@ -274,7 +277,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_p: None) -> tuple[T
     if grad_y is None:
         return (None,) * 11
     x, weight, lora_a, lora_b, gate, p, seed = ctx.saved_tensors
-    need_x, need_w, need_a, need_b, need_bias, need_gate = ctx.needs_input_grad[:6]
+    need_x, _, need_a, need_b, need_bias, need_gate = ctx.needs_input_grad[:6]
     needs = (need_x, need_a, need_b, need_bias, need_gate)
     grads = run_backward(
         torch.ops.lowrank_kernels.lora_linear_backward.default, grad_y, x, weight, lora_a, lora_b, gate, p,

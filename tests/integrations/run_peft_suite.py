@@ -1,13 +1,13 @@
 """Run PEFT's own tests with every LoRA layer on this package's op.
 
     python -m pip download peft==0.21.2 --no-binary :all: --no-deps && tar xf peft-0.21.2.tar.gz
-    python tests/integrations/run_peft_suite.py peft-0.21.2/tests -k "lora or Lora or LoRA" [--plain] [pytest's arguments]
+    python tests/integrations/run_peft_suite.py peft-0.21.2/tests -k "lora or Lora or LoRA" [--plain] [pytest's options]
 
 PEFT's source distribution carries its tests; they need ``diffusers``, ``datasets`` and ``parameterized``. Whenever
 PEFT puts LoRA layers into a model (get_peft_model, from_pretrained, add_adapter, inject_adapter_in_model, ...),
 ``accelerate`` runs on that model. ``--plain`` leaves that out, to see what fails without us. Nothing is downloaded:
-tests that need a model of the Hub fail in both runs, unless HF_HUB_OFFLINE=0 is set. Files that need one in nearly every
-test are left out, unless they are named.
+tests that need a model of the Hub fail in both runs, unless HF_HUB_OFFLINE=0 is set. Files that need one in nearly
+every test are left out, unless they are named.
 """
 
 from __future__ import annotations

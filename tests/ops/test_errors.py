@@ -22,7 +22,7 @@ LORA_LINEAR = [
     ({"x": torch.zeros(3, 8, dtype=torch.int64)}, TypeError, r"expected x of a floating dtype, got torch.int64"),
     ({"x": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, r"expected x and weight of one dtype, got .*bfloat16"),
     ({"weight": torch.zeros(6, 8, 1)}, ValueError, r"expected weight of shape \(N, K\), got \(6, 8, 1\)"),
-    ({"weight": torch.zeros(6, 8, requires_grad=True)}, ValueError, r"expected a frozen weight.*requires_grad_\(False\)"),
+    ({"weight": torch.zeros(6, 8, requires_grad=True)}, ValueError, r"expected a frozen weight.*requires_grad_"),
     ({"lora_a": torch.zeros(2, 7)}, ValueError, r"expected lora_a of shape \(R, K\) = \(R, 8\), got \(2, 7\)"),
     ({"lora_a": torch.zeros(8)}, ValueError, r"expected lora_a of shape"),
     ({"lora_a": torch.zeros(0, 8), "lora_b": torch.zeros(6, 0)}, ValueError, r"expected a rank of at least 1"),
@@ -35,7 +35,7 @@ LORA_LINEAR = [
     ({"dropout_p": float("nan")}, ValueError, r"expected 0 <= dropout_p < 1"),
     ({"dropout_p": 0.5, "dropout_seed": 1.5}, TypeError, r"expected dropout_seed to be an int or an int64 scalar"),
     ({"dropout_p": 0.5, "dropout_seed": torch.zeros(2, dtype=torch.int64)}, TypeError, r"expected dropout_seed"),
-    ({"backend": "rocket"}, ValueError, r"expected backend to be one of auto, reference, cpu, triton, cuda, got 'rocket'"),
+    ({"backend": "rocket"}, ValueError, r"expected backend to be one of auto, .*, cuda, got 'rocket'"),
     ({"backend": "triton"}, ValueError, r"backend 'triton' cannot run here: .*TRITON_INTERPRET=1"),
     ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot run here: .*use backend='triton'"),
 ]  # fmt: skip
@@ -49,5 +49,5 @@ def test_lora_linear(changes, error, message):
 
 def test_float64_on_a_named_kernel_backend_says_what_to_use():
     operands = {name: tensor.double() for name, tensor in lora_operands().items()}
-    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: .*float64; use backend='reference'"):
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run here: .*float64; use backend='reference'"):
         lk.lora_linear(**operands, backend="cpu")
