@@ -12,7 +12,7 @@
 
 #include "cpu/dora_norm.h"
 
-#if defined(LRK_WITH_CUDA) && __has_include("cuda/dora_norm.h")
+#if defined(LRK_WITH_CUDA)
 #  include "cuda/dora_norm.h"
 
 // Weak, because the same binary must load where torch has no CUDA.
@@ -145,7 +145,7 @@ Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
 
 // ---- CUDA ---------------------------------------------------------------------------------------
 
-#if defined(LRK_WITH_CUDA) && __has_include("cuda/dora_norm.h")
+#if defined(LRK_WITH_CUDA)
 
 lrk::DoraMatrix device_matrix(const lrk::Matrix& m) { return {m.data, m.dtype, m.stride}; }
 
@@ -177,8 +177,7 @@ Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& 
   Tensor norm = empty_floats(n, cuda, device), sq_norm = empty_floats(n, cuda, device);
   Tensor scale = empty_floats(magnitude.has_value() ? n : 0, cuda, device);
   // The caching allocator gives 512-byte alignment, and frees in stream order.
-  Tensor scratch =
-      empty_floats(lrk::dora_norm_scratch_bytes(k, problem.rank) / 4, cuda, device);
+  Tensor scratch = empty_floats(lrk::dora_norm_scratch_bytes(k, problem.rank) / 4, cuda, device);
   problem.norm = floats(norm);
   problem.sq_norm = floats(sq_norm);
   problem.column_scale = floats(scale);
@@ -203,7 +202,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) { m.impl("dora_norm", TORCH_BOX(&dora_norm)); }
 
-#if defined(LRK_WITH_CUDA) && __has_include("cuda/dora_norm.h")
+#if defined(LRK_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, m) {
   m.impl("dora_norm", TORCH_BOX(&dora_norm_cuda));
 }

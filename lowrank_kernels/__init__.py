@@ -3,7 +3,7 @@
 from . import integrations, nn
 from .adapt import adapt
 from .checkpoint import load_adapter, save_adapter
-from .config import AdapterConfig, LoRAConfig
+from .config import AdapterConfig, DoRAConfig, LoRAConfig
 from .functional import dora_linear, dora_weight_norm, lora_linear
 from .merge import merge_lora_
 from .report import Report
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfig",
+    "DoRAConfig",
     "LoRAConfig",
     "Report",
     "__version__",

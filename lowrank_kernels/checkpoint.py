@@ -297,7 +297,7 @@ def _read_tensors(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            copies = {n for n in found if n.removeprefix(PREFIX) in base and n.removeprefix(PREFIX) not in expected}
+            copies = [n for n in found if n.removeprefix(PREFIX) in base and n.removeprefix(PREFIX) not in expected]
             for name in copies:
                 own = base[name.removeprefix(PREFIX)]
                 if not torch.equal(file.get_tensor(name).to(own.dtype), own.cpu()):

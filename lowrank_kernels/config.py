@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .init.factors import INITS
+from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear, check_lora_settings
 
 ALL_LINEAR = "all-linear"
@@ -149,6 +150,38 @@ class LoRAConfig(AdapterConfig):
             for pattern in getattr(self, option)
             if not any(_lookup({pattern: True}, name, False) for name in names)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(LoRAConfig):
+    """Linears become :class:`~lowrank_kernels.nn.DoRALinear`: y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias, g = m / n.
+
+    Args:
+        dropout_base, detach_norm: as for ``DoRALinear``.
+        (and those of :class:`LoRAConfig`, without ``lora_bias``)
+    """
+
+    dropout_base: bool = False
+    detach_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_bias:
+            raise ValueError("DoRAConfig: expected lora_bias to be False, got True")
+
+    def layer(self, name: str, linear: nn.Linear) -> DoRALinear:
+        return DoRALinear.from_linear(  # type: ignore[return-value]
+            linear,
+            self.rank_of(name),
+            alpha=self.alpha_of(name),
+            dropout=self.dropout,
+            rslora=self.rslora,
+            init=self.init,
+            train=self.train,
+            dtype=self.dtype,
+            dropout_base=self.dropout_base,
+            detach_norm=self.detach_norm,
+        )
 
 
 def names_match(wanted: str | Sequence[str], name: str) -> bool:

@@ -24,12 +24,12 @@
 namespace lrk {
 namespace {
 
-constexpr int64_t kRowBlock = 32;         // rows of W in one block product
-constexpr int64_t kDepthBlock = 256;      // float32 reduction slice: 32 KiB of rows
-constexpr int64_t kTileDepthBlock = 512;  // bfloat16 reduction slice, the same 32 KiB
-constexpr int64_t kGramRows = 8;          // rows of A A^T in one task
-constexpr int64_t kPackDepth = 512;       // depth of one packing task
-constexpr int64_t kTileDepth = 32;        // bfloat16 elements in a tile row
+constexpr int64_t kRowBlock = 32;                    // rows of W in one block product
+constexpr int64_t kDepthBlock = 256;                 // float32 reduction slice: 32 KiB of rows
+constexpr int64_t kTileDepthBlock = 512;             // bfloat16 reduction slice, the same 32 KiB
+constexpr int64_t kGramRows = 8;                     // rows of A A^T in one task
+constexpr int64_t kPackDepth = 512;                  // depth of one packing task
+constexpr int64_t kTileDepth = 32;                   // bfloat16 elements in a tile row
 constexpr int64_t kParallelWork = int64_t{1} << 19;  // multiply-adds worth a second thread
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -109,13 +109,13 @@ void pack_bfloat16(const KernelTable& kernels, uint16_t* dst, int64_t padded, co
     kernels.stage_float(rows, kPackDepth, rectangle(a, panel * kPanel, k0, count, live));
     std::memset(narrow, 0, static_cast<size_t>(kPanel * kPackDepth) * sizeof(uint16_t));
     for (int64_t part = 0; part < parts; ++part) {
-      kernels.stage_bfloat16(narrow, kPackDepth,
-                             {rows, Dtype::kFloat32, kPackDepth, count, live, live, nullptr, 0, 0,
-                              nullptr});
-      kernels.transpose(
-          reinterpret_cast<uint32_t*>(dst + (part * panels + panel) * padded * kPanel +
-                                      k0 * kPanel),
-          kPanel, reinterpret_cast<uint32_t*>(narrow), kPackDepth / 2, kPanel, (k1 - k0) / 2);
+      kernels.stage_bfloat16(
+          narrow, kPackDepth,
+          {rows, Dtype::kFloat32, kPackDepth, count, live, live, nullptr, 0, 0, nullptr});
+      kernels.transpose(reinterpret_cast<uint32_t*>(
+                            dst + (part * panels + panel) * padded * kPanel + k0 * kPanel),
+                        kPanel, reinterpret_cast<uint32_t*>(narrow), kPackDepth / 2, kPanel,
+                        (k1 - k0) / 2);
       if (part + 1 == parts) break;
       for (int64_t i = 0; i < count; ++i) {
         float* row = rows + i * kPackDepth;
@@ -250,8 +250,8 @@ void dora_norm(const Runtime& runtime, const Matrix& weight, const Matrix& lora_
         for (int64_t task = begin; task < end; ++task) {
           const int64_t row = task * kGramRows, rows = std::min(kGramRows, rank - row);
           multiply_float(kernels, sums, lora_a, row, rows, a_panels, panels, kPanel,
-                         padded * kPanel, gram + row * width,
-                         static_cast<float*>(scratch.base()), nullptr);
+                         padded * kPanel, gram + row * width, static_cast<float*>(scratch.base()),
+                         nullptr);
         }
       });
 

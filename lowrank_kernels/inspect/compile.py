@@ -142,13 +142,13 @@ def predict(family: OpFamily, launch: Launch) -> Prediction:
     return Prediction(nbytes, flops, launch_seconds(TARGETS[launch.arch], nbytes, flops, itemsize))
 
 
-def faults(family: OpFamily, compiled: Compiled) -> Iterator[str]:
-    """What no variant may have, whatever the budget says."""
+def faults(family: OpFamily, compiled: Compiled, *, spills: bool = True) -> Iterator[str]:
+    """What no variant may have, whatever the budget says; ``spills`` False: but for spilled registers."""
     launch, target = compiled.launch, TARGETS[compiled.launch.arch]
     if compiled.error is not None:
         yield f"{launch.name}: {compiled.error}"
         return
-    if compiled.spills:
+    if spills and compiled.spills:
         yield f"{launch.name}: spills {compiled.spills} bytes a thread ({compiled.registers} registers)"
     if compiled.shared_bytes > target.shared_bytes:
         yield f"{launch.name}: {compiled.shared_bytes} bytes of shared memory, {target.shared_bytes} allowed"

@@ -122,6 +122,8 @@ _DECODE = {
 DECODE_ROWS = 64
 """Up to here the weight is read once whatever the tile: small tiles put every processor to work on it."""
 _PERSISTENT = ("sm_90", "sm_100", "sm_120")
+_NARROW_WHEN_FUSED = ("sm_100",)
+"""P's accumulator is in tensor memory too, and two wide ones are all of it: Triton 3.5 and 3.6 make a trap of more."""
 _FUSED_MAX_RANK_DECODE = 64
 _FUSED_MAX_RANK = 16
 """Above it P costs more in every column of programs than a second read of x does."""
@@ -134,7 +136,8 @@ def fused_fits(M: int, R: int, dtype: torch.dtype, dropout: bool) -> bool:
     return R <= _FUSED_MAX_RANK and not dropout
 
 
-def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, masked: bool) -> MainTiles:
+def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, narrow: bool) -> MainTiles:
+    """``narrow``: at most 128 columns, for what else a program of a large product has to hold."""
     few = M <= DECODE_ROWS
     block_m, block_n, block_k, warps, stages = (_DECODE if few else _LARGE)[target.arch]
     if dtype == torch.float32:
@@ -145,8 +148,7 @@ def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligne
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 2
     elif few and block_r > 32 and not target.tma:
         warps = 8  # twice the threads share the pointers, the mask and P
-    elif masked and not few:
-        # The mask of a wider tile would not fit into registers beside its accumulator.
+    elif narrow and not few:
         block_n = min(block_n, 128)
     persistent = target.arch in _PERSISTENT and aligned and not few and dtype != torch.float32
     return MainTiles(
@@ -165,7 +167,7 @@ def predicted_seconds(
     candidates: tuple[Strategy, ...] = ("fused", "two_kernel", "library")
     if not fused_fits(M, R, dtype, dropout):
         candidates = ("two_kernel", "library")
-    columns = _cdiv(N, (_DECODE if M <= DECODE_ROWS else _LARGE)[target.arch][1])
+    columns = _cdiv(N, _main_tiles(target, M, 16, dtype, True, target.arch in _NARROW_WHEN_FUSED).BLOCK_N)
     return {s: lora_forward_seconds(target, s, M, K, N, R, dtype, columns) for s in candidates}
 
 
@@ -201,11 +203,13 @@ def lora_tiles(
     wide = dtype == torch.float32
     rank = min(max(16, _power_of_two(R)), 32 if wide else 64)
     appended = min(rank, 16 if wide else 32)
-    main = _main_tiles(target, M, rank if strategy == "fused" else appended, dtype, aligned, masked=False)
+    fused = strategy == "fused"
+    narrow = fused and target.arch in _NARROW_WHEN_FUSED
     return LoRATiles(
         strategy=strategy,
-        main=main,
-        main_dx=_main_tiles(target, M, appended, dtype, aligned, masked=dropout),
+        main=_main_tiles(target, M, rank if fused else appended, dtype, aligned, narrow),
+        # The mask of a wider tile would not fit into registers beside its accumulator.
+        main_dx=_main_tiles(target, M, appended, dtype, aligned, narrow=dropout),
         down=ThinTiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),

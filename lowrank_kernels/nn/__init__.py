@@ -1,5 +1,6 @@
 """Layers: a frozen linear and its correction."""
 
+from .dora import DoRALinear
 from .lora import LoRALinear
 
-__all__ = ["LoRALinear"]
+__all__ = ["DoRALinear", "LoRALinear"]

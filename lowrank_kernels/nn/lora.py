@@ -77,7 +77,7 @@ class LoRALinear(nn.Module):
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.weight_shared_with: tuple[str, ...] = ()
-        self._merged: _Merged | None = None
+        self._merged: Any = None
 
         empty = torch.nn.utils.skip_init
         k, n = base_layer.in_features, base_layer.out_features
@@ -158,22 +158,32 @@ class LoRALinear(nn.Module):
         lora_bias = self.lora_B.bias
         if lora_bias is not None and self.base_layer.bias is None:
             raise ValueError("LoRALinear.merge_: expected a base layer with a bias to take lora_B.bias, got none")
-        state = _Merged(
+        state = self._merge_state()
+        self._put_in(self.base_layer.weight, self.base_layer.bias, state)
+        self._merged = state
+        return self
+
+    def _merge_state(self) -> Any:
+        lora_bias = self.lora_B.bias
+        return _Merged(
             self.lora_A.weight.detach().clone(),
             self.lora_B.weight.detach().clone(),
             None if lora_bias is None else lora_bias.detach().clone(),
             self.scaling,
         )
-        self._add_to(self.base_layer.weight, self.base_layer.bias, state, 1.0)
-        self._merged = state
-        return self
 
     def unmerge_(self) -> LoRALinear:
         """Take out what ``merge_`` put in: W to within one rounding of what it was. Nothing when not merged."""
         if self._merged is not None:
-            self._add_to(self.base_layer.weight, self.base_layer.bias, self._merged, -1.0)
+            self._take_out(self.base_layer.weight, self.base_layer.bias, self._merged)
             self._merged = None
         return self
+
+    def _put_in(self, weight: Tensor, bias: Tensor | None, state: Any) -> None:
+        self._add_to(weight, bias, state, 1.0)
+
+    def _take_out(self, weight: Tensor, bias: Tensor | None, state: Any) -> None:
+        self._add_to(weight, bias, state, -1.0)
 
     @staticmethod
     @torch.no_grad()
@@ -190,7 +200,7 @@ class LoRALinear(nn.Module):
         if self._merged is not None:
             base = {name: prefix + "base_layer." + name for name in ("weight", "bias")}
             copies = {name: state[key].detach().clone() for name, key in base.items() if key in state}
-            self._add_to(copies["weight"], copies.get("bias"), self._merged, -1.0)
+            self._take_out(copies["weight"], copies.get("bias"), self._merged)
             state.update({base[name]: copy for name, copy in copies.items()})
         return state
 

@@ -27,6 +27,11 @@ def randomise(model, seed=1):
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
 
 
+def assert_close(got, expected):
+    """To 2e-6 of the largest logit: float32 sums in another order differ by their scale."""
+    assert (got - expected).abs().max() <= 2e-6 * max(1.0, expected.abs().max().item())
+
+
 SETTINGS = [
     {"target_modules": ("q_proj", "v_proj"), "r": 4, "alpha": 6},
     {"target_modules": "all-linear", "r": 2},
@@ -59,7 +64,7 @@ def test_peft_loads_what_we_save(llama, tokens, tmp_path, settings):
     assert (logits - llama()(tokens).logits).abs().max() > 0.01
     assert save_adapter(model, tmp_path / "a", base_model_name="tiny/llama", task_type="CAUSAL_LM") == tmp_path / "a"
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
-    torch.testing.assert_close(theirs(tokens).logits, logits, rtol=2e-5, atol=2e-6)
+    assert_close(theirs(tokens).logits, logits)
     wanted, config = peft_config(settings), theirs.peft_config["default"]
     for option in ("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "lora_bias"):
         assert getattr(config, option) == getattr(wanted, option), option
@@ -79,7 +84,7 @@ def test_we_load_what_peft_saves(llama, tokens, tmp_path, settings):
     theirs.save_pretrained(tmp_path)
     model = llama()
     report = load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(tokens).logits, logits, rtol=2e-5, atol=2e-6)
+    assert_close(model(tokens).logits, logits)
     assert report.trainable == 0 and not any(p.requires_grad for p in model.parameters())
     assert len(report.replaced) == sum(isinstance(m, peft.tuners.lora.Linear) for m in theirs.modules())
     wanted = {k: v for k, v in settings.items() if k not in ("target_modules", "exclude_modules")}
@@ -160,7 +165,7 @@ def test_a_merged_model_and_a_shared_factor_save(llama, tokens, tmp_path):
     save_adapter(model, tmp_path)
     again = llama()
     load_adapter(again, tmp_path)
-    torch.testing.assert_close(again(tokens).logits, logits, rtol=2e-5, atol=2e-6)
+    assert_close(again(tokens).logits, logits)
 
 
 def test_layers_put_in_by_hand_save_with_their_config(tmp_path):

@@ -10,6 +10,12 @@ from lowrank_kernels.init import INITS, init_factors_
 from lowrank_kernels.nn import LoRALinear
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """These tests are about distributions: one draw, known to be an ordinary one."""
+    torch.manual_seed(0)
+
+
 def factors(init, k=600, n=500, r=50, sampled="a"):
     a, b = torch.full((r, k), math.nan), torch.full((n, r), math.nan)
     init_factors_(a, b, init, sampled=sampled)

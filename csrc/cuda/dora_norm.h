@@ -1,0 +1,12 @@
+// Launcher of the DoRA norm, callable from code that knows neither CUDA nor nvcc.
+#pragma once
+
+#include "../dora_norm_problem.h"
+
+namespace lrk {
+
+// Runs on `device` in `stream`, a cudaStream_t; sets problem.aligned itself. Ranks 1 to 512.
+// Returns null, or what the runtime says went wrong. Does not synchronise.
+const char* launch_dora_norm(DoraNormProblem problem, int device, void* stream);
+
+}  // namespace lrk

@@ -1,0 +1,674 @@
+// Device code of the DoRA norm, n_i^2 = |W_i|^2 + 2 s sum_r B_ir U_ir with
+// U = W A^T + (s / 2) B (A A^T). No torch header and no CUDA library.
+//
+// Two launches: `dora_prepare_kernel` makes A A^T and puts A in the order in which the second reads
+// it; one of the two norm kernels reads W once. The mma kernel multiplies bfloat16 tiles and is as
+// exact as float32: an operand enters as the sum of the 1, 2 or 3 bfloat16 parts that its dtype
+// needs, and the products of parts that reach float32's digits are all taken. The FMA kernel serves
+// ranks below 16 and processors without bfloat16 tiles.
+//
+// The order of every sum depends on shapes alone; there are no atomics. The file compiles for the
+// host as well, after a header that supplies the names which nvcc gives (tests/host_executor).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dora_norm_problem.h"
+
+#if defined(__CUDACC__)
+#  define LRK_DEVICE __device__ __forceinline__
+#  define LRK_UNROLL _Pragma("unroll")
+#endif
+
+namespace lrk {
+
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+
+// ---- what differs between a GPU and the host ----------------------------------------------------
+
+#if defined(__CUDACC__)
+
+namespace device {
+
+LRK_DEVICE Words4 load_16_bytes(const void* p) {
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+LRK_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+LRK_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+LRK_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+LRK_DEVICE float half_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+#  if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// Two floats to bfloat16, to nearest even, `low` in the low half.
+LRK_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+// d (16 x 8) += a (16 x 16) b (16 x 8), each lane holding its share.
+LRK_DEVICE void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                              uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#  else
+LRK_DEVICE uint32_t pack_bfloat16(float, float) { return 0; }  // the FMA kernel runs here
+LRK_DEVICE void multiply_tile(float (&)[4], uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
+                              uint32_t) {}
+#  endif
+
+}  // namespace device
+
+#endif
+
+// ---- elements -----------------------------------------------------------------------------------
+
+struct Bfloat16Bits {
+  uint16_t bits;
+};
+struct HalfBits {
+  uint16_t bits;
+};
+
+LRK_DEVICE float low_bfloat16(uint32_t word) { return device::bits_to_float(word << 16); }
+LRK_DEVICE float high_bfloat16(uint32_t word) { return device::bits_to_float(word & 0xffff0000u); }
+
+LRK_DEVICE float to_float(float value) { return value; }
+LRK_DEVICE float to_float(Bfloat16Bits value) { return low_bfloat16(value.bits); }
+LRK_DEVICE float to_float(HalfBits value) { return device::half_to_float(value.bits); }
+
+LRK_DEVICE float load_any(const DoraMatrix& m, int64_t index) {
+  if (m.dtype == Dtype::kFloat32) return static_cast<const float*>(m.data)[index];
+  if (m.dtype == Dtype::kBFloat16) {
+    return to_float(static_cast<const Bfloat16Bits*>(m.data)[index]);
+  }
+  return to_float(static_cast<const HalfBits*>(m.data)[index]);
+}
+
+// Eight neighbouring elements of a row as they lie in memory.
+template <typename T>
+struct Eight {
+  Words4 words[sizeof(T) / 2];
+};
+
+// bfloat16 parts that make up a value, each the rounded rest of the ones before.
+template <typename T>
+struct Parts;
+template <>
+struct Parts<Bfloat16Bits> {
+  static constexpr int kCount = 1;
+};
+template <>
+struct Parts<HalfBits> {
+  static constexpr int kCount = 2;
+};
+template <>
+struct Parts<float> {
+  static constexpr int kCount = 3;
+};
+
+LRK_DEVICE uint32_t element_bits(float value) { return device::float_to_bits(value); }
+LRK_DEVICE uint32_t element_bits(Bfloat16Bits value) { return value.bits; }
+LRK_DEVICE uint32_t element_bits(HalfBits value) { return value.bits; }
+
+// Columns [col, col + 8) of a row; zeros past `cols`, and throughout when `live` is false.
+template <typename T>
+LRK_DEVICE Eight<T> load_eight(const T* row, int64_t col, int64_t cols, bool live, bool aligned) {
+  constexpr int kWords = static_cast<int>(sizeof(T) / 2);
+  Eight<T> result;
+  LRK_UNROLL
+  for (int i = 0; i < kWords; ++i) result.words[i] = {{0, 0, 0, 0}};
+  if (!live) return result;
+  if (aligned && col + 8 <= cols) {
+    LRK_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+      result.words[i] = device::load_16_bytes(row + col + i * (8 / kWords));
+    }
+    return result;
+  }
+  LRK_UNROLL
+  for (int j = 0; j < 8; ++j) {
+    if (col + j < cols) {
+      const int at = j * static_cast<int>(sizeof(T));
+      result.words[at / 16].word[at % 16 / 4] |= element_bits(row[col + j]) << (at % 4 * 8);
+    }
+  }
+  return result;
+}
+
+// Elements 2 i and 2 i + 1.
+LRK_DEVICE void pair_of(const Eight<float>& e, int i, float& x, float& y) {
+  x = device::bits_to_float(e.words[i / 2].word[i % 2 * 2]);
+  y = device::bits_to_float(e.words[i / 2].word[i % 2 * 2 + 1]);
+}
+LRK_DEVICE void pair_of(const Eight<Bfloat16Bits>& e, int i, float& x, float& y) {
+  x = low_bfloat16(e.words[0].word[i]);
+  y = high_bfloat16(e.words[0].word[i]);
+}
+LRK_DEVICE void pair_of(const Eight<HalfBits>& e, int i, float& x, float& y) {
+  x = device::half_to_float(static_cast<uint16_t>(e.words[0].word[i]));
+  y = device::half_to_float(static_cast<uint16_t>(e.words[0].word[i] >> 16));
+}
+
+template <int kCount>
+struct Split {
+  Words4 part[kCount];
+};
+
+// Pair i of a split, from two floats.
+template <int kCount>
+LRK_DEVICE void split_pair(Split<kCount>& to, int i, float x, float y) {
+  LRK_UNROLL
+  for (int part = 0; part < kCount; ++part) {
+    const uint32_t word = device::pack_bfloat16(x, y);
+    to.part[part].word[i] = word;
+    x -= low_bfloat16(word);
+    y -= high_bfloat16(word);
+  }
+}
+
+LRK_DEVICE float add_squares(const Split<1>& s, float sum) {
+  LRK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float x = low_bfloat16(s.part[0].word[i]), y = high_bfloat16(s.part[0].word[i]);
+    sum += x * x;
+    sum += y * y;
+  }
+  return sum;
+}
+
+template <typename T>
+LRK_DEVICE Split<Parts<T>::kCount> split_eight(const Eight<T>& e, float& squares) {
+  Split<Parts<T>::kCount> result;
+  LRK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    float x, y;
+    pair_of(e, i, x, y);
+    squares += x * x;
+    squares += y * y;
+    split_pair(result, i, x, y);
+  }
+  return result;
+}
+// bfloat16 is its own only part.
+LRK_DEVICE Split<1> split_eight(const Eight<Bfloat16Bits>& e, float& squares) {
+  const Split<1> result{{e.words[0]}};
+  squares = add_squares(result, squares);
+  return result;
+}
+
+// ---- the order of the packed factor -------------------------------------------------------------
+
+// For a chunk of 32 reduction columns, a tile of 8 ranks and a part, lane l holds 16 bytes: rank
+// l / 4, columns 8 (l % 4) .. + 7 of the chunk. A lane takes the same eight columns of W, so the
+// two mma steps of a chunk meet the columns in an order of their own, the same on both sides.
+LRK_DEVICE int64_t packed_word(int64_t chunk, int64_t tile, int part, int lane, int64_t rank_tiles,
+                               int parts) {
+  return ((chunk * rank_tiles + tile) * parts + part) * 32 + lane;
+}
+
+LRK_DEVICE void write_norm(const DoraNormProblem& p, int64_t row, float square, float cross) {
+  const float total = square + 2.0f * p.scaling * cross;
+  // A sum that cancelled below zero is a zero norm; a NaN is not below zero and stays.
+  const float norm = sqrtf(total < 0.0f ? 0.0f : total);
+  p.norm[row] = norm;
+  p.sq_norm[row] = square;
+  if (p.magnitude.data) {
+    p.column_scale[row] =
+        norm == 0.0f ? 0.0f : load_any(p.magnitude, row * p.magnitude.stride) / norm;
+  }
+}
+
+// ---- first launch -------------------------------------------------------------------------------
+
+// Blocks [0, dora_gram_blocks): 4 x 4 of A A^T in float32, both triangles from the upper one; the
+// threads share the columns. The rest: A itself. `packed`: for the mma kernel, A A^T times s / 2;
+// otherwise float32 rows, A A^T as it is.
+template <typename T>
+__global__ void __launch_bounds__(kDoraPrepareThreads)
+    dora_prepare_kernel(DoraNormProblem p, bool packed) {
+  constexpr int kTile = kDoraGramTile, kThreads = kDoraPrepareThreads;
+  __shared__ float partial[kTile * kTile][kThreads + 1];
+  const T* a = static_cast<const T*>(p.lora_a.data);
+  const int64_t rank = p.rank, gram_blocks = dora_gram_blocks(rank);
+  const int64_t rank_tiles = dora_rank_tiles(rank);
+  const int parts = dora_parts(p.weight.dtype, p.lora_a.dtype), tid = static_cast<int>(threadIdx.x);
+  Words4* packed_a = static_cast<Words4*>(p.scratch);
+  float* float_a = static_cast<float*>(p.scratch);
+  if (blockIdx.x >= gram_blocks) {
+    const int64_t item = (blockIdx.x - gram_blocks) * kThreads + tid;
+    if (packed) {
+      const int lane = static_cast<int>(item % 32);
+      const int64_t tile = item / 32 % rank_tiles, chunk = item / 32 / rank_tiles;
+      if (chunk >= dora_ceil_div(p.k, kDoraChunk)) return;
+      const int64_t r = tile * 8 + lane / 4, col = chunk * kDoraChunk + lane % 4 * 8;
+      const Eight<T> e = load_eight(a + r * p.lora_a.stride, col, p.k, r < rank, false);
+      Split<3> split;
+      LRK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float x, y;
+        pair_of(e, i, x, y);
+        split_pair(split, i, x, y);
+      }
+      LRK_UNROLL
+      for (int part = 0; part < 3; ++part) {
+        if (part < parts) {
+          packed_a[packed_word(chunk, tile, part, lane, rank_tiles, parts)] = split.part[part];
+        }
+      }
+    } else {
+      const int64_t stride = dora_float_stride(p.k), r = item / (stride / 8);
+      const int64_t col = item % (stride / 8) * 8;
+      if (r >= rank) return;
+      const Eight<T> e = load_eight(a + r * p.lora_a.stride, col, p.k, true, false);
+      LRK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float x, y;
+        pair_of(e, i, x, y);
+        float_a[r * stride + col + 2 * i] = x;
+        float_a[r * stride + col + 2 * i + 1] = y;
+      }
+    }
+    return;
+  }
+
+  const int64_t side = dora_ceil_div(rank, kDoraChunk) * (kDoraChunk / kTile);
+  const int64_t r0 = blockIdx.x / side * kTile, t0 = blockIdx.x % side * kTile;
+  if (r0 > t0) return;
+  float sum[kTile][kTile] = {};
+  if (t0 < rank) {
+    for (int64_t col = tid; col < p.k; col += kThreads) {
+      float left[kTile], right[kTile];
+      LRK_UNROLL
+      for (int i = 0; i < kTile; ++i) {
+        left[i] = r0 + i < rank ? to_float(a[(r0 + i) * p.lora_a.stride + col]) : 0.0f;
+        right[i] = t0 + i < rank ? to_float(a[(t0 + i) * p.lora_a.stride + col]) : 0.0f;
+      }
+      LRK_UNROLL
+      for (int i = 0; i < kTile; ++i) {
+        LRK_UNROLL
+        for (int j = 0; j < kTile; ++j) sum[i][j] += left[i] * right[j];
+      }
+    }
+  }
+  LRK_UNROLL
+  for (int i = 0; i < kTile * kTile; ++i) partial[i][tid] = sum[i / kTile][i % kTile];
+  __syncthreads();
+  // Eight threads an element.
+  const int element = tid / 8;
+  float value = 0.0f;
+  for (int i = tid % 8; i < kThreads; i += 8) value += partial[element][i];
+  value += device::shuffle_xor(value, 1);
+  value += device::shuffle_xor(value, 2);
+  value += device::shuffle_xor(value, 4);
+  if (tid % 8 != 0) return;
+  const int64_t r = r0 + element / kTile, t = t0 + element % kTile;
+  if (!packed) {
+    float* gram = float_a + rank * dora_float_stride(p.k);
+    if (r < rank && t < rank) {
+      gram[r * rank + t] = value;
+      if (r0 < t0) gram[t * rank + r] = value;
+    }
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(packed_a + dora_packed_words(p.k, rank, parts));
+  float rest = 0.5f * p.scaling * value;
+  for (int part = 0; part < 3; ++part) {
+    const uint32_t word = device::pack_bfloat16(rest, 0.0f);
+    rest -= low_bfloat16(word);
+    for (int mirror = 0; mirror < (r0 < t0 ? 2 : 1); ++mirror) {
+      const int64_t n = mirror ? t : r, k = mirror ? r : t;
+      if (n < rank_tiles * 8) {
+        const int lane = static_cast<int>(n % 8 * 4 + k % 32 / 8);
+        out[packed_word(k / 32, n / 8, part, lane, rank_tiles, 3) * 8 + k % 8] =
+            static_cast<uint16_t>(word);
+      }
+    }
+  }
+}
+
+// ---- second launch, bfloat16 tiles --------------------------------------------------------------
+
+// One lane's share of 32 rows by 32 columns: rows g, g + 8, g + 16, g + 24 with g = lane / 4.
+template <int kCount>
+struct Fragment {
+  Split<kCount> row[4];
+};
+
+// U += rows times ranks for one chunk. Products of parts beyond float32's digits are left out.
+template <int kTiles, int kWParts, int kAParts>
+LRK_DEVICE void multiply_chunk(float (&u)[2][kTiles][4], const Fragment<kWParts>& w,
+                               const Words4* packed, int64_t chunk, int first_tile, int rank_tiles,
+                               int lane) {
+  LRK_UNROLL
+  for (int pair = 0; pair < kTiles; pair += 2) {
+    if (first_tile + pair >= rank_tiles) break;
+    Words4 a[2][kAParts];
+    LRK_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      LRK_UNROLL
+      for (int part = 0; part < kAParts; ++part) {
+        a[j][part] = device::load_16_bytes(
+            packed + packed_word(chunk, first_tile + pair + j, part, lane, rank_tiles, kAParts));
+      }
+    }
+    LRK_UNROLL
+    for (int wp = kWParts - 1; wp >= 0; --wp) {
+      LRK_UNROLL
+      for (int ap = kAParts - 1; ap >= 0; --ap) {
+        if (wp + ap > 2) continue;
+        LRK_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          LRK_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            LRK_UNROLL
+            for (int m = 0; m < 2; ++m) {
+              const Words4 &low = w.row[2 * m].part[wp], &high = w.row[2 * m + 1].part[wp];
+              device::multiply_tile(u[m][pair + j], low.word[2 * step], high.word[2 * step],
+                                    low.word[2 * step + 1], high.word[2 * step + 1],
+                                    a[j][ap].word[2 * step], a[j][ap].word[2 * step + 1]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// cross_i += sum_r B_ir U_ir, and U starts again: tensor cores round sums down, so none gets long.
+template <int kTiles>
+LRK_DEVICE void fold(const DoraNormProblem& p, float (&u)[2][kTiles][4], float (&cross)[4],
+                     int64_t row0, int first_tile, int lane) {
+  LRK_UNROLL
+  for (int i = 0; i < kTiles; ++i) {
+    LRK_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      const int64_t row = row0 + lane / 4 + 8 * m;
+      LRK_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const int r = (first_tile + i) * 8 + lane % 4 * 2 + c;
+        if (r < p.rank && row < p.n) {
+          cross[m] += u[m / 2][i][m % 2 * 2 + c] * load_any(p.lora_b, row * p.lora_b.stride + r);
+        }
+        u[m / 2][i][m % 2 * 2 + c] = 0.0f;
+      }
+    }
+  }
+}
+
+template <typename W>
+struct RawFragment {
+  Eight<W> row[4];
+};
+
+template <typename W>
+LRK_DEVICE RawFragment<W> load_rows(const DoraNormProblem& p, int64_t row0, int64_t chunk,
+                                    int lane) {
+  RawFragment<W> result;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int64_t row = row0 + lane / 4 + 8 * m;
+    result.row[m] = load_eight(static_cast<const W*>(p.weight.data) + row * p.weight.stride,
+                               chunk * kDoraChunk + lane % 4 * 8, p.k, row < p.n, p.aligned);
+  }
+  return result;
+}
+
+// Columns of B in place of columns of W, for the product with A A^T.
+LRK_DEVICE Fragment<3> load_factor_rows(const DoraNormProblem& p, int64_t row0, int64_t chunk,
+                                        int lane) {
+  Fragment<3> result;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int64_t row = row0 + lane / 4 + 8 * m;
+    const int64_t col = chunk * kDoraChunk + lane % 4 * 8, base = row * p.lora_b.stride + col;
+    LRK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const bool x = row < p.n && col + 2 * i < p.rank, y = row < p.n && col + 2 * i + 1 < p.rank;
+      split_pair(result.row[m], i, x ? load_any(p.lora_b, base + 2 * i) : 0.0f,
+                 y ? load_any(p.lora_b, base + 2 * i + 1) : 0.0f);
+    }
+  }
+  return result;
+}
+
+template <typename W>
+LRK_DEVICE Fragment<Parts<W>::kCount> split_rows(const RawFragment<W>& raw, float (&squares)[4]) {
+  Fragment<Parts<W>::kCount> result;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) result.row[m] = split_eight(raw.row[m], squares[m]);
+  return result;
+}
+
+// Exchanged between the warps of a block: [row of four][part][lane].
+template <int kCount>
+LRK_DEVICE void put_fragment(Words4 (*slot)[32], const Fragment<kCount>& f, int lane) {
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    LRK_UNROLL
+    for (int part = 0; part < kCount; ++part) slot[m * 3 + part][lane] = f.row[m].part[part];
+  }
+}
+template <int kCount>
+LRK_DEVICE Fragment<kCount> get_fragment(const Words4 (*slot)[32], int lane) {
+  Fragment<kCount> f;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    LRK_UNROLL
+    for (int part = 0; part < kCount; ++part) f.row[m].part[part] = slot[m * 3 + part][lane];
+  }
+  return f;
+}
+
+// Grid: a block for every 32 rows. Up to 8 kTiles ranks (kShared false) the warps share the
+// columns: each reads, multiplies and folds chunks of its own. With more ranks (kShared) each warp
+// still reads its own chunks, but they pass through shared memory and every warp multiplies them by
+// the ranks that are its own; warps left over (a power of two) halve the chunks between them.
+// kAParts: dora_parts of the problem. Ranks up to 8 kTiles kWarps.
+template <typename W, int kAParts, int kTiles, int kWarps, bool kShared>
+__global__ void __launch_bounds__(kWarps * 32) dora_norm_mma_kernel(DoraNormProblem p) {
+  constexpr int kWParts = Parts<W>::kCount;
+  constexpr int kSlots = kShared ? kWarps : 1;
+  constexpr int kSumWords = 2 * kWarps * kDoraRows / 4;
+  constexpr int kExchange = kShared ? kSlots * 12 * 32 : 1;
+  constexpr int kSharedWords = kExchange > kSumWords ? kExchange : kSumWords;
+  __shared__ Words4 shared[kSharedWords];
+  Words4(*slots)[32] = reinterpret_cast<Words4(*)[32]>(shared);
+
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kDoraRows;
+  const int rank_tiles = static_cast<int>(dora_rank_tiles(p.rank));
+  const int64_t chunks = dora_ceil_div(p.k, kDoraChunk);
+  const int64_t factor_chunks = dora_ceil_div(p.rank, kDoraChunk);
+  const Words4* packed_a = static_cast<const Words4*>(p.scratch);
+  const Words4* packed_gram = packed_a + dora_packed_words(p.k, p.rank, kAParts);
+
+  float u[2][kTiles][4] = {};
+  float cross[4] = {}, squares[4] = {};
+  if (!kShared) {
+    RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
+    int64_t chunk = warp;
+    do {
+      for (int i = 0; i < kDoraFold && chunk < chunks; ++i, chunk += kWarps) {
+        const Fragment<kWParts> w = split_rows(next, squares);
+        if (chunk + kWarps < chunks) next = load_rows<W>(p, row0, chunk + kWarps, lane);
+        multiply_chunk<kTiles, kWParts, kAParts>(u, w, packed_a, chunk, 0, rank_tiles, lane);
+      }
+      if (chunk >= chunks) {
+        for (int64_t i = warp; i < factor_chunks; i += kWarps) {
+          const Fragment<3> b = load_factor_rows(p, row0, i, lane);
+          multiply_chunk<kTiles, 3, 3>(u, b, packed_gram, i, 0, rank_tiles, lane);
+        }
+      }
+      fold(p, u, cross, row0, 0, lane);
+    } while (chunk < chunks);
+  } else {
+    int groups = 1;
+    while (groups * kTiles < rank_tiles) groups *= 2;
+    const int first_tile = warp % groups * kTiles;
+    const int first_slot = warp / groups, slot_step = kWarps / groups;
+    RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
+    int64_t stage = 0;
+    do {
+      for (int i = 0; i < kDoraFold && stage < chunks; i += kWarps, stage += kWarps) {
+        // Past the last chunk `next` is zeros, which add nothing.
+        put_fragment(slots + warp * 12, split_rows(next, squares), lane);
+        next = load_rows<W>(p, row0, stage + kWarps + warp, lane);
+        __syncthreads();
+        for (int slot = first_slot; slot < kWarps && stage + slot < chunks; slot += slot_step) {
+          const Fragment<kWParts> w = get_fragment<kWParts>(slots + slot * 12, lane);
+          multiply_chunk<kTiles, kWParts, kAParts>(u, w, packed_a, stage + slot, first_tile,
+                                                   rank_tiles, lane);
+        }
+        __syncthreads();
+      }
+      if (stage >= chunks) {
+        for (int64_t i = 0; i < factor_chunks; i += kWarps) {
+          if (i + warp < factor_chunks) {
+            put_fragment(slots + warp * 12, load_factor_rows(p, row0, i + warp, lane), lane);
+          }
+          __syncthreads();
+          for (int slot = first_slot; slot < kWarps && i + slot < factor_chunks;
+               slot += slot_step) {
+            const Fragment<3> b = get_fragment<3>(slots + slot * 12, lane);
+            multiply_chunk<kTiles, 3, 3>(u, b, packed_gram, i + slot, first_tile, rank_tiles, lane);
+          }
+          __syncthreads();
+        }
+      }
+      fold(p, u, cross, row0, first_tile, lane);
+    } while (stage < chunks);
+  }
+
+  // The four lanes of a row, then the warps in order.
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    cross[m] += device::shuffle_xor(cross[m], 1);
+    cross[m] += device::shuffle_xor(cross[m], 2);
+    squares[m] += device::shuffle_xor(squares[m], 1);
+    squares[m] += device::shuffle_xor(squares[m], 2);
+  }
+  uint32_t* sums = shared[0].word;
+  if (lane % 4 == 0) {
+    LRK_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      const int row = lane / 4 + 8 * m;
+      sums[warp * kDoraRows + row] = device::float_to_bits(cross[m]);
+      sums[(kWarps + warp) * kDoraRows + row] = device::float_to_bits(squares[m]);
+    }
+  }
+  __syncthreads();
+  const int64_t row = row0 + tid;
+  if (tid >= kDoraRows || row >= p.n) return;
+  float total = 0.0f, square = 0.0f;
+  for (int i = 0; i < kWarps; ++i) {
+    total += device::bits_to_float(sums[i * kDoraRows + tid]);
+    square += device::bits_to_float(sums[(kWarps + i) * kDoraRows + tid]);
+  }
+  if (p.weight_sq_norm.data) square = load_any(p.weight_sq_norm, row * p.weight_sq_norm.stride);
+  write_norm(p, row, square, total);
+}
+
+// ---- second launch, FMA -------------------------------------------------------------------------
+
+// Grid: a block for every 16 rows, a warp for every 4; the lanes share the columns, eight at a
+// time. W is read once for each 16 ranks.
+template <typename W>
+__global__ void __launch_bounds__(kDoraFmaThreads, 3) dora_norm_fma_kernel(DoraNormProblem p) {
+  constexpr int kRows = kDoraFmaRows, kRanks = kDoraFmaRanks;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int64_t row0 =
+      (static_cast<int64_t>(blockIdx.x) * (kDoraFmaThreads / 32) + tid / 32) * kRows;
+  const int64_t stride = dora_float_stride(p.k);
+  const float* a = static_cast<const float*>(p.scratch);
+  const float* gram = a + p.rank * stride;
+  const W* weight = static_cast<const W*>(p.weight.data);
+  float cross[kRows] = {}, squares[kRows] = {};
+  for (int r0 = 0; r0 < p.rank; r0 += kRanks) {
+    float u[kRows][kRanks] = {};
+    for (int64_t col = lane * 8; col < p.k; col += 256) {
+      float w[kRows][8];
+      LRK_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        const Eight<W> e =
+            load_eight(weight + (row0 + m) * p.weight.stride, col, p.k, row0 + m < p.n, p.aligned);
+        LRK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          pair_of(e, i, w[m][2 * i], w[m][2 * i + 1]);
+          if (r0 == 0) {
+            squares[m] += w[m][2 * i] * w[m][2 * i];
+            squares[m] += w[m][2 * i + 1] * w[m][2 * i + 1];
+          }
+        }
+      }
+      LRK_UNROLL
+      for (int r = 0; r < kRanks; ++r) {
+        if (r0 + r < p.rank) {
+          LRK_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const Words4 v = device::load_16_bytes(a + (r0 + r) * stride + col + 4 * half);
+            LRK_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              LRK_UNROLL
+              for (int m = 0; m < kRows; ++m) {
+                u[m][r] += w[m][4 * half + j] * device::bits_to_float(v.word[j]);
+              }
+            }
+          }
+        }
+      }
+    }
+    LRK_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      if (row0 + m < p.n) {
+        LRK_UNROLL
+        for (int r = 0; r < kRanks; ++r) {
+          if (r0 + r < p.rank) {
+            cross[m] += u[m][r] * load_any(p.lora_b, (row0 + m) * p.lora_b.stride + r0 + r);
+          }
+        }
+      }
+    }
+  }
+  // (s / 2) B (A A^T) B^T, its terms shared by the lanes.
+  for (int i = lane; i < p.rank * p.rank; i += 32) {
+    LRK_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      if (row0 + m < p.n) {
+        const int64_t base = (row0 + m) * p.lora_b.stride;
+        cross[m] += 0.5f * p.scaling * gram[i] * load_any(p.lora_b, base + i / p.rank) *
+                    load_any(p.lora_b, base + i % p.rank);
+      }
+    }
+  }
+  LRK_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    LRK_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) {
+      cross[m] += device::shuffle_xor(cross[m], mask);
+      squares[m] += device::shuffle_xor(squares[m], mask);
+    }
+    const int64_t row = row0 + m;
+    if (lane == 0 && row < p.n) {
+      float square = squares[m];
+      if (p.weight_sq_norm.data) {
+        square = load_any(p.weight_sq_norm, row * p.weight_sq_norm.stride);
+      }
+      write_norm(p, row, square, cross[m]);
+    }
+  }
+}
+
+}  // namespace lrk

@@ -1,0 +1,141 @@
+"""``DoRALinear``: a frozen nn.Linear whose direction is corrected at low rank, and whose row norms train."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import dora_column_scale, dora_linear, dora_weight_norm
+from ..merge import merge_dora_, unmerge_dora_
+from .lora import LoRALinear
+
+
+class ScaleCache:
+    """(n, g) of a DoRA layer, and ‖W_i‖², for as long as the tensors they come from stay the same.
+
+    A tensor counts as the same while its storage and its version counter do: in-place edits, under ``no_grad`` too,
+    ``load_state_dict`` and merging all raise the counter. Writes through ``.data`` do not; call ``clear`` after them.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._key: Any = None
+        self._norm_and_scale: tuple[Tensor, Tensor] | None = None
+        self._sq_key: Any = None
+        self._sq_norm: Tensor | None = None
+
+    def norm_and_scale(
+        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """(n, g), computed only when one of the operands has changed; ‖W_i‖² only when W has."""
+        operands = (weight, lora_a, lora_b, magnitude)
+        if any(t.is_inference() for t in operands):  # these count no versions
+            return dora_column_scale(*operands, scaling=scaling)[:2]
+        key = (*((t.data_ptr(), t._version, t.dtype, t.device) for t in operands), scaling)
+        if self._norm_and_scale is None or key != self._key:
+            sq_norm = self._sq_norm if key[0] == self._sq_key else None
+            norm, scale, self._sq_norm = dora_column_scale(*operands, scaling=scaling, weight_sq_norm=sq_norm)
+            self._sq_key, self._key, self._norm_and_scale = key[0], key, (norm, scale)
+        return self._norm_and_scale
+
+    def __deepcopy__(self, memo: Any) -> ScaleCache:
+        return ScaleCache()
+
+    def __reduce__(self) -> Any:
+        return ScaleCache, ()
+
+
+class _Merged(NamedTuple):
+    """What was merged, and the rows of W that merging does not allow to be computed back."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    column_scale: Tensor
+    scaling: float
+    rows: Tensor
+    kept: Tensor
+
+
+class DoRALinear(LoRALinear):
+    """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂.
+
+    Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the norm
+    of W + s B A, so that the layer starts as the wrapped one. Rows of norm 0 yield their bias.
+
+    Args:
+        dropout_base: dropout reaches the base product of the correction too, as PEFT does it; see ``lk.dora_linear``.
+        detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
+        (the others as for ``LoRALinear``; there is no ``lora_bias``)
+
+    In inference (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is.
+
+    Source: Liu et al., "DoRA", arXiv 2402.09353.
+    """
+
+    def __init__(
+        self, base_layer: nn.Linear, r: int = 8, *, dropout_base: bool = False, detach_norm: bool = True, **settings: Any
+    ) -> None:
+        if settings.get("lora_bias"):
+            raise ValueError("DoRALinear: expected lora_bias to be False, got True; a bias of B's has no norm to share")
+        super().__init__(base_layer, r, **settings)
+        self.dropout_base, self.detach_norm = dropout_base, detach_norm
+        self._cache = ScaleCache()
+        with torch.no_grad():
+            norm = dora_weight_norm(
+                self.weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), scaling=self.scaling
+            )
+        self.lora_magnitude_vector = nn.Parameter(norm.to(self.lora_A.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base_layer(x)
+        base, a, b, m = self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
+        # A compiled graph keeps no state between calls: the norm is a part of it.
+        cached = None
+        if not torch.compiler.is_compiling():
+            cached = self._cache.norm_and_scale(base.weight, a.detach(), b.detach(), m.detach(), self.scaling)
+        return dora_linear(
+            x, base.weight, a, b, m, base.bias,
+            scaling=self.scaling, norm_and_scale=cached,
+            dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
+            detach_norm=self.detach_norm,
+        )  # fmt: skip
+
+    def merge_(self, keep_copy: bool = False) -> DoRALinear:
+        """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the plain linear. Nothing when merged.
+
+        Args:
+            keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows
+                that cannot be computed back (g = 0) are kept, and the others come back to within one rounding.
+
+        Raises:
+            ValueError: as ``LoRALinear.merge_``, and for a magnitude that is not finite.
+        """
+        self._keep_copy = keep_copy
+        super().merge_()
+        return self
+
+    def _merge_state(self) -> _Merged:
+        weight, a, b = self.weight.detach(), self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone()
+        _, scale, _ = dora_column_scale(weight, a, b, self.lora_magnitude_vector.detach(), scaling=self.scaling)
+        if not torch.isfinite(scale).all():
+            raise ValueError("DoRALinear.merge_: expected a finite column scale m / n, found NaN or Inf")
+        lost = torch.ones_like(scale, dtype=torch.bool) if self._keep_copy else scale == 0
+        rows = lost.nonzero().squeeze(1)
+        return _Merged(a, b, scale, self.scaling, rows, weight[rows].clone())
+
+    @torch.no_grad()
+    def _put_in(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
+        merge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+
+    @torch.no_grad()
+    def _take_out(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
+        unmerge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+        weight[state.rows.to(weight.device)] = state.kept.to(weight.device, weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_base={self.dropout_base}, detach_norm={self.detach_norm}"
