@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import Plan, adapt, config_of, plan_adaptation
-from .config import LoRAConfig
+from .config import DoRAConfig, LoRAConfig
+from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
 from .report import Report, count_parameters
 
@@ -57,7 +58,7 @@ def save_adapter(
     task_type: str | None = None,
     config: LoRAConfig | None = None,
 ) -> Path:
-    """Write the model's LoRA adapter as a folder that PEFT loads.
+    """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
 
     Args:
         model: adapted by :func:`adapt`. Not wrapped: give DDP's ``model.module``.
@@ -69,7 +70,8 @@ def save_adapter(
     Returns:
         The folder.
 
-    Tensors keep their dtypes. Merged layers save their factors as they are.
+    Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
+    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved.
 
     Raises:
         ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are;
@@ -102,7 +104,7 @@ def save_adapter(
         )
     written |= {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model_name,
-        "inference_mode": True, "init_lora_weights": True,
+        "inference_mode": True, "init_lora_weights": True, "use_dora": isinstance(config, DoRAConfig),
         "exclude_modules": written["exclude_modules"] or None,
     }  # fmt: skip
     folder = Path(folder)
@@ -115,18 +117,21 @@ def save_adapter(
 
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
     for name, layer in layers.items():
-        has = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
-        says = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora, config.lora_bias)
+        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
+        has += (isinstance(layer, DoRALinear),)
+        says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
+        says += (config.lora_bias, isinstance(config, DoRAConfig))
         if has != says:
             raise ValueError(
-                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias) = {says} by its "
+                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, dora) = {says} by its "
                 f"config, got {has}; pass the config= that describes the layers"
             )
 
 
 def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
-    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias"] + ["base_layer.bias"] * (config.bias == "lora_only")
+    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
+    keys += ["base_layer.bias"] * (config.bias == "lora_only")
     wanted = {f"{layer}.{key}" for layer in layers for key in keys}
     return {
         name: p
@@ -150,10 +155,11 @@ def _write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> Report:
-    """Put a LoRA adapter, written by PEFT or by :func:`save_adapter`, on a model, in place.
+    """Put a LoRA or DoRA adapter, written by PEFT or by :func:`save_adapter`, on a model, in place.
 
     The layers, ranks and scalings are those that the folder's config says; the tensors must be exactly those
-    that such layers have. Factors become float32, or stay float64.
+    that such layers have. Factors become float32, or stay float64. A DoRA adapter gets PEFT's dropout,
+    ``dropout_base=True``.
 
     Args:
         model: the base model, not adapted yet.
@@ -199,7 +205,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         report.undo()
         raise
     trains, total = count_parameters(model)
-    return Report(f"{folder.name}: LoRA", report.replaced, report.skipped, trains, total, _undo=report._undo)
+    method = "DoRA" if isinstance(config, DoRAConfig) else "LoRA"
+    return Report(f"{folder.name}: {method}", report.replaced, report.skipped, trains, total, _undo=report._undo)
 
 
 def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
@@ -220,6 +227,8 @@ def _expected_shapes(base: Mapping[str, nn.Parameter], config: LoRAConfig, plan:
         shapes |= {f"{name}.lora_A.weight": (r, k), f"{name}.lora_B.weight": (n, r)}
         if config.lora_bias:
             shapes[f"{name}.lora_B.bias"] = (n,)
+        if isinstance(config, DoRAConfig):
+            shapes[f"{name}.lora_magnitude_vector"] = (n,)
         if config.bias == "lora_only" and linear.bias is not None:
             shapes[f"{name}.base_layer.bias"] = (n,)
     if config.bias == "all":
@@ -259,7 +268,7 @@ def _read_config(path: Path) -> LoRAConfig:
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
         )
-    unsupported = {k: v for k, v in given.items() if v and k not in _PEFT_NAMES and k not in _INERT}
+    unsupported = {k: v for k, v in given.items() if v and k not in {*_PEFT_NAMES, *_INERT, "use_dora"}}
     init = given.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         unsupported["init_lora_weights"] = init
@@ -271,7 +280,7 @@ def _read_config(path: Path) -> LoRAConfig:
     if missing:
         raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
     try:
-        return LoRAConfig(**settings)
+        return DoRAConfig(**settings, dropout_base=True) if given.get("use_dora") else LoRAConfig(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -91,6 +91,8 @@ class LoRAConfig(AdapterConfig):
         (and those of :class:`AdapterConfig`)
     """
 
+    _switches: ClassVar = ("rslora", "lora_bias")
+
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -104,24 +106,23 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kind = type(self).__name__
         for option in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, option)
             if not isinstance(patterns, Mapping):
-                raise TypeError(f"LoRAConfig: expected {option} to be a dict of pattern to value, got {patterns!r}")
+                raise TypeError(f"{kind}: expected {option} to be a dict of pattern to value, got {patterns!r}")
             for pattern in patterns:
                 if not isinstance(pattern, str):
-                    raise TypeError(f"LoRAConfig: expected the keys of {option} to be strings, got {pattern!r}")
+                    raise TypeError(f"{kind}: expected the keys of {option} to be strings, got {pattern!r}")
                 self._compile(option, pattern)
         for r in (self.r, *self.rank_pattern.values()):
             for alpha in (self.alpha, *self.alpha_pattern.values()):
-                check_lora_settings(
-                    "LoRAConfig", r=r, alpha=alpha, dropout=self.dropout, train=self.train, dtype=self.dtype
-                )
-        for option in ("rslora", "lora_bias"):
+                check_lora_settings(kind, r=r, alpha=alpha, dropout=self.dropout, train=self.train, dtype=self.dtype)
+        for option in self._switches:
             if not isinstance(getattr(self, option), bool):
-                raise TypeError(f"LoRAConfig: expected {option} to be True or False, got {getattr(self, option)!r}")
+                raise TypeError(f"{kind}: expected {option} to be True or False, got {getattr(self, option)!r}")
         if self.init not in INITS:
-            raise ValueError(f"LoRAConfig: expected init to be one of {', '.join(INITS)}, got {self.init!r}")
+            raise ValueError(f"{kind}: expected init to be one of {', '.join(INITS)}, got {self.init!r}")
 
     def rank_of(self, name: str) -> int:
         return _lookup(self.rank_pattern, name, self.r)
@@ -160,6 +161,8 @@ class DoRAConfig(LoRAConfig):
         dropout_base, detach_norm: as for ``DoRALinear``.
         (and those of :class:`LoRAConfig`, without ``lora_bias``)
     """
+
+    _switches: ClassVar = ("rslora", "lora_bias", "dropout_base", "detach_norm")
 
     dropout_base: bool = False
     detach_norm: bool = True

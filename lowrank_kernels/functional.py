@@ -17,7 +17,7 @@ def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.devi
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, int):
-        return torch.tensor(seed, dtype=torch.int64, device=device)
+        return torch.full((), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"{op}: expected dropout_seed to be an int or an int64 scalar tensor, got {seed!r}")
     return seed.reshape(()).to(device)

@@ -1,28 +1,33 @@
-"""PEFT's LoRA layers on this package's op: ``accelerate`` and ``restore``. Written against PEFT 0.21."""
+"""PEFT's LoRA and DoRA layers on this package's ops: ``accelerate`` and ``restore``. Written against PEFT 0.21."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import lora_linear
+from ..functional import dora_linear, lora_linear
+from ..nn.dora import ScaleCache
 from ..nn.frozen import FLOAT_DTYPES, has_hooks, why_not_frozen
 from ..nn.lora import add_bias
 from ..report import Replaced, Report, Skipped, count_parameters
 
 _LEFT_TO_PEFT = (
     "PEFT's own forward still runs merged or disabled layers, batches with adapter_names, several active adapters "
-    "with dropout in training, bases that train, and layers whose submodules got hooks"
+    "with dropout in training or with DoRA, bases that train, and layers whose submodules got hooks"
 )
+_CACHES = "_lowrank_scale_caches"  # of a layer: {adapter: ScaleCache}
 
 
 class AcceleratedLinear(PeftLinear):
-    """PEFT's ``lora.Linear`` with y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op.
+    """PEFT's ``lora.Linear`` with y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or
+    with a DoRA adapter as one op.
 
     Made by :func:`accelerate`, which changes a layer's class and nothing else: parameters, names, adapters, merging
     and saving are PEFT's. Whatever the op cannot take goes to PEFT's own forward.
@@ -35,6 +40,8 @@ class AcceleratedLinear(PeftLinear):
         adapters = [] if args or any(v is not None for v in kwargs.values()) else self._adapters_for_op()
         if not adapters:
             return super().forward(x, *args, **kwargs)
+        if adapters[0] in self.lora_variant:
+            return self._dora(x, adapters[0])
         base: Any = self.base_layer
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         factors: list[Any] = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in adapters]
@@ -53,6 +60,34 @@ class AcceleratedLinear(PeftLinear):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p)
 
+    def _dora(self, x: Tensor, name: str) -> Tensor:
+        base: Any = self.base_layer
+        a, b, m = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_magnitude_vector[name].weight
+        scaling, dropout, cached = self.scaling[name], self.lora_dropout[name], None
+        if not torch.compiler.is_compiling():
+            cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
+            cached = cache.norm_and_scale(base.weight, a, b, m, scaling, keep=not self.training)
+        drops = self.training and dropout.training and isinstance(dropout, nn.Dropout)
+        return dora_linear(
+            x, base.weight, a, b, m, base.bias,
+            scaling=scaling, norm_and_scale=cached, dropout_p=dropout.p if drops else 0.0, dropout_base=True,
+        )  # fmt: skip
+
+    # PEFT writes through .data, which the caches cannot see: to W where it merges or initialises an adapter, and to the
+    # factors where it swaps adapters in place, for which it asks for the state dict first.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        _forget(self)
+        super().merge(*args, **kwargs)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        _forget(self)
+        super().update_layer(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        _forget(self)
+        super()._save_to_state_dict(*args)
+
     def _get_name(self) -> str:
         return "Linear"  # a model prints as PEFT prints it
 
@@ -63,6 +98,8 @@ class AcceleratedLinear(PeftLinear):
         base = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]
         if has_hooks(base) or base.weight.requires_grad or any(_why_not_adapter(self, name) for name in names):
+            return []
+        if len(names) > 1 and any(name in self.lora_variant for name in names):
             return []
         drops = [d for d in (self.lora_dropout[name] for name in names) if isinstance(d, nn.Dropout) and d.training]
         return [] if drops and (len(names) > 1 or drops[0].p >= 1.0) else names
@@ -82,8 +119,15 @@ def _why_not_layer(layer: Any) -> str | None:
 
 
 def _why_not_adapter(layer: Any, name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    variant = layer.lora_variant.get(name)
+    if variant is not None:
+        if type(variant) is not DoraLinearVariant:
+            return f"adapter {name!r} is a {type(variant).__name__}"
+        if type(layer.base_layer) is Conv1D:
+            return f"adapter {name!r} is DoRA over a Conv1D"
+        magnitude = layer.lora_magnitude_vector[name]
+        if type(magnitude) is not DoraLinearLayer or has_hooks(magnitude):
+            return f"adapter {name!r} has a magnitude that is not a plain DoraLinearLayer"
     for factor in (layer.lora_A[name], layer.lora_B[name]):
         if type(factor) is not nn.Linear or has_hooks(factor):
             return f"adapter {name!r} has a factor that is not a plain nn.Linear"
@@ -94,14 +138,18 @@ def _why_not_adapter(layer: Any, name: str) -> str | None:
 
 
 def accelerate(peft_model: nn.Module) -> Report:
-    """Let PEFT's LoRA linears run on ``lowrank_kernels::lora_linear``, in place.
+    """Let PEFT's LoRA and DoRA linears run on ``lowrank_kernels::lora_linear`` and ``dora_linear``, in place.
 
-    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D that holds at least one
-    ordinary LoRA adapter, with any rank, alpha, rsLoRA, dropout, lora_bias, pattern and bias mode, and any
-    number of active adapters. Adapters may be added, deleted, switched, merged and saved afterwards through
-    PEFT as before. Layers that PEFT makes later (an added adapter with new targets) are PEFT's: call again.
+    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D that holds at least one ordinary LoRA
+    adapter, or over an nn.Linear a DoRA adapter, with any rank, alpha, rsLoRA, dropout, lora_bias, pattern and bias
+    mode, and any number of active adapters. Adapters may be added, deleted, switched, merged, hot-swapped and saved
+    afterwards through PEFT as before. Layers that PEFT makes later (an added adapter with new targets) are PEFT's:
+    call again.
 
-    What it does not take runs as before and is in the report's ``skipped``: DoRA and the other variants,
+    DoRA's column scale is kept in evaluation until W, A, B, m or the scaling changes. Writes of your own through
+    ``.data`` are not seen: ``restore`` and ``accelerate`` again after them, or run once in training mode.
+
+    What it does not take runs as before and is in the report's ``skipped``: DoRA over Conv1D, the other variants,
     quantised bases, embeddings, convolutions, layers of other classes.
 
     Args:
@@ -148,3 +196,8 @@ def restore(peft_model: nn.Module) -> int:
 def _give_back(layers: list[Any]) -> None:
     for layer in layers:
         layer.__class__ = PeftLinear
+        _forget(layer)
+
+
+def _forget(layer: Any) -> None:
+    layer.__dict__.pop(_CACHES, None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lora import _dropout_arguments, _tiles, lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
 from .lora_tiles import LoRATiles
-from .target import target_of
+from .target import Target, target_of
 from .tiles import dot, dropout_keep, load_tile, store_tile
 
 
@@ -24,7 +24,7 @@ def _dora_norm_kernel(
     N, K, R, stride_wn, stride_wk, stride_ar, stride_bn, scaling,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of W a program, read once: U = W Aᵀ a block of ranks at a time, and ‖W_i‖² with the first.
+    """BLOCK_N rows of W a program: U = W Aᵀ a block of ranks at a time, and ‖W_i‖² with the first.
 
     All in float32, products included: the sum of the three terms can be much smaller than any of them.
     gram = A Aᵀ, float32 (R, R) contiguous. Grid: (cdiv(N, BLOCK_N),).
@@ -95,7 +95,7 @@ def dropout(x: Tensor, dropout_p: float, dropout_seed: Tensor, add: Tensor | Non
 
 def dora_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    weight_sq_norm: Tensor | None, magnitude: Tensor | None,
+    weight_sq_norm: Tensor | None, magnitude: Tensor | None, target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(n, ‖W_i‖², g), each (N,) float32; g is empty without a magnitude. Two launches: A Aᵀ, and the norm."""
     N, K = weight.shape
@@ -106,14 +106,16 @@ def dora_norm(
     scale = weight.new_empty(0 if magnitude is None else N, dtype=torch.float32)
     if N == 0:
         return norm, sq_norm, scale
-    # Twice the products of tf32 would lose the digits that cancellation needs; where there is no tf32, plain FMA.
-    precision = "tf32x3" if target_of(weight.device).arch.startswith("sm_") else "ieee"
-    block_r = min(max(16, triton.next_power_of_2(R)), 128)  # more ranks: W is read again for each 128 of them
-    _dora_norm_kernel[(triton.cdiv(N, 16),)](
+    # Three tf32 products a pair keep the digits of float32, which cancellation needs; without tf32, plain FMA.
+    nvidia = (target or target_of(weight.device)).arch.startswith("sm_")
+    options = {"maxnreg": 255} if nvidia else {}
+    # Ranks beyond a block read W again; a program's rows of W are still in the L2 cache then.
+    block_n, block_r = 32, min(max(16, triton.next_power_of_2(R)), 32)
+    _dora_norm_kernel[(triton.cdiv(N, block_n),)](
         weight, lora_a, lora_b, gram, weight_sq_norm, magnitude, norm, sq_norm, scale,
         N, K, R, weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0), scaling,
-        BLOCK_N=16, BLOCK_K=64 if block_r <= 32 else 32, BLOCK_R=block_r, PRECISION=precision,
-        num_warps=4, num_stages=2,
+        BLOCK_N=block_n, BLOCK_K=32, BLOCK_R=block_r, PRECISION="tf32x3" if nvidia else "ieee",
+        num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return norm, sq_norm, scale
 
@@ -151,7 +153,7 @@ def dora_linear_bwd(
             torch.zeros_like(lora_b) if need_b else None,
             grad_y.new_zeros(N, dtype=torch.float32) if need_inner else None,
         )
-    tiles = tiles or _tiles(grad_y, weight, R, dropout_p)
+    tiles = tiles or _tiles(grad_y, weight, R, dropout_p, scaled=True)
     if p is None:
         p = grad_y.new_zeros(M, R)  # dB is not wanted; its share of the one pass is wasted, and small
     grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy == "library") else None

@@ -340,11 +340,13 @@ def _ordered_sum(partial: Tensor, out: Tensor, tail: Tensor | None = None) -> Te
     return out
 
 
-def _tiles(rows: Tensor, weight: Tensor, R: int, dropout_p: float) -> LoRATiles:
+def _tiles(rows: Tensor, weight: Tensor, R: int, dropout_p: float, scaled: bool = False) -> LoRATiles:
     """Tiles for a product of ``rows`` (x or dY) with the weight."""
     N, K = weight.shape
-    aligned = _can_describe(rows, weight)
-    return lora_tiles(target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0, aligned=aligned)
+    return lora_tiles(
+        target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0,
+        aligned=_can_describe(rows, weight), scaled=scaled,
+    )  # fmt: skip
 
 
 def lora_down(
@@ -403,7 +405,7 @@ def lora_linear_fwd(
     N, R = lora_b.shape
     if M == 0 or N == 0:
         return x.new_empty(M, N), x.new_empty(M, R) if store_p else None
-    tiles = tiles or _tiles(x, weight, R, dropout_p)
+    tiles = tiles or _tiles(x, weight, R, dropout_p, column_scale is not None)
     fused = tiles.strategy == "fused"
     p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
     if tiles.strategy == "library":

@@ -136,8 +136,8 @@ def fused_fits(M: int, R: int, dtype: torch.dtype, dropout: bool) -> bool:
     return R <= _FUSED_MAX_RANK and not dropout
 
 
-def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, narrow: bool) -> MainTiles:
-    """``narrow``: at most 128 columns, for what else a program of a large product has to hold."""
+def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, widest: int) -> MainTiles:
+    """``widest``: columns of a large tile at most, for what else its program has to hold."""
     few = M <= DECODE_ROWS
     block_m, block_n, block_k, warps, stages = (_DECODE if few else _LARGE)[target.arch]
     if dtype == torch.float32:
@@ -148,8 +148,8 @@ def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligne
         block_m, block_n, block_k, warps, stages = 64, min(block_n, 64), 32, 4, 2
     elif few and block_r > 32 and not target.tma:
         warps = 8  # twice the threads share the pointers, the mask and P
-    elif narrow and not few:
-        block_n = min(block_n, 128)
+    elif not few:
+        block_n = min(block_n, widest)
     persistent = target.arch in _PERSISTENT and aligned and not few and dtype != torch.float32
     return MainTiles(
         block_m, block_n, block_k, block_r, GROUP_M=8, num_warps=warps, num_stages=stages,
@@ -167,7 +167,9 @@ def predicted_seconds(
     candidates: tuple[Strategy, ...] = ("fused", "two_kernel", "library")
     if not fused_fits(M, R, dtype, dropout):
         candidates = ("two_kernel", "library")
-    columns = _cdiv(N, _main_tiles(target, M, 16, dtype, True, target.arch in _NARROW_WHEN_FUSED).BLOCK_N)
+    columns = _cdiv(
+        N, _main_tiles(target, M, 16, dtype, True, 128 if target.arch in _NARROW_WHEN_FUSED else 256).BLOCK_N
+    )
     return {s: lora_forward_seconds(target, s, M, K, N, R, dtype, columns) for s in candidates}
 
 
@@ -192,24 +194,27 @@ def lora_tiles(
     dropout: bool,
     strategy: Strategy | None = None,
     aligned: bool = True,
+    scaled: bool = False,
 ) -> LoRATiles:
     """Tiles for one shape. Reductions are cut by K, N and R alone, never by M, so that a row does not feel its batch.
 
     Args:
         strategy: take this one; None: the one that ``choose_strategy`` predicts to be fastest.
         aligned: rows of x and of the weight start at multiples of 16 bytes, with unit column stride.
+        scaled: the sum is kept beside the result that is scaled (DoRA).
     """
     strategy = strategy or choose_strategy(target, M, K, N, R, dtype, dropout, aligned)
     wide = dtype == torch.float32
     rank = min(max(16, _power_of_two(R)), 32 if wide else 64)
     appended = min(rank, 16 if wide else 32)
     fused = strategy == "fused"
-    narrow = fused and target.arch in _NARROW_WHEN_FUSED
+    # P beside the accumulator, u beside y, and the targets where neither fits beside 256 columns: halve for each two.
+    burdens = fused + scaled + (target.arch in _NARROW_WHEN_FUSED)
     return LoRATiles(
         strategy=strategy,
-        main=_main_tiles(target, M, rank if fused else appended, dtype, aligned, narrow),
+        main=_main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1)),
         # The mask of a wider tile would not fit into registers beside its accumulator.
-        main_dx=_main_tiles(target, M, appended, dtype, aligned, narrow=dropout),
+        main_dx=_main_tiles(target, M, appended, dtype, aligned, widest=128 if dropout else 256),
         down=ThinTiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),
@@ -218,7 +223,7 @@ def lora_tiles(
             16 if wide else 64, 64, rank, num_warps=4, num_stages=3, wanted_programs=2 * target.num_sms
         ),
         q_grad_b=FusedGradTiles(
-            32 if wide else 128 if rank > 32 or not aligned else 256, 32 if wide else 64, rank, 512,
+            32 if wide else 256 >> ((rank > 32 or not aligned) + scaled), 32 if wide else 64, rank, 512,
             num_warps=8, num_stages=2,
         ),
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..functional import dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
@@ -15,38 +17,50 @@ from .lora import LoRALinear
 class ScaleCache:
     """(n, g) of a DoRA layer, and ‖W_i‖², for as long as the tensors they come from stay the same.
 
-    A tensor counts as the same while its storage and its version counter do: in-place edits, under ``no_grad`` too,
-    ``load_state_dict`` and merging all raise the counter. Writes through ``.data`` do not; call ``clear`` after them.
+    A parameter counts as the same while its storage and its version counter do. In-place edits, under ``no_grad`` too,
+    ``load_state_dict`` and merging raise the counter, and moves change the storage. Writes through ``.data`` or by raw
+    pointer do neither; call ``clear`` after them. Tensors that are not parameters are not trusted to tell.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._key: Any = None
-        self._norm_and_scale: tuple[Tensor, Tensor] | None = None
-        self._sq_key: Any = None
-        self._sq_norm: Tensor | None = None
+        self._scale: tuple[Any, Any] = (None, None)
+        self._square: tuple[Any, Any] = (None, None)
 
     def norm_and_scale(
-        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
+        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float, *, keep: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(n, g), computed only when one of the operands has changed; ‖W_i‖² only when W has."""
+        """(n, g), computed only when an operand has changed, and every time without ``keep``; ‖W_i‖² when W has."""
         operands = (weight, lora_a, lora_b, magnitude)
-        if any(t.is_inference() for t in operands):  # these count no versions
+        if any(t.is_inference() or not isinstance(t, nn.Parameter) for t in operands):
             return dora_column_scale(*operands, scaling=scaling)[:2]
-        key = (*((t.data_ptr(), t._version, t.dtype, t.device) for t in operands), scaling)
-        if self._norm_and_scale is None or key != self._key:
-            sq_norm = self._sq_norm if key[0] == self._sq_key else None
-            norm, scale, self._sq_norm = dora_column_scale(*operands, scaling=scaling, weight_sq_norm=sq_norm)
-            self._sq_key, self._key, self._norm_and_scale = key[0], key, (norm, scale)
-        return self._norm_and_scale
+        key = (*map(_state, operands), scaling)
+        known, found = self._scale
+        if keep and key == known:
+            return found
+        known, sq_norm = self._square
+        # Kept tensors may take part in autograd later, which inference tensors cannot.
+        with torch.inference_mode(False):
+            norm, scale, sq_norm = dora_column_scale(
+                *operands, scaling=scaling, weight_sq_norm=sq_norm if known == key[0] else None
+            )
+        self._square = (key[0], sq_norm)
+        self._scale = (key, (norm, scale)) if keep else (None, None)
+        return norm, scale
 
     def __deepcopy__(self, memo: Any) -> ScaleCache:
         return ScaleCache()
 
     def __reduce__(self) -> Any:
         return ScaleCache, ()
+
+
+def _state(t: Tensor) -> tuple[Any, ...]:
+    """Differs between two moments when the tensor's values may. The weak reference keeps its storage's address taken,
+    so that no later storage is mistaken for it."""
+    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride(), t._version, t.dtype
 
 
 class _Merged(NamedTuple):
@@ -63,21 +77,27 @@ class _Merged(NamedTuple):
 class DoRALinear(LoRALinear):
     """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂.
 
-    Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the norm
-    of W + s B A, so that the layer starts as the wrapped one. Rows of norm 0 yield their bias.
+    Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the
+    norm of W + s B A, so that the layer starts as the wrapped one, and always trains. Rows of norm 0 yield their bias.
 
     Args:
         dropout_base: dropout reaches the base product of the correction too, as PEFT does it; see ``lk.dora_linear``.
         detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
         (the others as for ``LoRALinear``; there is no ``lora_bias``)
 
-    In inference (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is.
+    In evaluation (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is.
 
     Source: Liu et al., "DoRA", arXiv 2402.09353.
     """
 
     def __init__(
-        self, base_layer: nn.Linear, r: int = 8, *, dropout_base: bool = False, detach_norm: bool = True, **settings: Any
+        self,
+        base_layer: nn.Linear,
+        r: int = 8,
+        *,
+        dropout_base: bool = False,
+        detach_norm: bool = True,
+        **settings: Any,
     ) -> None:
         if settings.get("lora_bias"):
             raise ValueError("DoRALinear: expected lora_bias to be False, got True; a bias of B's has no norm to share")
@@ -97,7 +117,7 @@ class DoRALinear(LoRALinear):
         # A compiled graph keeps no state between calls: the norm is a part of it.
         cached = None
         if not torch.compiler.is_compiling():
-            cached = self._cache.norm_and_scale(base.weight, a.detach(), b.detach(), m.detach(), self.scaling)
+            cached = self._cache.norm_and_scale(base.weight, a, b, m, self.scaling, keep=not self.training)
         return dora_linear(
             x, base.weight, a, b, m, base.bias,
             scaling=self.scaling, norm_and_scale=cached,
@@ -110,7 +130,8 @@ class DoRALinear(LoRALinear):
 
         Args:
             keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows
-                that cannot be computed back (g = 0) are kept, and the others come back to within one rounding.
+                that cannot be computed back are kept (g = 0, or so small that the merged row is subnormal), and the
+                others come back to within one rounding.
 
         Raises:
             ValueError: as ``LoRALinear.merge_``, and for a magnitude that is not finite.
@@ -121,11 +142,12 @@ class DoRALinear(LoRALinear):
 
     def _merge_state(self) -> _Merged:
         weight, a, b = self.weight.detach(), self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone()
-        _, scale, _ = dora_column_scale(weight, a, b, self.lora_magnitude_vector.detach(), scaling=self.scaling)
+        norm, scale, _ = dora_column_scale(weight, a, b, self.lora_magnitude_vector.detach(), scaling=self.scaling)
         if not torch.isfinite(scale).all():
             raise ValueError("DoRALinear.merge_: expected a finite column scale m / n, found NaN or Inf")
-        lost = torch.ones_like(scale, dtype=torch.bool) if self._keep_copy else scale == 0
-        rows = lost.nonzero().squeeze(1)
+        # A merged row has norm |g n|, and so an element of at least |g n| / sqrt(K).
+        least = math.inf if self._keep_copy else math.sqrt(weight.shape[1]) * torch.finfo(weight.dtype).tiny
+        rows = (~((scale * norm).abs() >= least)).nonzero().squeeze(1)
         return _Merged(a, b, scale, self.scaling, rows, weight[rows].clone())
 
     @torch.no_grad()

@@ -1,19 +1,25 @@
 // The DoRA norm's device code on the host, against a float64 norm of the dense sum.
 //
-//   dora_norm_driver short|long|overrun
+//   dora_norm_driver short|long|exchange|overrun
 //
-// Prints a line for each case and returns 1 when one is off. `overrun` gives the kernel a weight that
-// ends one element early: a planted fault for AddressSanitizer. All buffers have exactly the size
-// that they should, and outputs and scratch start as NaN.
-#include "thread_block.h"
-
+// Prints a line for each case and returns 1 when one is off. `exchange` runs the one case in which
+// warps pass W to each other. `overrun` gives the kernel a weight that ends one element early: a
+// planted fault for AddressSanitizer. All buffers have exactly the size that they should, and
+// outputs and scratch start as NaN.
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <random>
 #include <string>
+#include <vector>
 
+// clang-format off: the executor supplies what the device code needs
+#include "thread_block.h"
 #include "dora_norm_kernel.cuh"
+// clang-format on
 
 namespace {
 
@@ -187,9 +193,9 @@ int main(int argc, char** argv) {
   constexpr Dtype kF32 = Dtype::kFloat32, kBF16 = Dtype::kBFloat16, kF16 = Dtype::kFloat16;
   const std::string mode = argc > 1 ? argv[1] : "long";
   std::vector<Case> cases = {
-      {19, 70, 1, kBF16, kF32, kF32, 0, false},  {19, 264, 7, kF32, kF32, kBF16, 8, true},
-      {35, 75, 16, kF32, kF32, kF32, 3, false},  {34, 72, 16, kBF16, kBF16, kBF16, 0, true},
-      {9, 45, 33, kF16, kF16, kF32, 0, false},   {9, 40, 64, kBF16, kF32, kF16, 0, false},
+      {19, 70, 1, kBF16, kF32, kF32, 0, false},    {19, 264, 7, kF32, kF32, kBF16, 8, true},
+      {35, 75, 16, kF32, kF32, kF32, 3, false},    {34, 72, 16, kBF16, kBF16, kBF16, 0, true},
+      {9, 45, 33, kF16, kF16, kF32, 0, false},     {9, 40, 64, kBF16, kF32, kF16, 0, false},
       {33, 101, 65, kBF16, kBF16, kF32, 1, false},
   };
   if (mode == "long") {

@@ -1,20 +1,22 @@
-// Runs CUDA device code on the host: one host thread for each CUDA thread of a block, blocks one after
-// another. Include it before the device code; it supplies the names that nvcc would.
+// Runs CUDA device code on the host: one host thread for each CUDA thread of a block, blocks one
+// after another. Include it before the device code; it supplies the names that nvcc would.
 //
 //   executor::launch(blocks, threads, [&] { kernel(arguments); });
 //
-// __syncthreads() is a std::barrier of the block. A warp exchange (shuffle, mma.sync) writes each
-// lane's words to one of two slots in turn, waits at a barrier of the warp and reads: a lane that is
-// two exchanges ahead cannot exist, so two slots are enough. __shared__ is static memory, which the
-// threads of the one running block share, so ThreadSanitizer sees an exchange without a barrier as
-// the data race that it is, and AddressSanitizer guards its ends.
+// __syncthreads() is a barrier of the block. A warp exchange (shuffle, mma.sync) writes each
+// lane's words to one of two slots in turn, waits at a barrier of the warp and reads: a lane that
+// is two exchanges ahead cannot exist, so two slots are enough. __shared__ is static memory, which
+// the threads of the one running block share, so ThreadSanitizer sees an exchange without a barrier
+// as the data race that it is, and AddressSanitizer guards its ends.
 //
 // LRK_SKIP_BARRIER=n leaves out the n-th __syncthreads() of every block (from 0): a planted fault.
 #pragma once
 
-#include <barrier>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -34,8 +36,35 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
+// std::barrier with the least that orders threads: its sleepers pass through a pool shared by all
+// barriers, which orders threads that did not meet, and so hides races from ThreadSanitizer.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void arrive_and_wait() {
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+    } else {
+      for (int tries = 0; phase_.load(std::memory_order_acquire) == phase; ++tries) {
+        if (tries < 16) {
+          std::this_thread::yield();
+        } else {
+          std::this_thread::sleep_for(std::chrono::microseconds(20));
+        }
+      }
+    }
+  }
+
+ private:
+  const int threads_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
+
 struct Warp {
-  std::barrier<> meet{kLanes};
+  Barrier meet{kLanes};
   uint32_t slot[2][kLanes][6] = {};
 };
 
@@ -43,8 +72,8 @@ struct Block {
   explicit Block(int threads) : meet(threads), done(threads) {
     for (int i = 0; i < threads; i += kLanes) warps.push_back(std::make_unique<Warp>());
   }
-  std::barrier<> meet;  // __syncthreads
-  std::barrier<> done;  // between blocks
+  Barrier meet;  // __syncthreads
+  Barrier done;  // between blocks
   std::vector<std::unique_ptr<Warp>> warps;
 };
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from lowrank_kernels.adapt import adapt, config_of
 from lowrank_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from lowrank_kernels.config import LoRAConfig
-from lowrank_kernels.nn import LoRALinear
+from lowrank_kernels.config import DoRAConfig, LoRAConfig
+from lowrank_kernels.nn import DoRALinear, LoRALinear
 
 
 def randomise(model, seed=1):
@@ -46,8 +46,22 @@ SETTINGS = [
     {"target_modules": ("q_proj", "up_proj"), "bias": "lora_only", "r": 2},
     {"target_modules": ("q_proj", "up_proj"), "bias": "all", "r": 2},
     {"target_modules": ("q_proj", "k_proj"), "lora_bias": True, "bias": "all", "r": 2},
+    {"target_modules": ("q_proj", "v_proj"), "use_dora": True, "r": 4, "alpha": 6, "dropout": 0.25},
+    {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "rank_pattern": {"down_proj": 5},
+        "alpha_pattern": {"q_proj": 1.5},
+        "rslora": True,
+        "bias": "lora_only",
+    },
 ]
 PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+
+
+def our_config(settings):
+    settings = dict(settings)
+    return (DoRAConfig if settings.pop("use_dora", False) else LoRAConfig)(**settings)
 
 
 def peft_config(settings):
@@ -58,7 +72,7 @@ def peft_config(settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_peft_loads_what_we_save(llama, tokens, tmp_path, settings):
     model = llama()
-    adapt(model, LoRAConfig(**settings))
+    adapt(model, our_config(settings))
     randomise(model)
     logits = model(tokens).logits
     assert (logits - llama()(tokens).logits).abs().max() > 0.01
@@ -66,7 +80,7 @@ def test_peft_loads_what_we_save(llama, tokens, tmp_path, settings):
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
     assert_close(theirs(tokens).logits, logits)
     wanted, config = peft_config(settings), theirs.peft_config["default"]
-    for option in ("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "lora_bias"):
+    for option in ("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "lora_bias", "use_dora"):
         assert getattr(config, option) == getattr(wanted, option), option
     assert config.rank_pattern == wanted.rank_pattern and config.alpha_pattern == wanted.alpha_pattern
     assert (config.base_model_name_or_path, config.task_type) == ("tiny/llama", "CAUSAL_LM")
@@ -87,14 +101,17 @@ def test_we_load_what_peft_saves(llama, tokens, tmp_path, settings):
     assert_close(model(tokens).logits, logits)
     assert report.trainable == 0 and not any(p.requires_grad for p in model.parameters())
     assert len(report.replaced) == sum(isinstance(m, peft.tuners.lora.Linear) for m in theirs.modules())
-    wanted = {k: v for k, v in settings.items() if k not in ("target_modules", "exclude_modules")}
+    wanted = {k: v for k, v in settings.items() if k not in ("target_modules", "exclude_modules", "use_dora")}
+    if settings.get("use_dora"):
+        wanted |= {"dropout_base": True, "detach_norm": True}
+    assert type(config_of(model)) is type(our_config(settings))
     assert {k: getattr(config_of(model), k) for k in wanted} == wanted
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_our_own_round_trip_is_exact_and_undoes(llama, tokens, tmp_path, settings):
     model = llama()
-    adapt(model, LoRAConfig(**settings))
+    adapt(model, our_config(settings))
     randomise(model)
     save_adapter(model, tmp_path)
     again = llama()
@@ -177,6 +194,57 @@ def test_layers_put_in_by_hand_save_with_their_config(tmp_path):
     assert not list(tmp_path.iterdir())
     save_adapter(model, tmp_path, config=LoRAConfig(r=3, alpha=6, target_modules=("0",)))
     assert set(load_file(tmp_path / WEIGHTS_FILE)) == {f"base_model.model.0.lora_{f}.weight" for f in "AB"}
+
+
+def test_a_dora_file_has_pefts_keys_in_both_directions(llama, tmp_path):
+    settings = {"target_modules": ("q_proj",), "use_dora": True, "r": 2}
+    model = llama()
+    adapt(model, our_config(settings))
+    save_adapter(model, tmp_path / "ours")
+    peft.get_peft_model(llama(), peft_config(settings)).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / who / WEIGHTS_FILE) for who in ("ours", "theirs"))
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    assert sum(n.endswith("q_proj.lora_magnitude_vector") for n in ours) == 2
+    for name, t in theirs.items():
+        if "magnitude" in name:  # both start at the norms of W
+            torch.testing.assert_close(ours[name], t, rtol=1e-6, atol=0)
+
+
+def test_a_config_that_is_not_of_the_layers_method_is_refused(tmp_path):
+    for layer, config in ((DoRALinear, LoRAConfig), (LoRALinear, DoRAConfig)):
+        model = nn.Sequential(layer(nn.Linear(6, 6), 3))
+        with pytest.raises(ValueError, match=r"lora_bias, dora\) = \(3, 16.0, .*got"):
+            save_adapter(model, tmp_path, config=config(r=3, target_modules=("0",)))
+    save_adapter(model, tmp_path, config=LoRAConfig(r=3, target_modules=("0",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m[:-1], r"lora_magnitude_vector of shape \(5,\), got \(4,\)"),
+        (lambda m: m[:, None], r"of shape \(5,\), got \(5, 1\)"),
+        (lambda m: m * float("nan"), r"NaN or Inf in 0\.lora_magnitude_vector"),
+    ],
+)
+def test_bad_magnitudes_are_named(tmp_path, change, match):
+    model = toy()
+    adapt(model, DoRAConfig(r=2, target_modules=("0",)))
+    save_adapter(model, tmp_path)
+    name = "base_model.model.0.lora_magnitude_vector"
+    edit_tensors(lambda t: t.update({name: change(t[name]).contiguous()}))(tmp_path)
+    fresh = toy()
+    with pytest.raises(ValueError, match=match):
+        load_adapter(fresh, tmp_path)
+    assert type(fresh[0]) is nn.Linear
+
+
+def test_magnitudes_without_dora_are_unexpected(tmp_path):
+    model = toy()
+    adapt(model, DoRAConfig(r=2))
+    save_adapter(model, tmp_path)
+    edit_config(use_dora=False)(tmp_path)
+    with pytest.raises(ValueError, match=r"missing: none; unexpected: base_model\.model\.0\.lora_magnitude_vector"):
+        load_adapter(toy(), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- saving safely
@@ -306,7 +374,8 @@ BAD_FOLDERS = {
     "config too big": (lambda f: (f / CONFIG_FILE).write_text(" " * (9 << 20)), "of at most 8388608 bytes"),
     "other method": (edit_config(peft_type="IA3"), "peft_type 'LORA', got 'IA3'"),
     "no method": (edit_config(peft_type=None), "peft_type 'LORA', got None"),
-    "dora": (edit_config(use_dora=True), r"not supported: use_dora=True"),
+    "dora without magnitudes": (edit_config(use_dora=True), r"missing: base_model\.model\.0\.lora_magnitude_vector, "),
+    "dora with a bias of B's": (edit_config(use_dora=True, lora_bias=True), "DoRAConfig: expected lora_bias to be F"),
     "modules_to_save": (edit_config(modules_to_save=["head"]), r"not supported: modules_to_save=\['head'\]"),
     "several": (edit_config(layers_to_transform=[0], loftq_config={"a": 1}), "layers_to_transform=.*loftq_config="),
     "from the future": (edit_config(hyper_lora=3), "not supported: hyper_lora=3"),

@@ -102,7 +102,6 @@ def test_outputs_and_gradients_are_pefts(llama, tokens, kind, training):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"use_dora": True}, "DoraLinearVariant"),
         ({"alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}, "ALoraLinearVariant"),
         ({"velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4)}, "VeloraLinearVariant"),
     ],
@@ -119,14 +118,16 @@ def test_variants_run_pefts_own_forward_and_are_listed(llama, tokens, settings, 
 
 
 def test_a_variant_beside_an_ordinary_adapter(llama, tokens):
-    theirs = make(llama)
-    theirs.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    theirs = make(llama, task_type="CAUSAL_LM")
+    settings = {"alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}
+    theirs.add_adapter("alora", LoraConfig(r=2, target_modules=["q_proj"], **settings))
     randomise(theirs)
     ours = copy.deepcopy(theirs)
     report = accelerate(ours)
     assert len(report.replaced) == 6
-    assert {s.reason for s in report.skipped} == {"adapter 'dora' is a DoraLinearVariant"} and len(report.skipped) == 2
-    for active, calls in (("default", 6), ("dora", 0)):
+    assert {s.reason for s in report.skipped} == {"adapter 'alora' is a ALoraLinearVariant"}
+    assert len(report.skipped) == 2
+    for active, calls in (("default", 6), ("alora", 0)):
         ours.set_adapter(active)
         theirs.set_adapter(active)
         with op_calls() as op:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("lora",)
+FAMILIES = ("lora", "dora")
 
 
 @dataclass(frozen=True)

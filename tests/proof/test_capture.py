@@ -99,7 +99,9 @@ def test_captured_for_cuda_without_a_device(traced: Traced) -> None:
             grads = _walk_backward(y, torch.ones_like(y))
     (graph,) = graphs
     forward = [str(node.target).split(".")[1] for node in graph.graph.nodes if "lowrank_kernels" in str(node.target)]
-    assert forward and backward.names == [f"{name}_backward" for name in reversed(forward)]
+    # An op without a backward op is a constant of the graph, such as DoRA's norm.
+    wanted = [f"{name}_backward" for name in reversed(forward)]
+    assert forward and backward.names == [name for name in wanted if hasattr(torch.ops.lowrank_kernels, name)]
     for leaf, grad in grads.items():
         assert (grad.device.type, grad.shape, grad.dtype) == ("cuda", leaf.shape, leaf.dtype)
 

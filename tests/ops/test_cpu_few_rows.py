@@ -1,0 +1,152 @@
+"""The extension's own product for few tokens, and DoRA's column scales, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank_kernels import _extension
+from tests.tolerance import assert_as_exact_as_eager
+
+_extension.require("lora_linear_few_rows")
+CPP = torch.ops.lowrank_kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def operands(m, k, n, r, dtype, factor_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    factor_dtype = factor_dtype or dtype
+
+    def normal(*shape, scale=1.0, of=dtype):
+        return (scale * torch.randn(shape, generator=generator)).to(of)
+
+    return (
+        normal(m, k), normal(n, k, scale=k**-0.5), normal(r, k, scale=k**-0.5, of=factor_dtype),
+        normal(n, r, scale=r**-0.5, of=factor_dtype),
+    )  # fmt: skip
+
+
+def formula(x, weight, a, b, bias=None, gate=None, scaling=1.0, column_scale=None):
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    p = x @ a.T if gate is None else (x @ a.T) * gate.to(x.dtype)
+    u = x @ weight.T + scaling * (p @ b.T)
+    y = u if column_scale is None else column_scale.to(x.dtype) * u
+    return (y if bias is None else y + bias), u
+
+
+def check(m, k, n, r, dtype, factor_dtype=None, bias=False, gate=False, scale=False):
+    x, weight, a, b = operands(m, k, n, r, dtype, factor_dtype)
+    extra = {
+        "bias": torch.randn(n).to(dtype) if bias else None,
+        "gate": torch.randn(r) if gate else None,
+        "column_scale": 0.5 + torch.rand(n) if scale else None,
+    }
+    y, p, u = CPP.lora_linear_few_rows(
+        x, weight, a, b, extra["bias"], extra["gate"], 0.7, None, 0.0, extra["column_scale"], scale
+    )
+    wide = {name: None if t is None else t.double() for name, t in extra.items()}
+    rounded = [t.to(dtype).double() for t in (a, b)]
+    oracle_y, oracle_u = formula(x.double(), weight.double(), *rounded, scaling=0.7, **wide)
+    eager_y, eager_u = formula(x, weight, a, b, scaling=0.7, **extra)
+    assert_as_exact_as_eager(y, eager_y.to(dtype), oracle_y, what="y")
+    assert_as_exact_as_eager(p, x @ a.to(dtype).T, x.double() @ rounded[0].T, what="p")
+    if scale:
+        assert_as_exact_as_eager(u, eager_u, oracle_u, what="u")
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 33, 64, 128, 131])
+def test_any_number_of_tokens(m, dtype):
+    check(m, 96, 80, 8, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "n", "r"), [(1, 1, 1), (31, 33, 7), (257, 45, 16), (64, 1, 33), (2100, 40, 64), (40, 64, 512)]
+)
+def test_odd_widths_and_ranks(k, n, r, dtype):
+    check(9, k, n, r, dtype, factor_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"bias": True}, {"gate": True}, {"scale": True}, {"bias": True, "scale": True}])
+def test_bias_gate_and_column_scale(options, dtype):
+    check(16, 128, 96, 16, dtype, **options)
+
+
+def test_no_token_and_no_output():
+    x, weight, a, b = operands(0, 32, 16, 4, torch.float32)
+    assert CPP.lora_linear_few_rows(x, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_feel_its_batch(dtype):
+    x, weight, a, b = operands(48, 160, 96, 8, dtype)
+    call = lambda rows: CPP.lora_linear_few_rows(rows, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0]  # noqa: E731
+    whole = call(x)
+    for row in (0, 17, 47):
+        assert torch.equal(call(x[row : row + 1])[0], whole[row])
+
+
+def test_the_large_path_agrees_with_the_few_token_path():
+    """200 bfloat16 tokens take the library's product; the first 16 of them alone take the extension's."""
+    import lowrank_kernels as lk
+
+    x, weight, a, b = operands(200, 128, 96, 8, torch.bfloat16)
+    bound = 2 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(
+        lk.lora_linear(x, weight, a, b)[:16], lk.lora_linear(x[:16], weight, a, b), rtol=bound, atol=bound
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 5, 1), (70, 130, 7), (33, 257, 33)])
+@pytest.mark.parametrize("separate", [True, False])
+def test_dora_up(separate, m, n, r, dtype):
+    generator = torch.Generator().manual_seed(0)
+    u, p, b, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((m, n), (m, r), (n, r), (n,)))
+    scale = 0.5 + torch.rand(n, generator=generator)
+    exact = u.double() + 0.7 * (p.double() @ b.double().T)
+    eager = u + 0.7 * (p @ b.T)
+    target = u.clone()
+    y = torch.full_like(u, float("nan")) if separate else None
+    CPP.dora_up_(target, p, b, 0.7, scale, bias, y)
+    if separate:
+        assert_as_exact_as_eager(target, eager, exact, what="u")
+    assert_as_exact_as_eager(
+        y if separate else target, (eager * scale.to(dtype) + bias), exact * scale.double() + bias.double(), what="y"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(0, 8), (1, 1), (70, 131), (40, 600)])
+def test_dora_scale_grad(m, n, dtype):
+    generator = torch.Generator().manual_seed(0)
+    grad_y, u = (torch.randn(m, n, generator=generator).to(dtype) for _ in range(2))
+    scale = 0.5 + torch.rand(n, generator=generator)
+    grad_u, inner = CPP.dora_scale_grad(grad_y, u, scale)
+    assert_as_exact_as_eager(grad_u, grad_y * scale.to(dtype), grad_y.double() * scale.double(), what="grad_u")
+    assert_as_exact_as_eager(
+        inner, (grad_y.float() * u.float()).sum(0), (grad_y.double() * u.double()).sum(0), what="inner"
+    )
+    without_u, nothing = CPP.dora_scale_grad(grad_y, None, scale)
+    assert torch.equal(without_u, grad_u) and nothing.numel() == 0
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_on_a_lower_instruction_set(isa):
+    """The same checks in a process that may use less of the processor."""
+    script = (
+        "import torch, tests.ops.test_cpu_few_rows as t\n"
+        "for dtype in t.DTYPES:\n"
+        "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True)\n"
+        "    t.check(33, 64, 96, 16, dtype, scale=True)\n"
+        "    t.test_dora_up(True, 33, 130, 7, dtype); t.test_dora_scale_grad(40, 75, dtype)\n"
+    )
+    environment = {**os.environ, "LRK_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
