@@ -43,6 +43,28 @@ def peft_like(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout_p:
     return call
 
 
+def dora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor, training: bool) -> Callable:
+    """As the layer does it: in training it keeps the norm of W, in inference that of W + s B A."""
+    norm, scale, sq_norm = lk.functional.dora_column_scale(weight, a, b, m, scaling=2.0)
+    kept = {"weight_sq_norm": sq_norm} if training else {"norm_and_scale": (norm, scale)}
+    return lambda value: lk.dora_linear(value, weight, a, b, m, scaling=2.0, **kept)
+
+
+def peft_like_dora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> Callable:
+    """The sequence of torch calls that PEFT's DoRA makes, dense B A included."""
+
+    def call(value: torch.Tensor) -> torch.Tensor:
+        base = torch.nn.functional.linear(value, weight)
+        identity = torch.eye(a.shape[1], dtype=value.dtype)
+        dense = torch.nn.functional.linear(torch.nn.functional.linear(identity, a), b).T
+        norm = torch.linalg.norm(weight + 2.0 * dense, dim=1).to(weight.dtype).detach()
+        scale = (m / norm).view(1, -1)
+        down = torch.nn.functional.linear(value, a)
+        return base + (scale - 1) * base + scale * torch.nn.functional.linear(down, b) * 2.0
+
+    return call
+
+
 def interleaved_medians(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median seconds of each candidate; one call of each a round, rounds until the time is up."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -73,10 +95,14 @@ def measure(
         "ours": ours(weight, a, b, dropout_p),
         "peft-like": peft_like(weight, a, b, dropout_p),
     }
+    m = weight.float().norm(dim=1).to(dtype).requires_grad_(training)
+    if dropout_p == 0.0:
+        calls["dora"] = dora(weight, a, b, m, training)
+        calls["peft-like dora"] = peft_like_dora(weight, a, b, m)
 
     def run(call: Callable) -> Callable[[], object]:
         if training:
-            return lambda: torch.autograd.grad(call(x), [x, a, b], grad_y, allow_unused=True)
+            return lambda: torch.autograd.grad(call(x), [x, a, b, m], grad_y, allow_unused=True)
 
         def inference() -> object:
             with torch.no_grad():
@@ -89,7 +115,7 @@ def measure(
         "tokens": tokens, "K": size, "N": size, "R": rank, "dtype": str(dtype).removeprefix("torch."),
         "mode": "training" if training else "inference", "dropout_p": dropout_p,
         "frozen_us": medians["frozen"] * 1e6,
-        "ours": medians["ours"] / medians["frozen"], "peft_like": medians["peft-like"] / medians["frozen"],
+        "over_frozen": {name: value / medians["frozen"] for name, value in medians.items() if name != "frozen"},
     }  # fmt: skip
 
 
@@ -117,15 +143,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
-    print(f"{'dtype':9} {'tokens':>6} {'mode':10} {'p':>4} {'frozen us':>10} {'ours':>6} {'peft-like':>9}")
+    columns = ("ours", "peft-like", "dora", "peft-like dora")
+    print(f"{'dtype':9} {'tokens':>6} {'mode':10} {'p':>4} {'frozen us':>10} " + " ".join(f"{c:>14}" for c in columns))
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (1024, 16):
             for training, dropout_p in ((True, 0.0), (False, 0.0), (True, 0.1)):
                 row = measure(tokens, args.size, args.rank, dtype, training, dropout_p, args.seconds)
                 rows.append(row)
+                over = row["over_frozen"]
                 print(
                     f"{row['dtype']:9} {tokens:6} {row['mode']:10} {dropout_p:4} {row['frozen_us']:10.0f} "
-                    f"{row['ours']:6.3f} {row['peft_like']:9.3f}",
+                    + " ".join(f"{over[c]:14.3f}" if c in over else f"{'-':>14}" for c in columns),
                     flush=True,
                 )
     if args.json:

@@ -479,7 +479,7 @@ LRK_DEVICE Fragment<kCount> get_fragment(const Words4 (*slot)[32], int lane) {
 // the ranks that are its own; warps left over (a power of two) halve the chunks between them.
 // kAParts: dora_parts of the problem. Ranks up to 8 kTiles kWarps.
 template <typename W, int kAParts, int kTiles, int kWarps, bool kShared>
-__global__ void __launch_bounds__(kWarps * 32) dora_norm_mma_kernel(DoraNormProblem p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormProblem p) {
   constexpr int kWParts = Parts<W>::kCount;
   constexpr int kSlots = kShared ? kWarps : 1;
   constexpr int kSumWords = 2 * kWarps * kDoraRows / 4;

@@ -91,7 +91,7 @@ class LoRAConfig(AdapterConfig):
         (and those of :class:`AdapterConfig`)
     """
 
-    _switches: ClassVar = ("rslora", "lora_bias")
+    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias")
 
     r: int = 8
     alpha: float = 16.0
@@ -162,7 +162,7 @@ class DoRAConfig(LoRAConfig):
         (and those of :class:`LoRAConfig`, without ``lora_bias``)
     """
 
-    _switches: ClassVar = ("rslora", "lora_bias", "dropout_base", "detach_norm")
+    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "dropout_base", "detach_norm")
 
     dropout_base: bool = False
     detach_norm: bool = True

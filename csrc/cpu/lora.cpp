@@ -759,7 +759,7 @@ void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Fac
 
 void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
                      const Matrix* u, const float* column_scale, float* inner) {
-  constexpr int64_t kRows = 32, kColumns = 256;
+  constexpr int64_t kRows = 32, kColumns = 512;
   const int64_t m = grad_y.rows, n = grad_y.cols;
   if (inner) std::memset(inner, 0, static_cast<size_t>(n) * sizeof(float));
   // A task owns its columns, and adds up their rows from first to last.

@@ -573,35 +573,45 @@ LRK_FN void scale_columns_typed(T* dst, int64_t dst_stride, const T* src, int64_
   }
 }
 
+// One row: dst = scale ∘ src over `Vecs` registers, inner += src * u; all loads before all stores.
+template <int Vecs, typename T>
+LRK_INLINE void scale_grad_whole(T* dst, const T* src, const T* u, const float* scale,
+                                 float* inner) {
+  VecF value[Vecs], product[Vecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < Vecs; ++v) {
+    value[v] = load(src + v * kWidth);
+    if (u) product[v] = load(inner + v * kWidth) + value[v] * load(u + v * kWidth);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vecs; ++v) {
+    store(dst + v * kWidth, load(scale + v * kWidth) * value[v]);
+    if (u) store(inner + v * kWidth, product[v]);
+  }
+}
+
 template <typename T>
 LRK_FN void scale_grad_typed(T* dst, int64_t dst_stride, const T* src, int64_t src_stride,
                              const T* u, int64_t u_stride, int64_t rows, int64_t cols,
                              const float* scale, float* inner) {
-  // Column by column of registers, so that the sums stay in one; rows come from the cache.
-  for (int64_t j = 0; j < cols; j += kWidth) {
-    const int64_t n = cols - j < kWidth ? cols - j : int64_t{kWidth};
-    const bool whole = n == kWidth;
-    const VecF g = whole ? load(scale + j) : load_part(scale + j, n);
-    VecF sum = g * 0.0f;
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* in = src + i * src_stride + j;
-      const VecF value = whole ? load(in) : load_part(in, n);
-      if (whole) {
-        store(dst + i * dst_stride + j, g * value);
-      } else {
-        store_part(dst + i * dst_stride + j, g * value, n);
-      }
-      if (u) {
-        const T* other = u + i * u_stride + j;
-        sum += value * (whole ? load(other) : load_part(other, n));
-      }
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* in = src + i * src_stride;
+    const T* other = u ? u + i * u_stride : nullptr;
+    T* out = dst + i * dst_stride;
+    int64_t j = 0;
+    for (; j + 4 * kWidth <= cols; j += 4 * kWidth) {
+      scale_grad_whole<4>(out + j, in + j, other ? other + j : nullptr, scale + j, inner + j);
     }
-    if (u) {
-      const VecF total = sum + (whole ? load(inner + j) : load_part(inner + j, n));
-      if (whole) {
-        store(inner + j, total);
-      } else {
-        store_part(inner + j, total, n);
+    for (; j + kWidth <= cols; j += kWidth) {
+      scale_grad_whole<1>(out + j, in + j, other ? other + j : nullptr, scale + j, inner + j);
+    }
+    if (j < cols) {
+      const int64_t n = cols - j;
+      const VecF value = load_part(in + j, n);
+      store_part(out + j, load_part(scale + j, n) * value, n);
+      if (u) {
+        const VecF product = load_part(inner + j, n) + value * load_part(other + j, n);
+        store_part(inner + j, product, n);
       }
     }
   }

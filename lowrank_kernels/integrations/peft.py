@@ -62,8 +62,10 @@ class AcceleratedLinear(PeftLinear):
 
     def _dora(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
-        a, b, m = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_magnitude_vector[name].weight
-        scaling, dropout, cached = self.scaling[name], self.lora_dropout[name], None
+        layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
+        a, b, m = (layer.weight for layer in layers)
+        dropout: Any = self.lora_dropout[name]
+        scaling, cached = self.scaling[name], None
         if not torch.compiler.is_compiling():
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
             cached = cache.norm_and_scale(base.weight, a, b, m, scaling, keep=not self.training)

@@ -85,7 +85,8 @@ class DoRALinear(LoRALinear):
         detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
         (the others as for ``LoRALinear``; there is no ``lora_bias``)
 
-    In evaluation (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is.
+    In evaluation (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is. After writes
+    through ``.data``, which nothing can see, call ``scale_cache.clear()``.
 
     Source: Liu et al., "DoRA", arXiv 2402.09353.
     """
@@ -103,7 +104,7 @@ class DoRALinear(LoRALinear):
             raise ValueError("DoRALinear: expected lora_bias to be False, got True; a bias of B's has no norm to share")
         super().__init__(base_layer, r, **settings)
         self.dropout_base, self.detach_norm = dropout_base, detach_norm
-        self._cache = ScaleCache()
+        self.scale_cache = ScaleCache()
         with torch.no_grad():
             norm = dora_weight_norm(
                 self.weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), scaling=self.scaling
@@ -117,7 +118,7 @@ class DoRALinear(LoRALinear):
         # A compiled graph keeps no state between calls: the norm is a part of it.
         cached = None
         if not torch.compiler.is_compiling():
-            cached = self._cache.norm_and_scale(base.weight, a, b, m, self.scaling, keep=not self.training)
+            cached = self.scale_cache.norm_and_scale(base.weight, a, b, m, self.scaling, keep=not self.training)
         return dora_linear(
             x, base.weight, a, b, m, base.bias,
             scaling=self.scaling, norm_and_scale=cached,

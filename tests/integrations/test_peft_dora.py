@@ -1,4 +1,4 @@
-"""accelerate on DoRA adapters: PEFT's outputs and gradients, and a cached scale that PEFT's own writes cannot outdate."""
+"""accelerate on DoRA adapters: PEFT's outputs and gradients, and a cached scale that follows PEFT's own writes."""
 
 import copy
 import pickle

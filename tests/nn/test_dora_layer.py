@@ -205,7 +205,7 @@ def raw_writes_in_training(layer):
 
 def raw_write_and_clear(layer):
     layer.weight.data.mul_(1.5)
-    layer._cache.clear()
+    layer.scale_cache.clear()
 
 
 CHANGES = {
@@ -269,7 +269,7 @@ def test_the_norm_is_computed_once_in_evaluation_and_the_weights_part_once_in_tr
 def test_a_cache_of_moved_parameters_does_not_keep_their_memory():
     layer = make().eval()
     layer(torch.randn(1, 24))
-    key, _ = layer._cache._scale
+    key, _ = layer.scale_cache._scale
     layer.double()
     assert all(state[0].expired() for state in key[:-1])
 
@@ -326,7 +326,9 @@ def test_copies_compute_the_same_and_are_independent(merged):
             twin.lora_magnitude_vector.zero_()
         assert torch.equal(twin(x), twin.bias.expand(3, 16))
         assert_same(layer(x), y)
-    assert isinstance(copy.deepcopy(layer._cache), ScaleCache) and copy.deepcopy(layer._cache)._scale[0] is None
+    assert (
+        isinstance(copy.deepcopy(layer.scale_cache), ScaleCache) and copy.deepcopy(layer.scale_cache)._scale[0] is None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
