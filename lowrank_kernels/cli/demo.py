@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .train import TARGETS, add_training_arguments, load_task
+from .train import METHODS, TARGETS, adapter_config, add_training_arguments, load_task
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
-    add_training_arguments(parser, steps=40)
+    add_training_arguments(parser, steps=30)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
 
 
@@ -60,6 +60,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
     styles: tuple[dict[str, Any], ...] = (
         {"linewidth": 3.5, "alpha": 0.55},
         {"linewidth": 1.2, "color": "black", "linestyle": "--"},
+        {"linewidth": 1.5, "color": "tab:orange", "linestyle": ":"},
     )
     for run, style in zip(runs, styles, strict=False):
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.name}: training loss", **style)
@@ -73,7 +74,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
     )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
-    axes.set_title("SmolLM2-135M learns to write docstrings: LoRA on the same steps")
+    axes.set_title("SmolLM2-135M learns to write docstrings, the same steps for all")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -96,18 +97,18 @@ def run(args: argparse.Namespace) -> int:
     before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, device)
     texts_before = loop.write_docstrings(model, tokenizer, shown, device)
 
-    torch.manual_seed(args.seed)
-    ours = copy.deepcopy(model)
-    report = lk.adapt(
-        ours,
-        lk.LoRAConfig(
-            r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora
-        ),
-    )
-    print(f"{len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
+    adapted = {}
+    for method in METHODS:
+        torch.manual_seed(args.seed)
+        adapted[method] = copy.deepcopy(model)
+        report = lk.adapt(adapted[method], adapter_config(method, args))
+        print(f"{method}: {len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
+    ours = adapted["lora"]
+    twin = _peft_twin(model, ours, args)
     runs = [
         loop.Run("lowrank_kernels LoRA", ours, args.learning_rate, args.steps),
-        loop.Run("PEFT LoRA", _peft_twin(model, ours, args), args.learning_rate, args.steps),
+        loop.Run("PEFT LoRA", twin, args.learning_rate, args.steps),
+        loop.Run("lowrank_kernels DoRA", adapted["dora"], args.learning_rate, args.steps),
     ]
     stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, device)
     with tqdm(total=args.steps, unit="step") as bar:
@@ -147,11 +148,9 @@ def run(args: argparse.Namespace) -> int:
     lk.save_adapter(ours, folder)
     logit_difference = _peft_logit_difference(ours, runs[1].model.unload(), folder, batch)
 
-    print(
-        f"\nLoRA, rank {args.rank}, {args.steps} steps of {args.batch_size} functions; losses in nats a target token\n"
-    )
+    print(f"\nrank {args.rank}, {args.steps} steps of {args.batch_size} functions; losses in nats a target token\n")
     _print_table(rows)
-    print(f"\nlargest difference between the two loss curves: {curve_difference:.2e}")
+    print(f"\nlargest difference between the two LoRA loss curves: {curve_difference:.2e}")
     print(f"adapter written to {folder}; loaded back by PEFT, largest difference of logits: {logit_difference:.2e}\n")
     for example, old, new in zip(shown, texts_before, texts_after, strict=True):
         print(example.prompt.splitlines()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _adapt_lora(model: Any, args: argparse.Namespace) -> Any:
+def adapter_config(method: str, args: argparse.Namespace) -> Any:
+    """What `lk.adapt` is given for a method."""
     import lowrank_kernels as lk
 
-    config = lk.LoRAConfig(
-        r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora
-    )
-    return lk.adapt(model, config)
+    config = {"lora": lk.LoRAConfig, "dora": lk.DoRAConfig}[method]
+    return config(r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora)
 
 
-METHODS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {"lora": _adapt_lora}
-"""method -> how it prepares a model for training."""
+METHODS = ("lora", "dora")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
-    report = METHODS[args.method](model, args)
+    report = lk.adapt(model, adapter_config(args.method, args))
     print(f"{len(report.replaced)} modules adapted, {len(report.skipped)} skipped", file=sys.stderr)
     before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     training = loop.Run(args.method, model, args.learning_rate, args.steps)

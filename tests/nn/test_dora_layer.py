@@ -487,6 +487,15 @@ def test_activation_checkpointing_repeats_the_same_mask(use_reentrant, dropout):
         assert torch.equal(got[name], g), name
 
 
+@pytest.fixture
+def own_graphs():
+    """The graphs of all nn.Sequentials share one limit."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("own_graphs")
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.3, "dropout_base": True}, {"detach_norm": False}], ids=str)
 def test_compiles_as_one_graph(settings):
     model, _ = make_model(**settings)
