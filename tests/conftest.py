@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    """torch.compile counts recompilations of shared code, such as nn.Sequential's, across tests; each starts at none."""
+    """torch.compile counts recompilations of shared code, such as nn.Sequential, across tests; each starts at none."""
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
