@@ -17,7 +17,7 @@ from .train import METHODS, TARGETS, adapter_config, add_training_arguments, loa
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
-    add_training_arguments(parser, steps=30)
+    add_training_arguments(parser, steps=20)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
 
 
