@@ -55,9 +55,10 @@ def demo() -> str:
             f"{run['seconds_per_step']:.2f} | {run['peak_bytes'] / 2**20:.0f} |"
         )
     lines.append("")
+    logits = f"logits within {found['logit_difference']:.0e}" if found["logit_difference"] else "the same logits"
     lines.append(
         f"The two LoRA loss curves differ by at most {found['curve_difference']:.0e}; PEFT, loading our adapter, gives "
-        f"logits within {found['logit_difference']:.0e}."
+        f"{logits}."
     )
     return "\n".join(lines)
 

@@ -223,7 +223,7 @@ def lora_tiles(
             16 if wide else 64, 64, rank, num_warps=4, num_stages=3, wanted_programs=2 * target.num_sms
         ),
         q_grad_b=FusedGradTiles(
-            32 if wide else 256 >> ((rank > 32 or not aligned) * (1 + scaled)), 32 if wide else 64, rank, 512,
+            32 if wide else 256 >> ((rank > 32 or not aligned) + scaled), 32 if wide else 64, rank, 512,
             num_warps=8, num_stages=2,
         ),
     )  # fmt: skip
