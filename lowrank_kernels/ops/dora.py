@@ -247,11 +247,12 @@ def _backward(
         grad_m = None
         if need_inner:
             assert inner is not None
-            positive = norm > 0
+            # A zero row divides by infinity: its magnitude has no gradient.
+            divisor = torch.nn.functional.threshold(norm, 0.0, float("inf"))
             if need_m:
-                grad_m = torch.where(positive, inner / norm, 0.0)
+                grad_m = inner / divisor
             if not detach_norm and (need_a or need_b):
-                row_factor = torch.where(positive, -column_scale * inner / norm.square(), 0.0)
+                row_factor = -column_scale * inner / divisor.square()
                 more_a, more_b = _norm_gradients(weight, lora_a, lora_b, scaling, row_factor)
                 grad_a = None if grad_a is None else (grad_a + more_a).to(lora_a.dtype)
                 grad_b = None if grad_b is None else (grad_b + more_b).to(lora_b.dtype)
