@@ -77,7 +77,7 @@ def _path(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
     preferred = "triton" if device_type == "cuda" else "cpu"
     reason = why_not(op, preferred, device_type, dtype)
-    return (preferred, "the fastest there is for such tensors") if reason is None else ("reference", reason)
+    return (preferred, "the kernels for such tensors") if reason is None else ("reference", reason)
 
 
 def _path_rows(ops: tuple[str, ...]) -> Iterator[Row]:
