@@ -3,8 +3,8 @@
     python benchmarks/cost_over_frozen.py [--json FILE]
 
 Each figure is the ratio of medians to `torch.nn.functional.linear` with the same frozen weight, forward alone
-("inference") or forward and backward with a gradient for x ("training"). The candidates take turns within each round,
-so that whatever else the machine does falls on all of them.
+("inference") or forward and backward with a gradient for x ("training"). Each candidate takes turns with the frozen
+linear and with nothing else, so that whatever else the machine does falls on both, and no third party empties the caches.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -65,21 +66,21 @@ def peft_like_dora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: to
     return call
 
 
-def interleaved_medians(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds of each candidate; one call of each a round, rounds until the time is up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for function in candidates.values():
+def interleaved_medians(
+    one: Callable[[], object], other: Callable[[], object], seconds: float
+) -> tuple[float, float]:
+    """Median seconds of two calls that take turns, in random order, until the time is up."""
+    turns = [(one, []), (other, [])]
+    order = random.Random(0)
+    for function, _ in turns * 2:
         function()
-        function()
-    names = list(candidates)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[names[0]]) < 9:
-        for name in names:
+    while time.perf_counter() < end or len(turns[0][1]) < 9:
+        for function, times in order.sample(turns, 2):
             start = time.perf_counter()
-            candidates[name]()
-            times[name].append(time.perf_counter() - start)
-        names = names[1:] + names[:1]
-    return {name: statistics.median(values) for name, values in times.items()}
+            function()
+            times.append(time.perf_counter() - start)
+    return statistics.median(turns[0][1]), statistics.median(turns[1][1])
 
 
 def measure(
@@ -110,12 +111,13 @@ def measure(
 
         return inference
 
-    medians = interleaved_medians({name: run(call) for name, call in calls.items()}, seconds)
+    baseline = run(calls.pop("frozen"))
+    pairs = {name: interleaved_medians(baseline, run(call), seconds) for name, call in calls.items()}
     return {
         "tokens": tokens, "K": size, "N": size, "R": rank, "dtype": str(dtype).removeprefix("torch."),
         "mode": "training" if training else "inference", "dropout_p": dropout_p,
-        "frozen_us": medians["frozen"] * 1e6,
-        "over_frozen": {name: value / medians["frozen"] for name, value in medians.items() if name != "frozen"},
+        "frozen_us": statistics.median(frozen for frozen, _ in pairs.values()) * 1e6,
+        "over_frozen": {name: value / frozen for name, (frozen, value) in pairs.items()},
     }  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0, help="a row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="a candidate")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

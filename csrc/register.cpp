@@ -193,12 +193,12 @@ Tensor lora_down(const Tensor& x, const Tensor& factor, bool factor_rank_last,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_few_rows(
+std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
     const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, double scaling,
     const std::optional<Tensor>& dropout_seed, double dropout_p,
     const std::optional<Tensor>& column_scale, bool keep_u) {
-  const char* op = "lora_linear_few_rows";
+  const char* op = "lora_linear_fused";
   const lrk::Matrix input = matrix(op, "x", x);
   const lrk::Matrix w = matrix(op, "weight", weight);
   check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
@@ -214,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_few_rows(
   epilogue.scale = pointer(scales);
   epilogue.bias = pointer(biases);
   if (keep_u) epilogue.u = matrix(op, "u", u);
-  lrk::lora_linear_few_rows(runtime(), matrix(op, "output", y), matrix(op, "p", p), input, w, b,
-                            pointer(gates), static_cast<float>(scaling), epilogue);
+  lrk::lora_linear(runtime(), matrix(op, "output", y), matrix(op, "p", p), input, w, b,
+                   pointer(gates), static_cast<float>(scaling), epilogue);
   return {y, p, u};
 }
 
@@ -368,7 +368,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "lora_down(Tensor x, Tensor factor, bool factor_rank_last, Tensor? dropout_seed=None, "
       "float dropout_p=0.0) -> Tensor");
   m.def(
-      "lora_linear_few_rows(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "lora_linear_fused(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
       "Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, Tensor? column_scale, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
   m.def(
@@ -391,7 +391,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_down", TORCH_BOX(&lora_down));
-  m.impl("lora_linear_few_rows", TORCH_BOX(&lora_linear_few_rows));
+  m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
   m.impl("dora_up_", TORCH_BOX(&dora_up_));
   m.impl("dora_scale_grad", TORCH_BOX(&dora_scale_grad));

@@ -84,7 +84,8 @@ struct KernelTable {
               int64_t rows, int64_t cols, float scale, const Dropout* dropout, int64_t row,
               int64_t col);
 
-  // dst = scale ∘ src + bias, a factor and a summand per column; bias may be null, dst may be src.
+  // dst = scale ∘ src + bias, a factor and a summand per column; either may be null, dst may be
+  // src.
   void (*scale_columns)(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
                         int64_t src_stride, int64_t rows, int64_t cols, const float* scale,
                         const float* bias);

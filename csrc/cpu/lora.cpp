@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "scratch.h"
 
@@ -22,6 +23,10 @@ constexpr int64_t kPackDepth = 512;         // depth of one packing task
 constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
 constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
 constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
+constexpr int64_t kProductTasks = 8;        // blocks of columns that a product has, at least ...
+constexpr int64_t kProductColumns = 256;    // ... unless they would be wider than this
+constexpr int64_t kProductDepth = 2048;     // slice of the weight in a task's panels: 1 MiB
+constexpr int64_t kProductRows = 1024;      // rows of y that one task takes
 
 // Below this many multiply-adds a second thread costs more than it brings. It costs more where
 // threads share a packed factor, which then moves from one core's cache to the other's.
@@ -47,6 +52,10 @@ void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
 
 Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
   return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
+}
+
+Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  return {mutable_element(m, row, col), m.dtype, rows, cols, m.stride};
 }
 
 // Ask for a rectangle ahead of its use, into the second-level cache: rows a page apart fall into
@@ -301,15 +310,28 @@ void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Fact
   });
 }
 
-// ---- few rows: the frozen product and the correction together
-// --------------------------------------
+// ---- the frozen product and the correction together ---------------------------------------------
+
+// A finished block of u = x W^T + s (p * gate) B^T goes out as `epilogue` says. Changes c.
+void finish(const KernelTable& kernels, const Matrix& y, const Epilogue& epilogue, float* c,
+            int64_t c_stride, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  const Matrix& u = epilogue.u;
+  if (u.data) {
+    kernels.store(mutable_element(u, row, col), u.dtype, u.stride, c, c_stride, rows, cols, 1.0f);
+  }
+  if (epilogue.scale || epilogue.bias) {
+    kernels.scale_columns(c, Dtype::kFloat32, c_stride, c, c_stride, rows, cols,
+                          epilogue.scale ? epilogue.scale + col : nullptr,
+                          epilogue.bias ? epilogue.bias + col : nullptr);
+  }
+  kernels.store(mutable_element(y, row, col), y.dtype, y.stride, c, c_stride, rows, cols, 1.0f);
+}
 
 // With few tokens the weight is the long side. Its rows stream through the tiles as L, read where
 // they lie, with x as G; the rank is appended to the reduction, so that y is rounded once.
 template <typename Elem>
 void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                     const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
-                     const Epilogue& epilogue) {
+                     const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
   const KernelTable& kernels = runtime.kernels;
   const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
   const int64_t panels = ceil_div(m, kPanel), padded = Engine<Elem>::depth(width);
@@ -317,18 +339,10 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
   Layout layout;
   const size_t x_at = layout.add<Elem>(panels * kPanel * padded);
   const size_t p_at = layout.add<Elem>(panels * kPanel * padded_rank);
-  const size_t scaled_at = layout.add<float>(m * rank);
-  const size_t factor_at = layout.add<float>(rank);
   CallScratch shared(layout.bytes());
   Elem* x_panels = at<Elem>(shared.base(), x_at);
   Elem* p_panels = at<Elem>(shared.base(), p_at);
-  float* scaled = at<float>(shared.base(), scaled_at);
-  float* factor = at<float>(shared.base(), factor_at);
-  for (int64_t r = 0; r < rank; ++r) factor[r] = gate ? scale * gate[r] : scale;
-  Source s = rectangle(p, 0, 0, m, rank);
-  s.col_scale = factor;
-  kernels.stage_float(scaled, rank, s);
-  pack_all(runtime, p_panels, padded_rank, {Matrix{scaled, Dtype::kFloat32, m, rank, rank}, true});
+  pack_all(runtime, p_panels, padded_rank, {p, true});
   pack_all(runtime, x_panels, padded, {x, true});
 
   run(runtime, ceil_div(n, kRowBlock), true, [&](int64_t begin, int64_t end) {
@@ -350,24 +364,91 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
                  keep_all, c, c_stride, staged, true);
       kernels.transpose(reinterpret_cast<uint32_t*>(turned), kRowBlock,
                         reinterpret_cast<uint32_t*>(c), c_stride, rows, m);
-      if (epilogue.u.data) {
-        const Matrix& u = epilogue.u;
-        kernels.store(mutable_element(u, 0, row), u.dtype, u.stride, turned, kRowBlock, m, rows,
-                      1.0f);
-      }
-      if (epilogue.scale || epilogue.bias) {
-        for (int64_t i = 0; i < m; ++i) {
-          float* line = turned + i * kRowBlock;
-          for (int64_t j = 0; j < rows; ++j) {
-            if (epilogue.scale) line[j] *= epilogue.scale[row + j];
-            if (epilogue.bias) line[j] += epilogue.bias[row + j];
-          }
-        }
-      }
-      kernels.store(mutable_element(y, 0, row), y.dtype, y.stride, turned, kRowBlock, m, rows,
-                    1.0f);
+      finish(kernels, y, epilogue, turned, kRowBlock, 0, m, row, rows);
     }
   });
+}
+
+// With many tokens a block of the weight is packed into G, stays in the second-level cache, and
+// serves all rows of x, which stream through the tiles as L. Sums run in the same order as above.
+template <typename Elem>
+void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                      const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+  const KernelTable& kernels = runtime.kernels;
+  const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
+  const int64_t padded_rank = Engine<Elem>::depth(rank);
+  const int64_t columns =
+      std::clamp(round_up(ceil_div(n, kProductTasks), 2 * kPanel), 4 * kPanel, kProductColumns);
+  const int64_t column_blocks = ceil_div(n, columns);
+  // Where the reduction is cut, the sums of a task wait in float32.
+  const int64_t c_rows = width > kProductDepth ? kProductRows : kRowBlock;
+
+  run(runtime, ceil_div(m, kProductRows) * column_blocks, true, [&](int64_t begin, int64_t end) {
+    Layout own;
+    const size_t g_at =
+        own.add<Elem>(columns * Engine<Elem>::depth(std::min(width, kProductDepth)));
+    const size_t b_at = own.add<Elem>(columns * padded_rank);
+    const size_t c_at = own.add<float>(c_rows * columns);
+    const size_t staged_at = own.add<Elem>(kRowBlock * kDepthBlock);
+    const size_t buffer_at = own.add<Elem>(kPackBuffer);
+    TaskScratch scratch(own.bytes());
+    Elem* g = at<Elem>(scratch.base(), g_at);
+    Elem* b_panels = at<Elem>(scratch.base(), b_at);
+    Elem* staged = at<Elem>(scratch.base(), staged_at);
+    void* buffer = at<void>(scratch.base(), buffer_at);
+    Engine<Elem> engine(kernels);
+    const Dropout* keep_all = nullptr;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / column_blocks * kProductRows;
+      const int64_t last = std::min(first + kProductRows, m);
+      const int64_t col = task % column_blocks * columns, cols = std::min(columns, n - col);
+      const int64_t panels = ceil_div(cols, kPanel);
+      const Matrix b_block = part(lora_b, col, 0, cols, rank);
+      pack_panels(kernels, b_panels, padded_rank, {b_block, true}, 0, panels, buffer);
+      for (int64_t k0 = 0; k0 < width; k0 += kProductDepth) {
+        const int64_t depth = std::min(kProductDepth, width - k0);
+        const int64_t padded = Engine<Elem>::depth(depth);
+        const Matrix w_block = part(weight, col, k0, cols, depth);
+        pack_panels(kernels, g, padded, {w_block, true}, 0, panels, buffer);
+        for (int64_t row = first; row < last; row += kRowBlock) {
+          const int64_t rows = std::min(kRowBlock, last - row);
+          float* c = at<float>(scratch.base(), c_at) + (row - first) % c_rows * columns;
+          down_block(engine, x, row, rows, k0, depth, g, panels, padded * kPanel, keep_all, c,
+                     columns, staged, k0 > 0);
+          if (k0 + depth < width) continue;
+          down_block(engine, p, row, rows, 0, rank, b_panels, panels, padded_rank * kPanel,
+                     keep_all, c, columns, staged, true);
+          finish(kernels, y, epilogue, c, columns, row, rows, col, cols);
+        }
+      }
+    }
+  });
+}
+
+// p * gate * scale in float32, rounded once more when it is staged.
+struct ScaledP {
+  std::vector<float> factor, values;
+  Matrix matrix;
+
+  ScaledP(const KernelTable& kernels, const Matrix& p, const float* gate, float scale)
+      : factor(static_cast<size_t>(p.cols), scale),
+        values(static_cast<size_t>(p.rows * p.cols)),
+        matrix{values.data(), Dtype::kFloat32, p.rows, p.cols, p.cols} {
+    for (int64_t r = 0; gate && r < p.cols; ++r) factor[static_cast<size_t>(r)] *= gate[r];
+    Source s = rectangle(p, 0, 0, p.rows, p.cols);
+    s.col_scale = factor.data();
+    kernels.stage_float(values.data(), p.cols, s);
+  }
+};
+
+template <typename Elem>
+void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+            const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+  if (x.rows <= kFewRows) {
+    linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue);
+  } else {
+    linear_many_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue);
+  }
 }
 
 // ---- up: y += (p * gate) factor -----------------------------------------------------------------
@@ -735,14 +816,15 @@ void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const
   }
 }
 
-void lora_linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                          const Matrix& weight, const Matrix& lora_b, const float* gate,
-                          float scale, const Epilogue& epilogue) {
+void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                 const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
+                 const Epilogue& epilogue) {
   if (y.rows == 0 || y.cols == 0) return;
+  const ScaledP scaled(runtime.kernels, p, gate, scale);
   if (on_tiles(runtime, x.dtype)) {
-    linear_few_rows<uint16_t>(runtime, y, p, x, weight, lora_b, gate, scale, epilogue);
+    linear<uint16_t>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue);
   } else {
-    linear_few_rows<float>(runtime, y, p, x, weight, lora_b, gate, scale, epilogue);
+    linear<float>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue);
   }
 }
 

@@ -48,11 +48,11 @@ struct Epilogue {
   Matrix u{nullptr, Dtype::kFloat32, 0, 0, 0};
 };
 
-// y (M, N) from u = x weight^T + scale * (p * gate) lora_b^T for few rows of x; p (M, R) is there
-// already. gate: R floats or null.
-void lora_linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                          const Matrix& weight, const Matrix& lora_b, const float* gate,
-                          float scale, const Epilogue& epilogue);
+// y (M, N) from u = x weight^T + scale * (p * gate) lora_b^T; p (M, R) is there already.
+// gate: R floats or null.
+void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                 const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
+                 const Epilogue& epilogue);
 
 // y (M, width) += scale * keep * ((p * gate) factor). gate: R floats or null. With `column_scale`
 // (and `bias`, or null), `scaled` = column_scale * y + bias as well; it may be y.

@@ -561,12 +561,14 @@ LRK_FN void scale_columns_typed(T* dst, int64_t dst_stride, const T* src, int64_
     const T* in = src + i * src_stride;
     T* out = dst + i * dst_stride;
     for (int64_t j = 0; j < whole; j += kWidth) {
-      VecF value = load(scale + j) * load(in + j);
+      VecF value = load(in + j);
+      if (scale) value *= load(scale + j);
       if (bias) value += load(bias + j);
       store(out + j, value);
     }
     if (rest) {
-      VecF value = load_part(scale + whole, rest) * load_part(in + whole, rest);
+      VecF value = load_part(in + whole, rest);
+      if (scale) value *= load_part(scale + whole, rest);
       if (bias) value += load_part(bias + whole, rest);
       store_part(out + whole, value, rest);
     }

@@ -16,7 +16,7 @@ from ..reference.dora import (
 )
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast, run_backward
-from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, few_rows, unit_columns
+from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_product, unit_columns
 
 _NORM = (
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? weight_sq_norm, "
@@ -200,8 +200,8 @@ def _scaled_product(
 
         return dora_linear_fwd(x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save)
     cpp = torch.ops.lowrank_kernels
-    if few_rows(x, weight):
-        return cpp.lora_linear_few_rows(
+    if own_product(x, weight):
+        return cpp.lora_linear_fused(
             x, weight, lora_a, lora_b, bias, None, scaling, dropout_seed, dropout_p, column_scale, save
         )
     p = cpu_down(x, lora_a, False, dropout_p, dropout_seed)

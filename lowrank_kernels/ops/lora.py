@@ -162,12 +162,17 @@ _FEW_ROWS = {
     ("amx", torch.float16): (12, 32),
     ("avx512", torch.float16): (12, 32),
 }
+_MANY_ROWS = {("amx", torch.bfloat16): 512}
+"""The same: tokens from which it does so again, in layers that are not wider at the output than at the input."""
 
 
-def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether the extension computes the frozen product too: with few tokens the weight streams through it once."""
-    least, most = _FEW_ROWS.get((_extension.cpu_isa() or "", x.dtype), (1, 0))
-    return least <= x.shape[0] <= most and weight.stride(1) == 1
+def own_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether the extension computes the frozen product too, with the correction in its accumulators."""
+    case, tokens = (_extension.cpu_isa() or "", x.dtype), x.shape[0]
+    least, most = _FEW_ROWS.get(case, (1, 0))
+    few = least <= tokens <= most
+    many = case in _MANY_ROWS and tokens >= _MANY_ROWS[case] and weight.shape[0] <= weight.shape[1]
+    return (few or many) and weight.stride(1) == 1
 
 
 def _gated(p: Tensor, gate: Tensor | None) -> Tensor:
@@ -207,8 +212,8 @@ def _cpu_forward(
     scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The main product is the library's; the thin ones are whoever's is faster, and dropout is the extension's."""
-    if few_rows(x, weight):
-        y, p, _ = torch.ops.lowrank_kernels.lora_linear_few_rows(
+    if own_product(x, weight):
+        y, p, _ = torch.ops.lowrank_kernels.lora_linear_fused(
             x, weight, lora_a, lora_b, bias, gate, scaling, dropout_seed, dropout_p, None, False
         )
         return y, p

@@ -1,4 +1,4 @@
-"""The extension's own product for few tokens, and DoRA's column scales, against float64."""
+"""The extension's own product with the correction inside, and DoRA's column scales, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lowrank_kernels import _extension
 from tests.tolerance import assert_as_exact_as_eager
 
-_extension.require("lora_linear_few_rows")
+_extension.require("lora_linear_fused")
 CPP = torch.ops.lowrank_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +45,7 @@ def check(m, k, n, r, dtype, factor_dtype=None, bias=False, gate=False, scale=Fa
         "gate": torch.randn(r) if gate else None,
         "column_scale": 0.5 + torch.rand(n) if scale else None,
     }
-    y, p, u = CPP.lora_linear_few_rows(
+    y, p, u = CPP.lora_linear_fused(
         x, weight, a, b, extra["bias"], extra["gate"], 0.7, None, 0.0, extra["column_scale"], scale
     )
     wide = {name: None if t is None else t.double() for name, t in extra.items()}
@@ -73,6 +73,15 @@ def test_odd_widths_and_ranks(k, n, r, dtype):
     check(9, k, n, r, dtype, factor_dtype=torch.float32)
 
 
+# Many rows: more than one task of rows; a reduction cut in two; outputs that fill no block; few outputs.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"), [(1030, 40, 70, 3), (140, 2090, 300, 16), (1100, 2100, 1, 7), (200, 1, 33, 40)]
+)
+def test_many_rows_of_odd_widths(m, k, n, r, dtype):
+    check(m, k, n, r, dtype, bias=True, gate=True, scale=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{"bias": True}, {"gate": True}, {"scale": True}, {"bias": True, "scale": True}])
 def test_bias_gate_and_column_scale(options, dtype):
@@ -81,15 +90,15 @@ def test_bias_gate_and_column_scale(options, dtype):
 
 def test_no_token_and_no_output():
     x, weight, a, b = operands(0, 32, 16, 4, torch.float32)
-    assert CPP.lora_linear_few_rows(x, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0].shape == (0, 16)
+    assert CPP.lora_linear_fused(x, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0].shape == (0, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_feel_its_batch(dtype):
-    x, weight, a, b = operands(48, 160, 96, 8, dtype)
-    call = lambda rows: CPP.lora_linear_few_rows(rows, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0]  # noqa: E731
+    x, weight, a, b = operands(150, 160, 96, 8, dtype)  # rows alone take another form than 150 do
+    call = lambda rows: CPP.lora_linear_fused(rows, weight, a, b, None, None, 1.0, None, 0.0, None, False)[0]  # noqa: E731
     whole = call(x)
-    for row in (0, 17, 47):
+    for row in (0, 17, 149):
         assert torch.equal(call(x[row : row + 1])[0], whole[row])
 
 
@@ -142,7 +151,7 @@ def test_dora_scale_grad(m, n, dtype):
 def test_on_a_lower_instruction_set(isa):
     """The same checks in a process that may use less of the processor."""
     script = (
-        "import torch, tests.ops.test_cpu_few_rows as t\n"
+        "import torch, tests.ops.test_cpu_fused as t\n"
         "for dtype in t.DTYPES:\n"
         "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True)\n"
         "    t.check(33, 64, 96, 16, dtype, scale=True)\n"
