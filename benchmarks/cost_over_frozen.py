@@ -4,7 +4,7 @@
 
 Each figure is the ratio of medians to `torch.nn.functional.linear` with the same frozen weight, forward alone
 ("inference") or forward and backward with a gradient for x ("training"). Each candidate takes turns with the frozen
-linear and with nothing else, so that whatever else the machine does falls on both, and no third party empties the caches.
+linear and with nothing else: whatever else the machine does falls on both, and no third party empties the caches.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def peft_like_dora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: to
     return call
 
 
-def interleaved_medians(
-    one: Callable[[], object], other: Callable[[], object], seconds: float
-) -> tuple[float, float]:
+def interleaved_medians(one: Callable[[], object], other: Callable[[], object], seconds: float) -> tuple[float, float]:
     """Median seconds of two calls that take turns, in random order, until the time is up."""
     turns = [(one, []), (other, [])]
     order = random.Random(0)

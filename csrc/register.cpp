@@ -264,12 +264,13 @@ void dora_up_(Tensor u, const Tensor& p, const Tensor& lora_b, double scaling,
 }
 
 std::tuple<Tensor, Tensor> dora_scale_grad(const Tensor& grad_y, const std::optional<Tensor>& u,
-                                           const Tensor& column_scale) {
+                                           const Tensor& column_scale, const Tensor& norm) {
   const char* op = "dora_scale_grad";
   const lrk::Matrix from = matrix(op, "grad_y", grad_y);
   const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, from.cols);
   Tensor grad_u = empty({from.rows, from.cols}, grad_y.scalar_type());
-  Tensor inner = empty({u.has_value() ? from.cols : 0}, ScalarType::Float);
+  const std::vector<float> norms = float_values(op, "norm", "N", norm, from.cols);
+  Tensor grad_m = empty({u.has_value() ? from.cols : 0}, ScalarType::Float);
   lrk::Matrix other{};
   if (u.has_value()) {
     other = matrix(op, "u", *u);
@@ -277,9 +278,9 @@ std::tuple<Tensor, Tensor> dora_scale_grad(const Tensor& grad_y, const std::opti
     STD_TORCH_CHECK(other.dtype == from.dtype, op, ": expected u of grad_y's dtype");
   }
   lrk::dora_scale_grad(runtime(), matrix(op, "grad_u", grad_u), from,
-                       u.has_value() ? &other : nullptr, scales.data(),
-                       u.has_value() ? static_cast<float*>(inner.mutable_data_ptr()) : nullptr);
-  return {grad_u, inner};
+                       u.has_value() ? &other : nullptr, scales.data(), norms.data(),
+                       u.has_value() ? static_cast<float*>(grad_m.mutable_data_ptr()) : nullptr);
+  return {grad_u, grad_m};
 }
 
 Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>& gate,
@@ -375,8 +376,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "dora_up_(Tensor(a!) u, Tensor p, Tensor lora_b, float scaling, Tensor column_scale, "
       "Tensor? bias, Tensor(b!)? y) -> ()");
   m.def(
-      "dora_scale_grad(Tensor grad_y, Tensor? u, Tensor column_scale) -> "
-      "(Tensor grad_u, Tensor inner)");
+      "dora_scale_grad(Tensor grad_y, Tensor? u, Tensor column_scale, Tensor norm) -> "
+      "(Tensor grad_u, Tensor grad_m)");
   m.def(
       "lora_up_(Tensor(a!) y, Tensor p, Tensor factor, bool factor_rank_last, Tensor? gate=None, "
       "float scaling=1.0, Tensor? dropout_seed=None, float dropout_p=0.0) -> ()");

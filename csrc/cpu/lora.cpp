@@ -840,10 +840,10 @@ void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Fac
 }
 
 void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
-                     const Matrix* u, const float* column_scale, float* inner) {
+                     const Matrix* u, const float* column_scale, const float* norm, float* grad_m) {
   constexpr int64_t kRows = 32, kColumns = 512;
   const int64_t m = grad_y.rows, n = grad_y.cols;
-  if (inner) std::memset(inner, 0, static_cast<size_t>(n) * sizeof(float));
+  if (grad_m) std::memset(grad_m, 0, static_cast<size_t>(n) * sizeof(float));
   // A task owns its columns, and adds up their rows from first to last.
   run(runtime, ceil_div(n, kColumns), m * n > (int64_t{1} << 15), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -855,7 +855,10 @@ void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix&
         runtime.kernels.scale_grad(mutable_element(grad_u, row, col), grad_y.dtype, grad_u.stride,
                                    element(grad_y, row, col), grad_y.stride,
                                    u ? element(*u, row, col) : nullptr, u ? u->stride : 0, rows,
-                                   cols, column_scale + col, inner ? inner + col : nullptr);
+                                   cols, column_scale + col, grad_m ? grad_m + col : nullptr);
+      }
+      for (int64_t j = col; grad_m && j < col + cols; ++j) {
+        grad_m[j] = norm[j] == 0.0f ? 0.0f : grad_m[j] / norm[j];
       }
     }
   });

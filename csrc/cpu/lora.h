@@ -61,10 +61,10 @@ void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Fac
              const float* column_scale = nullptr, const float* bias = nullptr,
              const Matrix* scaled = nullptr);
 
-// grad_u (M, N) = column_scale * grad_y, and inner (N floats) = the sums over rows of grad_y * u;
-// u and inner may be null.
+// grad_u (M, N) = column_scale * grad_y, and grad_m (N floats) = the sums over rows of grad_y * u,
+// divided by norm, or 0 where that is 0; u and grad_m may be null.
 void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
-                     const Matrix* u, const float* column_scale, float* inner);
+                     const Matrix* u, const float* column_scale, const float* norm, float* grad_m);
 
 // out (R, width), or (width, R) with rank_last: scale * (p * gate)^T drop(big).
 void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,

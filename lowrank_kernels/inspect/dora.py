@@ -31,7 +31,7 @@ def _linear(strategy: Strategy, M: int, R: int, dtype: torch.dtype, dropout_p: f
         _, p, u = launchers.dora_linear_fwd(x, weight, lora_a, lora_b, scale, bias, 0.5, dropout_p, seed, True, tiles)
         needs = (True, True, True, True)
         launchers.dora_linear_bwd(
-            empty(M, N), x, weight, lora_a, lora_b, scale, p, u, 0.5, dropout_p, seed, False, needs, tiles
+            empty(M, N), x, weight, lora_a, lora_b, scale, scale, p, u, 0.5, dropout_p, seed, False, needs, _F32, tiles
         )
 
     words = f"dora {strategy} M={M} R={R} {'f32' if dtype == _F32 else 'bf16/f32'}" + (" dropout" if dropout_p else "")

@@ -135,31 +135,33 @@ def dora_linear_fwd(
 
 
 def dora_linear_bwd(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor,
-    p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
-    dropout_base: bool, needs: tuple[bool, bool, bool, bool], tiles: LoRATiles | None = None,
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor,
+    column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
+    dropout_seed: Tensor | None, dropout_base: bool, needs: tuple[bool, bool, bool, bool], magnitude_dtype: torch.dtype,
+    tiles: LoRATiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dA, dB, Σ_m dY ∘ u), each None unless in ``needs``.
+    """(dX, dA, dB, dm = Σ_m dY ∘ u / n), each None unless in ``needs``.
 
     ``dropout_base``: dX = dY W + drop'((g ∘ dY - dY) W + s Q A).
     """
     M, N = grad_y.shape
     R, K = lora_a.shape
-    need_x, need_a, need_b, need_inner = needs
+    need_x, need_a, need_b, need_m = needs
     if M == 0:
         return (
             grad_y.new_zeros(0, K) if need_x else None,
             torch.zeros_like(lora_a) if need_a else None,
             torch.zeros_like(lora_b) if need_b else None,
-            grad_y.new_zeros(N, dtype=torch.float32) if need_inner else None,
+            grad_y.new_zeros(N, dtype=magnitude_dtype) if need_m else None,
         )
     tiles = tiles or _tiles(grad_y, weight, R, dropout_p, scaled=True)
     if p is None:
         p = grad_y.new_zeros(M, R)  # dB is not wanted; its share of the one pass is wasted, and small
     grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy == "library") else None
-    q, grad_b, inner = lora_bwd_q_grad_b(
+    grad_m = grad_y.new_empty(N, dtype=magnitude_dtype) if need_m else None
+    q, grad_b = lora_bwd_q_grad_b(
         grad_y, lora_b, p, None, scaling, tiles,
-        column_scale=column_scale, u=u if need_inner else None, grad_u=grad_u,
+        column_scale=column_scale, u=u, norm=norm, grad_m=grad_m, grad_u=grad_u,
     )  # fmt: skip
     grad_x = grad_a = None
     if need_x and dropout_base:
@@ -175,4 +177,4 @@ def dora_linear_bwd(
     if need_a:
         assert x is not None
         grad_a = lora_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype, tiles)
-    return grad_x, grad_a, grad_b if need_b else None, inner
+    return grad_x, grad_a, grad_b if need_b else None, grad_m

@@ -255,7 +255,7 @@ def _lora_grad_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZE)
 def _lora_bwd_q_grad_b_kernel(
-    dy_ptr, b_ptr, p_ptr, gate_ptr, q_ptr, grad_b_ptr, scale_ptr, u_ptr, inner_ptr, du_ptr,
+    dy_ptr, b_ptr, p_ptr, gate_ptr, q_ptr, grad_b_ptr, scale_ptr, u_ptr, norm_ptr, grad_m_ptr, du_ptr,
     M, N, R, stride_dym, stride_bn, stride_partial, scaling, columns_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +266,7 @@ def _lora_bwd_q_grad_b_kernel(
     q is (column splits, M, R), grad_b (row programs, N, R): partials in float32, or the result where there is one;
     row programs are stride_partial apart.
     With a scale (DoRA's g), dY is multiplied by it as it is read, and that product goes to du where it is asked for;
-    inner = Σ_m dY ∘ u of the program's rows comes from the unscaled dY.
+    grad_m = Σ_m dY ∘ u / n of the program's rows comes from the unscaled dY; it is 0 where n is.
     """
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
@@ -284,11 +284,13 @@ def _lora_bwd_q_grad_b_kernel(
     for n0 in range(first, min(first + columns_per_split, N), BLOCK_N):
         dy_tile = load_tile(dy_ptr, m0, n0, M, N, stride_dym, 1, BLOCK_M, BLOCK_N, False)
         if scale_ptr is not None:
-            if inner_ptr is not None and r0 == 0:
+            if grad_m_ptr is not None and r0 == 0:
                 u_tile = load_tile(u_ptr, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, False)
                 offs_n = n0 + tl.arange(0, BLOCK_N)
-                inner = tl.sum(dy_tile.to(tl.float32) * u_tile.to(tl.float32), axis=0)
-                tl.store(inner_ptr + partial + offs_n, inner, mask=offs_n < N)
+                norm = tl.load(norm_ptr + offs_n, mask=offs_n < N, other=1.0)
+                grad_m = tl.sum(dy_tile.to(tl.float32) * u_tile.to(tl.float32), axis=0)
+                grad_m = tl.where(norm == 0.0, 0.0, grad_m / tl.where(norm == 0.0, 1.0, norm))
+                tl.store(grad_m_ptr + partial + offs_n, cast(grad_m, grad_m_ptr.dtype.element_ty), mask=offs_n < N)
             dy_tile = _scale_columns(dy_tile, scale_ptr, n0, N, BLOCK_N)
             if du_ptr is not None and r0 == 0:
                 store_tile(du_ptr, dy_tile, m0, n0, M, N, N, 1, BLOCK_M, BLOCK_N, False)
@@ -503,12 +505,13 @@ def lora_grad(
 
 def lora_bwd_q_grad_b(
     grad_y: Tensor, lora_b: Tensor, p: Tensor, gate: Tensor | None, scaling: float, tiles: LoRATiles, *,
-    column_scale: Tensor | None = None, u: Tensor | None = None, grad_u: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    column_scale: Tensor | None = None, u: Tensor | None = None, norm: Tensor | None = None,
+    grad_m: Tensor | None = None, grad_u: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Q = dY B (M, R) in grad_y's dtype and dB = s dYᵀ (P ∘ gate) (N, R) in lora_b's, from one read of dY.
 
-    With ``column_scale`` (N,) both are those of g ∘ dY (DoRA), and with ``u`` (M, N) the third result is
-    Σ_m dY ∘ u (N,) in float32; ``grad_u`` (M, N) receives g ∘ dY.
+    With ``column_scale`` (N,) both are those of g ∘ dY (DoRA). ``grad_m`` (N,), of any float dtype, receives
+    Σ_m dY ∘ u / n from ``u`` (M, N) and ``norm`` (N,) float32, and ``grad_u`` (M, N) g ∘ dY.
     """
     M, N = grad_y.shape
     R = lora_b.shape[1]
@@ -516,16 +519,15 @@ def lora_bwd_q_grad_b(
     row_programs = triton.cdiv(M, t.BLOCK_M)
     splits = triton.cdiv(N, t.columns_per_split)
     q, grad_b = grad_y.new_empty(M, R), torch.empty_like(lora_b, memory_format=torch.contiguous_format)
-    inner = None if u is None else grad_y.new_empty(N, dtype=torch.float32)
     q_out = q if splits == 1 else grad_y.new_empty((splits, M, R), dtype=torch.float32)
-    grad_b_out, inner_out, stride_partial = grad_b, inner, 0
+    grad_b_out, grad_m_out, stride_partial = grad_b, grad_m, 0
     if row_programs > 1:
-        # One row of partials holds dB's and, after it, the inner sums': one launch adds up both.
-        stride_partial = N * R + (0 if inner is None else N)
+        # One row of partials holds dB's and, after it, the magnitude's: one launch adds up both.
+        stride_partial = N * R + (0 if grad_m is None else N)
         grad_b_out = grad_y.new_empty((row_programs, stride_partial), dtype=torch.float32)
-        inner_out = None if inner is None else grad_b_out[0, N * R :]
+        grad_m_out = None if grad_m is None else grad_b_out[0, N * R :]
     _lora_bwd_q_grad_b_kernel[(row_programs, splits, triton.cdiv(R, t.BLOCK_R))](
-        grad_y, lora_b, p, gate, q_out, grad_b_out, column_scale, u, inner_out, grad_u,
+        grad_y, lora_b, p, gate, q_out, grad_b_out, column_scale, u, norm, grad_m_out, grad_u,
         M, N, R, grad_y.stride(0), lora_b.stride(0), stride_partial, scaling, t.columns_per_split,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_R=t.BLOCK_R, PRECISION=_precision(grad_y.dtype),
         num_warps=t.num_warps, num_stages=t.num_stages,
@@ -533,8 +535,8 @@ def lora_bwd_q_grad_b(
     if splits > 1:
         _ordered_sum(q_out, q)
     if row_programs > 1:
-        _ordered_sum(grad_b_out, grad_b, inner)
-    return q, grad_b, inner
+        _ordered_sum(grad_b_out, grad_b, grad_m)
+    return q, grad_b
 
 
 def lora_linear_bwd(
@@ -557,7 +559,7 @@ def lora_linear_bwd(
     q = grad_x = grad_a = grad_b = None
     if need_b and need_q:
         assert p is not None
-        q, grad_b, _ = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
+        q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
     elif need_b:
         assert p is not None
         grad_b = lora_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype, tiles)

@@ -100,8 +100,8 @@ def dropout_keep(seed, row0, col0, threshold_bits, ROWS: tl.constexpr, COLS: tl.
 def _ordered_sum_kernel(partial_ptr, out_ptr, tail_ptr, count, out_numel, numel, BLOCK: tl.constexpr):
     """Σ_s partial[s, i] for s = 0, 1, …, count - 1 in that order: the same bits at every run.
 
-    Grid: (cdiv(numel, BLOCK),). partial is float32 (count, numel); the first out_numel sums go to out, of any float
-    dtype, what is left of them to tail, float32 (None where nothing is).
+    Grid: (cdiv(numel, BLOCK),). partial is float32 (count, numel); the first out_numel sums go to out, what is left of
+    them to tail (None where nothing is), each of any float dtype.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
@@ -112,4 +112,5 @@ def _ordered_sum_kernel(partial_ptr, out_ptr, tail_ptr, count, out_numel, numel,
         ptrs += numel
     tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty), mask=offs < out_numel)
     if tail_ptr is not None:
-        tl.store(tail_ptr + (offs - out_numel), acc, mask=mask & (offs >= out_numel))
+        tail = cast(acc, tail_ptr.dtype.element_ty)
+        tl.store(tail_ptr + (offs - out_numel), tail, mask=mask & (offs >= out_numel))

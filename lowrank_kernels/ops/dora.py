@@ -30,7 +30,8 @@ _FORWARD = (
 _BACKWARD = (
     "dora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor norm, "
     "Tensor column_scale, Tensor? p, Tensor? u, float scaling, float dropout_p, Tensor? dropout_seed, "
-    "bool dropout_base, bool detach_norm, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool dropout_base, bool detach_norm, bool[] needs, ScalarType magnitude_dtype, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 Needs = tuple[bool, bool, bool, bool, bool]
 """Which of the gradients of (x, lora_a, lora_b, magnitude, bias) to compute."""
@@ -225,7 +226,8 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 def _backward(
     grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor,
     column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
-    dropout_seed: Tensor | None, dropout_base: bool, detach_norm: bool, needs: Needs, backend: str,
+    dropout_seed: Tensor | None, dropout_base: bool, detach_norm: bool, needs: Needs, magnitude_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_a, need_b, need_m, need_bias = needs
     dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
@@ -239,39 +241,36 @@ def _backward(
     else:
         x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
         a, b = unit_columns(lora_a), unit_columns(lora_b)
-        need_inner = need_m or (not detach_norm and (need_a or need_b))
-        grad_x, grad_a, grad_b, inner = (_triton_backward if name == "triton" else _cpu_backward)(
-            dy, x2, weight, a, b, column_scale, p, u, scaling, dropout_p, dropout_seed,
-            dropout_base and dropout_p > 0.0, (need_x, need_a, need_b, need_inner),
+        through_norm = not detach_norm and (need_a or need_b)
+        grad_x, grad_a, grad_b, grad_m = (_triton_backward if name == "triton" else _cpu_backward)(
+            dy, x2, weight, a, b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
+            dropout_base and dropout_p > 0.0, (need_x, need_a, need_b, need_m or through_norm),
+            norm.dtype if through_norm else magnitude_dtype,
         )  # fmt: skip
-        grad_m = None
-        if need_inner:
-            assert inner is not None
-            # A zero row divides by infinity: its magnitude has no gradient.
-            divisor = torch.nn.functional.threshold(norm, 0.0, float("inf"))
-            if need_m:
-                grad_m = inner / divisor
-            if not detach_norm and (need_a or need_b):
-                row_factor = -column_scale * inner / divisor.square()
-                more_a, more_b = _norm_gradients(weight, lora_a, lora_b, scaling, row_factor)
-                grad_a = None if grad_a is None else (grad_a + more_a).to(lora_a.dtype)
-                grad_b = None if grad_b is None else (grad_b + more_b).to(lora_b.dtype)
-        grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
-    grad_x = grads[0]
+        if through_norm:
+            assert grad_m is not None
+            row_factor = torch.where(norm > 0, -column_scale * grad_m / norm, 0.0)
+            more_a, more_b = _norm_gradients(weight, lora_a, lora_b, scaling, row_factor)
+            grad_a = None if grad_a is None else (grad_a + more_a).to(lora_a.dtype)
+            grad_b = None if grad_b is None else (grad_b + more_b).to(lora_b.dtype)
+        grads = (grad_x, grad_a, grad_b, grad_m if need_m else None, dy.sum(0) if need_bias else None)
+    grad_x, grad_a, grad_b, grad_m, grad_bias = grads
     if grad_x is not None:
         grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
-    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
+    if grad_m is not None:
+        grad_m = grad_m.to(magnitude_dtype)
+    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, grad_a, grad_b, grad_m, grad_bias))
 
 
 def _cpu_backward(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor,
-    p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
-    dropout_base: bool, needs: tuple[bool, bool, bool, bool],
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor,
+    column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
+    dropout_seed: Tensor | None, dropout_base: bool, needs: tuple[bool, bool, bool, bool], _: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dA, dB, Σ_m dY ∘ u). One pass over dY and u makes dU = g ∘ dY and the sum, the next one Q and dB."""
+    """(dX, dA, dB, dm = Σ_m dY ∘ u / n). One pass over dY and u makes dU = g ∘ dY and dm, the next one Q and dB."""
     cpp = torch.ops.lowrank_kernels
-    need_x, need_a, need_b, need_inner = needs
-    grad_u, inner = cpp.dora_scale_grad(grad_y, u if need_inner else None, column_scale)
+    need_x, need_a, need_b, need_m = needs
+    grad_u, grad_m = cpp.dora_scale_grad(grad_y, u if need_m else None, column_scale, norm)
     q: Any = None
     grad_b = grad_x = grad_a = None
     if need_b and (need_x or need_a):
@@ -292,7 +291,7 @@ def _cpu_backward(
     if need_a:
         assert x is not None
         grad_a = cpu_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
-    return grad_x, grad_a, grad_b, inner if need_inner else None
+    return grad_x, grad_a, grad_b, grad_m if need_m else None
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -303,12 +302,13 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor |
 
 def _backward_fake(  # type: ignore[no-untyped-def]
     grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
-    dropout_base, detach_norm, needs, backend,
+    dropout_base, detach_norm, needs, magnitude_dtype, backend,
 ):  # fmt: skip
     n, k = weight.shape
     shapes = (
         grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_b, memory_format=torch.contiguous_format), torch.empty_like(norm), grad_y.new_empty(n),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format), 
+        torch.empty_like(norm, dtype=magnitude_dtype), grad_y.new_empty(n),
     )  # fmt: skip
     return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
 
@@ -344,11 +344,9 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tenso
     grads = run_backward(
         torch.ops.lowrank_kernels.dora_linear_backward.default,
         grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u,
-        scaling, dropout_p, seed, dropout_base, detach_norm, needs, backend,
+        scaling, dropout_p, seed, dropout_base, detach_norm, needs, ctx.magnitude_dtype, backend,
     )  # fmt: skip
     grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    if grad_m is not None:
-        grad_m = grad_m.to(ctx.magnitude_dtype)
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_x, None, grad_a, grad_b, grad_m, None, None, grad_bias, *(None,) * 7

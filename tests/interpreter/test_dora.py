@@ -15,9 +15,9 @@ from tests.problems.lora import BF16, F16, F32
 @pytest.mark.parametrize("factor_dtype", [None, F32], ids=["half factors", "float32 factors"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_launches_and_bytes_of_a_training_step(dtype: torch.dtype, factor_dtype: torch.dtype | None) -> None:
-    """At most 9 launches and 1.76 times the floor: x, W, y once in forward; dY, W, x, dX once in backward.
+    """At most 8 launches, 4 of them backward, and 1.76 times the floor: x, W, y once forward; dY, W, x, dX once back.
 
-    Half-precision factors take two launches more: A is widened for A Aᵀ, and the magnitude's gradient is narrowed.
+    Half-precision factors take a launch more: A is widened for A Aᵀ.
 
     The norm of W is there already, as the layer keeps it. The aim was 1.70; 0.09 are the float32 partial sums of dB,
     which tiles twice as tall would halve, but those spill registers on sm_80 and sm_100.
@@ -35,7 +35,7 @@ def test_launches_and_bytes_of_a_training_step(dtype: torch.dtype, factor_dtype:
     ratio = (forward.nbytes + backward.nbytes) / floor
     print(f"{len(forward.launches)} + {len(backward.launches)} launches, {ratio:.3f} of the floor")
     table = forward.table() + "\n" + backward.table()
-    assert launches <= (9 if factor_dtype == F32 else 11), table
+    assert launches <= (7 if factor_dtype == F32 else 8) and len(backward.launches) <= 4, table
     assert ratio <= 1.76, table
 
 

@@ -137,13 +137,17 @@ def test_dora_up(separate, m, n, r, dtype):
 def test_dora_scale_grad(m, n, dtype):
     generator = torch.Generator().manual_seed(0)
     grad_y, u = (torch.randn(m, n, generator=generator).to(dtype) for _ in range(2))
-    scale = 0.5 + torch.rand(n, generator=generator)
-    grad_u, inner = CPP.dora_scale_grad(grad_y, u, scale)
+    scale, norm = (0.5 + torch.rand(n, generator=generator) for _ in range(2))
+    norm[n // 2] = 0.0  # a zero row has no gradient
+    inverse = torch.where(norm > 0, 1 / norm.double(), 0.0)
+    grad_u, grad_m = CPP.dora_scale_grad(grad_y, u, scale, norm)
     assert_as_exact_as_eager(grad_u, grad_y * scale.to(dtype), grad_y.double() * scale.double(), what="grad_u")
-    assert_as_exact_as_eager(
-        inner, (grad_y.float() * u.float()).sum(0), (grad_y.double() * u.double()).sum(0), what="inner"
+    eager, exact = (
+        (grad_y.float() * u.float()).sum(0) * inverse.float(),
+        (grad_y.double() * u.double()).sum(0) * inverse,
     )
-    without_u, nothing = CPP.dora_scale_grad(grad_y, None, scale)
+    assert_as_exact_as_eager(grad_m, eager, exact, what="grad_m")
+    without_u, nothing = CPP.dora_scale_grad(grad_y, None, scale, norm)
     assert torch.equal(without_u, grad_u) and nothing.numel() == 0
 
 
