@@ -5,38 +5,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 24  # 64 MiB of float32 at a time, whatever the weight's size
+from .ops.backend import BACKENDS
+from .ops.merge import check_merge_lora
+
+ROUNDINGS = ("nearest", "stochastic")
 
 
 @torch.no_grad()
-def merge_lora_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scaling: float = 1.0) -> Tensor:
-    """W ← W + s B A, computed in float32 and rounded once to W's dtype. In place.
+def merge_lora_(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    rounding: str = "nearest",
+    seed: Tensor | int | None = None,
+    check_finite: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """W ← W + s B A, accumulated in float32 and rounded once to W's dtype. In place.
 
     Args:
-        weight: W (N, K), any float dtype; written, whether or not it requires grad.
+        weight: W (N, K), any float dtype and strides; written, whether or not it requires grad.
         lora_a: A (R, K) and
-        lora_b: B (N, R), any float dtype, moved to W's device.
+        lora_b: B (N, R), any float dtype, moved to W's device, not rounded to W's dtype.
         scaling: s; its negative takes the correction out again, to within one rounding.
+        rounding: "nearest" (even), or "stochastic" for a bfloat16 W: to one of the two neighbours, with the
+            probability that makes the mean exact, so that many small updates are not lost.
+        seed: int64 scalar (tensor or int) of stochastic rounding. The bits drawn are a function of (seed, row,
+            column), the same in every backend. Drawn from torch's generator when none is given.
+        check_finite: refuse factors with NaN or Inf. Costs a pass over the factors and, on a GPU, a wait for it.
+        backend: "auto", "reference", "cpu" (C++) or "triton". A named one runs or raises.
 
     Returns:
         weight.
 
-    float64 weights accumulate in float64. Works through blocks of rows, so that the float32 copy never
-    exceeds 64 MiB.
+    A float64 weight accumulates in float64 (reference). Deterministic. Nothing of W's size is allocated; only the
+    C++ path makes a copy of a W whose columns are not adjacent.
 
     Raises:
-        ValueError: shapes that do not fit, or a factor that is not finite (W is then untouched).
+        ValueError: shapes that do not fit, an expanded weight, a factor that is not finite, stochastic rounding of
+            another dtype than bfloat16, a backend that is unknown or cannot run. W is then untouched.
+        TypeError: something that is not a tensor of floats.
     """
-    _check("merge_lora_", weight, lora_a, lora_b)
-    one = weight.new_ones(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
-    return _update_rows_(weight, one, lora_a, lora_b, scaling, one)
+    _check("merge_lora_", weight, lora_a, lora_b, check_finite, backend)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"merge_lora_: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if rounding == "stochastic" and weight.dtype != torch.bfloat16:
+        raise ValueError(f"merge_lora_: expected a bfloat16 weight for stochastic rounding, got {weight.dtype}")
+    bits = None
+    if rounding == "stochastic":
+        bits = torch.randint(0, 2**63 - 1, (), device=weight.device) if seed is None else torch.as_tensor(seed)
+        bits = bits.to(weight.device, torch.int64).reshape(())
+    return _merge(weight, lora_a, lora_b, scaling, None, None, bits, backend)
 
 
 @torch.no_grad()
 def merge_dora_(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0, backend: str = "auto"
 ) -> Tensor:
-    """W ← g ∘ (W + s B A), computed in float32 and rounded once to W's dtype. In place.
+    """W ← g ∘ (W + s B A), accumulated in float32 and rounded once to W's dtype. In place.
 
     Args:
         column_scale: g (N,), a factor for each row of W, which is a column of y.
@@ -45,43 +73,38 @@ def merge_dora_(
     Returns:
         weight.
     """
-    _check("merge_dora_", weight, lora_a, lora_b)
-    return _update_rows_(weight, torch.ones_like(column_scale), lora_a, lora_b, scaling, column_scale)
+    _check("merge_dora_", weight, lora_a, lora_b, True, backend)
+    return _merge(weight, lora_a, lora_b, scaling, None, column_scale, None, backend)
 
 
 @torch.no_grad()
 def unmerge_dora_(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0, backend: str = "auto"
 ) -> Tensor:
     """W ← W / g - s B A: takes out what :func:`merge_dora_` put in, to within one rounding. In place.
 
     Rows with g = 0 hold nothing of what they were: the caller keeps those.
     """
-    _check("unmerge_dora_", weight, lora_a, lora_b)
-    return _update_rows_(weight, 1.0 / column_scale, lora_a, lora_b, -scaling, torch.ones_like(column_scale))
+    _check("unmerge_dora_", weight, lora_a, lora_b, True, backend)
+    return _merge(weight, lora_a, lora_b, -scaling, 1.0 / column_scale, None, None, backend)
 
 
-def _check(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    n, k = weight.shape
-    r = lora_a.shape[0]
-    if lora_a.shape != (r, k):
-        raise ValueError(f"{op}: expected lora_a of shape (R, K) = ({r}, {k}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (n, r):
-        raise ValueError(f"{op}: expected lora_b of shape (N, R) = ({n}, {r}), got {tuple(lora_b.shape)}")
-    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+def _check(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, check_finite: bool, backend: str) -> None:
+    check_merge_lora(weight, lora_a, lora_b, op)
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)) if check_finite else ():
         if not torch.isfinite(factor).all():
             raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
 
 
-def _update_rows_(
-    weight: Tensor, before: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, after: Tensor
-) -> Tensor:
-    """W ← after ∘ (before ∘ W + s B A), block by block of rows."""
-    accumulator = torch.promote_types(weight.dtype, torch.float32)
-    a, b, before, after = (t.to(weight.device, accumulator) for t in (lora_a, lora_b, before, after))
-    rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    blocks = zip(weight.split(rows), b.split(rows), before.split(rows), after.split(rows), strict=True)
+def _merge(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    before: Tensor | None, after: Tensor | None, seed: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    before, after = (None if t is None else t.to(weight.device, wide).contiguous() for t in (before, after))
+    lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
     with torch.autocast(weight.device.type, enabled=False):
-        for w, b_rows, first, last in blocks:
-            w.copy_(torch.addmm(w.to(accumulator).mul_(first[:, None]), b_rows, a, alpha=scaling).mul_(last[:, None]))
+        torch.ops.lowrank_kernels.merge_lora_(weight, lora_a, lora_b, scaling, before, after, seed, backend)
     return weight

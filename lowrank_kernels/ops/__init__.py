@@ -1,5 +1,5 @@
 """Ops registered with torch: the only place of the package that registers anything."""
 
-from . import dora, lora
+from . import dora, lora, merge
 
-__all__ = ["dora", "lora"]
+__all__ = ["dora", "lora", "merge"]

@@ -35,6 +35,14 @@ def define(
     _library.impl(name, _autograd_kernel(name, setup_context, backward), "Autograd")
 
 
+def define_in_place(schema: str, implementation: Callable[..., None], fake: Callable[..., None]) -> None:
+    """Define ``lowrank_kernels::<schema>``, an op that writes an argument, returns nothing and has no gradient."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
 def _autograd_kernel(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """The op's kernel above autograd.
 

@@ -23,21 +23,21 @@ def _multiply_high_low(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW32, product & _LOW32
 
 
-def philox_words_ref(seed: Tensor, rows: int, columns: int) -> Tensor:
+def philox_words_ref(seed: Tensor, rows: int, columns: int, first_row: int = 0) -> Tensor:
     """The 32-bit words of Philox-4x32-10 for a (rows, columns) tile, as int64.
 
     key = (seed mod 2**32, seed >> 32), counter = (column // 4, row, 0, 0), word = output[column % 4].
 
     Args:
         seed: int64 scalar tensor.
-        rows, columns: size of the tile; rows < 2**32.
+        rows, columns: size of the tile, whose first row is ``first_row``; rows stay below 2**32.
 
     Returns:
         (rows, columns) int64 in [0, 2**32), on the seed's device.
     """
     device = seed.device
     c0 = torch.arange((columns + 3) // 4, device=device).expand(rows, -1)
-    c1 = torch.arange(rows, device=device)[:, None].expand_as(c0)
+    c1 = torch.arange(first_row, first_row + rows, device=device)[:, None].expand_as(c0)
     c2 = torch.zeros_like(c0)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32

@@ -21,7 +21,7 @@ ALLOWED = {
     "_extension": (set(), {"torch"}),
     "ops": ({"reference", "kernels", "_extension"}, {"torch"}),
     "functional": ({"ops"}, {"torch"}),
-    "merge": (set(), {"torch"}),
+    "merge": ({"ops"}, {"torch"}),
     "report": (set(), {"torch"}),
     "init": ({"nn", "functional"}, {"torch"}),
     "nn": ({"functional", "init", "merge"}, {"torch"}),

@@ -1,0 +1,130 @@
+#include "merge.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../philox.h"
+#include "scratch.h"
+
+#define LRK_ISA merge_plain
+#define LRK_TARGET
+#include "merge_rows.inl"
+#if defined(__x86_64__)
+#  define LRK_ISA merge_avx2
+#  define LRK_TARGET __attribute__((target("avx2,fma")))
+#  include "merge_rows.inl"
+#  define LRK_ISA merge_avx512
+#  define LRK_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#  include "merge_rows.inl"
+#endif
+
+namespace lrk {
+namespace {
+
+constexpr int64_t kRowBlock = 32;    // rows of W in one block product
+constexpr int64_t kColumns = 512;    // columns of W in one task: their slice of A is packed once
+constexpr int64_t kTaskRows = 512;   // rows of W in one task
+constexpr int64_t kDepthBlock = 64;  // short float32 sums, added up, lose fewer digits than a long
+constexpr int64_t kParallelWork = int64_t{1} << 16;  // elements of W worth a second thread
+
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  char* data = static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
+  return {data, m.dtype, rows, cols, m.stride};
+}
+
+Source source(const Matrix& m) {
+  return {m.data, m.dtype, m.stride, m.rows, m.cols, m.cols, nullptr, 0, 0, nullptr};
+}
+
+struct RowPasses {
+  void (*combine)(float*, const float*, int64_t, float, float, float);
+  void (*round_stochastically)(float*, int64_t, uint32_t, uint32_t, uint32_t, int64_t);
+};
+
+// In the instruction set of the table, so that LRK_CPU_ISA holds here too.
+RowPasses row_passes(const KernelTable& kernels) {
+#if defined(__x86_64__)
+  if (!std::strcmp(kernels.name, "avx2")) {
+    return {merge_avx2::combine, merge_avx2::round_stochastically};
+  }
+  if (!std::strcmp(kernels.name, "avx512") || !std::strcmp(kernels.name, "amx")) {
+    return {merge_avx512::combine, merge_avx512::round_stochastically};
+  }
+#endif
+  (void)kernels;
+  return {merge_plain::combine, merge_plain::round_stochastically};
+}
+
+// A slice of A as panels of 16 columns, one after another; the last is padded with zeros.
+void pack(const KernelTable& kernels, float* dst, const Matrix& a) {
+  for (int64_t col = 0; col < a.cols; col += kPanel) {
+    Source s = source(part(a, 0, col, a.rows, std::min(kPanel, a.cols - col)));
+    s.padded_cols = kPanel;
+    kernels.stage_float(dst + col * a.rows, kPanel, s);
+  }
+}
+
+}  // namespace
+
+void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora_a,
+                const Matrix& lora_b, float scale, const float* before, const float* after,
+                const StochasticRounding* rounding) {
+  const KernelTable& kernels = runtime.kernels;
+  const RowPasses passes = row_passes(kernels);
+  const bool plain = !before && !after && !rounding;
+  const int64_t rank = lora_a.rows, slices = ceil_div(weight.cols, kColumns);
+  const auto body = [&](int64_t begin, int64_t end) {
+    Layout layout;
+    const size_t a_at = layout.add<float>(rank * kColumns);
+    const size_t b_at = layout.add<float>(kRowBlock * rank);
+    const size_t c_at = layout.add<float>(kRowBlock * kColumns);
+    const size_t w_at = layout.add<float>(plain ? 0 : kRowBlock * kColumns);
+    TaskScratch scratch(layout.bytes());
+    float* a = at<float>(scratch.base(), a_at);
+    float* b = at<float>(scratch.base(), b_at);
+    float* c = at<float>(scratch.base(), c_at);
+    float* w = at<float>(scratch.base(), w_at);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / slices * kTaskRows, col = task % slices * kColumns;
+      const int64_t cols = std::min(kColumns, weight.cols - col);
+      pack(kernels, a, part(lora_a, 0, col, rank, cols));
+      for (int64_t row = first; row < std::min(first + kTaskRows, weight.rows); row += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, weight.rows - row);
+        kernels.stage_float(b, rank, source(part(lora_b, row, 0, rows, rank)));
+        for (int64_t r = 0; r < rank; r += kDepthBlock) {
+          kernels.multiply_float({rows, ceil_div(cols, kPanel), std::min(kDepthBlock, rank - r),
+                                  b + r, rank, a + r * kPanel, kPanel, rank * kPanel, c, kColumns,
+                                  r > 0});
+        }
+        const Matrix target = part(weight, row, col, rows, cols);
+        if (plain) {
+          kernels.add(target.data, target.dtype, target.stride, c, kColumns, rows, cols, scale,
+                      nullptr, row, col);
+          continue;
+        }
+        kernels.stage_float(w, kColumns, source(target));
+        for (int64_t i = 0; i < rows; ++i) {
+          passes.combine(c + i * kColumns, w + i * kColumns, cols, scale,
+                         before ? before[row + i] : 1.0f, after ? after[row + i] : 1.0f);
+          if (rounding) {
+            passes.round_stochastically(c + i * kColumns, cols, rounding->key0, rounding->key1,
+                                        static_cast<uint32_t>(row + i), col);
+          }
+        }
+        kernels.store(target.data, target.dtype, target.stride, c, kColumns, rows, cols, 1.0f);
+      }
+    }
+  };
+  const int64_t tasks = ceil_div(weight.rows, kTaskRows) * slices;
+  if (tasks <= 1 || weight.rows * weight.cols < kParallelWork) return body(0, tasks);
+  runtime.parallel(
+      tasks,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const decltype(body)*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace lrk

@@ -1,0 +1,79 @@
+"""``lowrank_kernels::merge_lora_``: schema, checks, backends, fake. It writes W and has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.merge import merge_lora_ref
+from .backend import resolve_backend
+from .library import define_in_place
+from .lora import unit_columns
+
+_SCHEMA = (
+    "merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? before, Tensor? after, "
+    "Tensor? seed, str backend) -> ()"
+)
+_BLOCK_ELEMENTS = 1 << 24  # of the reference: 64 MiB of float32 at a time, whatever the weight's size
+
+
+def check_merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, op: str = "merge_lora_") -> None:
+    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: expected {name} to be a tensor of a floating dtype, got {kind}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: expected {name} with 2 dimensions, got shape {tuple(tensor.shape)}")
+    (n, k), r = weight.shape, lora_a.shape[0]
+    if lora_a.shape != (r, k):
+        raise ValueError(f"{op}: expected lora_a of shape (R, K) = ({r}, {k}), got {tuple(lora_a.shape)}")
+    if lora_b.shape != (n, r):
+        raise ValueError(f"{op}: expected lora_b of shape (N, R) = ({n}, {r}), got {tuple(lora_b.shape)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(f"{op}: expected a weight of its own memory, got an expanded one; merge into weight.clone()")
+
+
+def _merge(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    before: Tensor | None, after: Tensor | None, seed: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    name = resolve_backend("merge_lora_", backend, weight)
+    # Kernels take float32 factors at most.
+    if name != "reference" and torch.float64 in (lora_a.dtype, lora_b.dtype):
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
+    if name == "reference":
+        return _merge_reference(weight, lora_a, lora_b, scaling, before, after, seed)
+    if name == "triton":
+        from ..kernels.merge import merge_lora_
+
+        merge_lora_(weight, lora_a, lora_b, scaling, before, after, seed)
+    else:
+        adjacent = unit_columns(weight)
+        torch.ops.lowrank_kernels.merge_rows_(adjacent, lora_a, lora_b, scaling, before, after, seed)
+        if adjacent is not weight:
+            weight.copy_(adjacent)
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)  # a kernel writes without torch's knowing
+
+
+def _merge_reference(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    before: Tensor | None, after: Tensor | None, seed: Tensor | None,
+) -> None:  # fmt: skip
+    rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        first, last = (None if scale is None else scale[part] for scale in (before, after))
+        weight[part] = merge_lora_ref(
+            weight[part], lora_a, lora_b[part],
+            scaling=scaling, before=first, after=last, seed=seed, first_row=start,
+        )  # fmt: skip
+
+
+def _fake(weight, lora_a, lora_b, scaling, before, after, seed, backend) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+define_in_place(_SCHEMA, _merge, _fake)
