@@ -1,0 +1,239 @@
+"""What optimizers of whole factor pairs share: finding the pairs, and stepping layers of equal shape together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+Pair = tuple[nn.Parameter, nn.Parameter, float]
+"""A (R, K), B (N, R) and their scaling s."""
+
+
+def factor_pairs(model: nn.Module) -> Iterator[Pair]:
+    """(A, B, s) of every layer that has ``lora_A``, ``lora_B`` and ``scaling``: this package's, and PEFT's."""
+    for module in model.modules():
+        lora_a, lora_b, scaling = (getattr(module, name, None) for name in ("lora_A", "lora_B", "scaling"))
+        if isinstance(lora_a, nn.Linear):
+            yield _weight(lora_a), _weight(lora_b), float(scaling)  # type: ignore[arg-type]
+        elif isinstance(lora_a, nn.ModuleDict):
+            for adapter in lora_a:
+                yield _weight(lora_a[adapter]), _weight(lora_b[adapter]), float(scaling[adapter])  # type: ignore[index]
+
+
+def _weight(linear: Any) -> nn.Parameter:
+    found: nn.Parameter = linear.weight
+    return found
+
+
+def factor_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of what trains in a model: the factor pairs, then whatever else there is.
+
+    Returns:
+        [{"params": [A₁, B₁, A₂, B₂, …], "scaling": [s₁, s₂, …]}, {"params": others}], the second where there are
+        others (biases, DoRA's magnitudes); a :class:`FactorOptimizer` gives those AdamW's step.
+
+    Raises:
+        ValueError: no pair trains, or one whose other factor is frozen.
+    """
+    params: list[nn.Parameter] = []
+    scaling: list[float] = []
+    for a, b, s in factor_pairs(model):
+        if a.requires_grad != b.requires_grad:
+            raise ValueError("factor_groups: expected both factors of a layer to train, found a frozen one")
+        if a.requires_grad:
+            params += [a, b]
+            scaling.append(s)
+    if not params:
+        raise ValueError(f"factor_groups: expected LoRA layers that train, found none in {type(model).__name__}")
+    taken = {id(p) for p in params}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [{"params": params, "scaling": scaling}, *([{"params": others}] if others else [])]
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+class Bucket:
+    """The pairs of one group that have gradients and equal shapes, L of them, as stacked tensors.
+
+    Optimizer state lives in stacked tensors too; each parameter's own state holds views into them, so that a state
+    dict is the usual one and a step makes no copies of it.
+    """
+
+    def __init__(self, optimizer: FactorOptimizer, pairs: list[Pair]) -> None:
+        self.sides = ([a for a, _, _ in pairs], [b for _, b, _ in pairs])
+        self._states = tuple([optimizer.state[p] for p in params] for params in self.sides)
+        self._stacks: dict[tuple[int, str], Tensor] = {}
+        first = pairs[0][0]
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        scales = torch.tensor([s for _, _, s in pairs], dtype=self.dtype)
+        self.scaling = scales.to(first.device, non_blocking=True)[:, None, None]
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A (L, R, K), B (L, N, R) and their gradients, in float32 (float64 for float64 factors)."""
+        a, b = (torch.stack([p.detach() for p in params]).to(self.dtype) for params in self.sides)
+        grad_a, grad_b = (torch.stack([_grad(p) for p in params]).to(self.dtype) for params in self.sides)
+        return a, b, grad_a, grad_b
+
+    def state(self, side: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """State (L, *shape) of all A (side 0) or all B (side 1), zeros at first; to be updated in place."""
+        stack = self._stacks.get((side, name))
+        if stack is None:
+            states = self._states[side]
+            zero = torch.zeros(shape, dtype=self.dtype, device=self.scaling.device)
+            stack = self._stacks[side, name] = torch.stack([state.get(name, zero) for state in states])
+            for state, view in zip(states, stack.unbind(), strict=True):
+                state[name] = view
+        return stack
+
+    def next_step(self) -> Tensor:
+        """Count a step; (L, 1, 1): how many each pair has had with this one."""
+        return self.state(0, "step", (1, 1)).add_(1)
+
+    def apply(self, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float) -> None:
+        """p ← (1 - lr · decay) p - lr · update, for every factor."""
+        for side, updates in enumerate((updates_a, updates_b)):
+            params: list[Tensor] = list(self.sides[side])
+            if weight_decay:
+                torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+            torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
+
+
+class FactorOptimizer(torch.optim.Optimizer):
+    """Steps whole (A, B) pairs, layers of equal shape as one batch; other parameters get AdamW's step.
+
+    Args:
+        groups: of :func:`factor_groups`. A group with ``scaling`` holds pairs, A before B; one without holds others.
+        defaults: the options of a group; ``lr``, ``betas``, ``eps`` and ``weight_decay`` among them.
+
+    State is float32 over half-precision factors (float64 over float64), and stays so when it is loaded. A step asks
+    nothing of the device: no synchronisation, so gradients that are not finite are not noticed here either; use
+    ``torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True)`` for that. A pair of which one factor has no
+    gradient is left out of the step.
+
+    Raises:
+        ValueError: a negative lr or weight decay; pairs whose shapes, dtypes or devices do not fit together.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        self._layout: tuple[Any, ...] = ()
+        self._buckets: list[list[Bucket]] = []
+        groups = list(groups)
+        if not any(isinstance(group, dict) and group.get("scaling") is not None for group in groups):
+            raise ValueError(f"{type(self).__name__}: expected groups with pairs of factors; use factor_groups(model)")
+        super().__init__(groups, {"scaling": None, **defaults})
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        op = type(self).__name__
+        params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if group.get("scaling") is not None:
+            pairs, scaling = list(zip(params[::2], params[1::2], strict=False)), group["scaling"]
+            if len(params) % 2 or len(pairs) != len(scaling):
+                raise ValueError(
+                    f"{op}: expected params as A, B, A, B, … with one scaling a pair, got {len(params)} parameters "
+                    f"and {len(scaling)} scalings; use factor_groups(model)"
+                )
+            for a, b in pairs:
+                fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
+                if not fits or a.dtype != b.dtype or a.device != b.device:
+                    raise ValueError(
+                        f"{op}: expected pairs A (R, K), B (N, R) of one dtype and device, got {tuple(a.shape)} "
+                        f"{a.dtype} on {a.device} and {tuple(b.shape)} {b.dtype} on {b.device}"
+                    )
+                if a.shape[0] > min(a.shape[1], b.shape[0]):
+                    raise ValueError(
+                        f"{op}: expected a rank of at most min(N, K) = {min(a.shape[1], b.shape[0])}, got {a.shape[0]}"
+                    )
+        super().add_param_group(group)
+        for option in ("lr", "weight_decay"):
+            if not self.param_groups[-1][option] >= 0.0:
+                raise ValueError(f"{op}: expected {option} of at least 0, got {self.param_groups[-1][option]}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, buckets in zip(self.param_groups, self._current_buckets(), strict=True):
+            for bucket in buckets:
+                self.step_bucket(group, bucket)
+            if group["scaling"] is None:
+                self._step_others(group)
+        return loss
+
+    def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+        """One step of the pairs of a bucket: what a method is."""
+        raise NotImplementedError
+
+    @torch.compiler.disable
+    def _current_buckets(self) -> list[list[Bucket]]:
+        """The buckets of each group; those of the last step while the same pairs have gradients."""
+        found: list[list[Pair]] = []
+        for group in self.param_groups:
+            every = zip(group["params"][::2], group["params"][1::2], group["scaling"] or (), strict=False)
+            found.append([(a, b, s) for a, b, s in every if a.grad is not None and b.grad is not None])
+        # With the states' own identity, so that state which was dropped or loaded is noticed.
+        layout = tuple(tuple((id(self.state[a]), id(self.state[b])) for a, b, _ in pairs) for pairs in found)
+        if layout != self._layout:
+            self._layout, self._buckets = layout, []
+            for each in found:
+                alike: dict[Any, list[Pair]] = {}
+                for a, b, s in each:
+                    alike.setdefault((a.shape, b.shape, a.dtype, a.device), []).append((a, b, s))
+                self._buckets.append([Bucket(self, same) for same in alike.values()])
+        return self._buckets
+
+    def _step_others(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(p, dtype=wide), "exp_avg_sq": torch.zeros_like(p, dtype=wide),
+                }  # fmt: skip
+        states = [self.state[p] for p in params]
+        # AdamW's own step wants one dtype throughout: half-precision parameters are stepped as float32 copies.
+        work = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]  # p itself where that is its own
+        adamw(
+            work, [_grad(p).to(w.dtype) for p, w in zip(params, work, strict=True)],
+            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        for p, w in zip(params, work, strict=True):
+            if w is not p:
+                p.copy_(w)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # The base class rounds state to the parameter's dtype; ours is wider on purpose.
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    keep_on_cpu = name == "step" and value.dim() == 0
+                    self.state[p][name] = value.clone() if keep_on_cpu else value.to(p.device, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._layout, self._buckets = (), []
+
+
+def damped_inverse(gram: Tensor, eps: float) -> Tensor:
+    """(gram + δ I)⁻¹, batched, δ = eps · mean eigenvalue, and tiny where the gram is zero. No synchronisation."""
+    return torch.linalg.inv_ex(damped(gram, eps), check_errors=False).inverse
+
+
+def damped(gram: Tensor, eps: float) -> Tensor:
+    """gram + δ I with δ = eps · mean eigenvalue, at least 1e-30."""
+    delta = (eps * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(1e-30)
+    return gram + torch.diag_embed(delta[..., None].expand(gram.shape[:-1]))

@@ -1,0 +1,61 @@
+"""LoRA+: B learns faster than A (Hayou et al., arXiv 2402.12354)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def lora_plus_groups(
+    model: nn.Module, lr: float, *, ratio: float = 16.0, embedding_lr: float = 1e-6, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups with lr_B = λ · lr_A.
+
+    Args:
+        model: with LoRA layers, this package's or PEFT's: parameters are told apart by their names.
+        lr: lr_A.
+        ratio: λ.
+        embedding_lr: of everything that belongs to an nn.Embedding.
+        weight_decay: of the factors; parameters of one dimension (biases, magnitudes) do not decay.
+
+    Returns:
+        Groups for any optimizer, each with a "name": "A", "B", "embedding", and "vectors", which learn at B's rate.
+        Empty ones are left out. Every parameter that trains is in exactly one.
+
+    Raises:
+        ValueError: a rate or ratio below 0; no factor trains.
+    """
+    for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", embedding_lr), ("weight_decay", weight_decay)):
+        if not value >= 0.0:
+            raise ValueError(f"lora_plus_groups: expected {name} of at least 0, got {value}")
+    rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "vectors": lr * ratio}
+    params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    embeddings = [name + "." for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        kind = (
+            "embedding" if "lora_embedding" in name or any(name.startswith(prefix) for prefix in embeddings)
+            else "vectors" if p.dim() < 2
+            else "B" if "lora_B" in name
+            else "A"
+        )  # fmt: skip
+        params[kind].append(p)
+    if not params["A"] and not params["B"]:
+        raise ValueError(f"lora_plus_groups: expected LoRA layers that train, found none in {type(model).__name__}")
+    return [
+        {"name": name, "params": found, "lr": rates[name], "weight_decay": 0.0 if name == "vectors" else weight_decay}
+        for name, found in params.items()
+        if found
+    ]
+
+
+def lora_plus(
+    model: nn.Module, lr: float, *, ratio: float = 16.0, embedding_lr: float = 1e-6, weight_decay: float = 0.0,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """An optimizer over :func:`lora_plus_groups`; ``options`` go to ``optimizer``."""
+    groups = lora_plus_groups(model, lr, ratio=ratio, embedding_lr=embedding_lr, weight_decay=weight_decay)
+    return optimizer(groups, lr=lr, **options)  # type: ignore[call-arg]

@@ -1,0 +1,100 @@
+"""LoRA-RITE: a step on B A that does not depend on how B A is factored (Yen et al., arXiv 2410.20625)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .factors import Bucket, FactorOptimizer, damped
+
+_ROOT_ROUNDS = 28
+
+
+def inverse_root(matrix: Tensor, eps: float) -> Tensor:
+    """(V + δ I)^(-1/2) for symmetric V ≥ 0 (…, R, R), δ = eps · mean eigenvalue; zero for V = 0.
+
+    Coupled Newton-Schulz on V over its norm: products alone, which need no synchronisation. An eigenvalue grows by
+    9/4 a round, so 28 rounds bring in all down to 1e-9 of the norm.
+    """
+    v = damped(matrix, eps)
+    norm = torch.linalg.matrix_norm(v, keepdim=True)
+    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    y, z = v / norm, eye.expand_as(v)
+    for _ in range(_ROOT_ROUNDS):
+        t = 1.5 * eye - 0.5 * (z @ y)
+        y, z = y @ t, t @ z
+    return torch.where(matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] > 0, z / norm.sqrt(), 0.0)
+
+
+def polar_basis(factor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(U, R⁻¹) with U R the QR of a tall factor (…, rows, R).
+
+    Diagonal entries of R below eps of the largest count as that much, so that a factor of lower rank, or a zero one,
+    whose gradients vanish there, divides nothing by zero.
+    """
+    u, r = torch.linalg.qr(factor)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    least = (eps * diagonal.abs().amax(-1, keepdim=True)).clamp_min(1e-30)
+    safe = torch.where(diagonal.abs() < least, least, diagonal)
+    r = r + torch.diag_embed(safe - diagonal)
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
+    return u, torch.linalg.solve_triangular(r, eye, upper=True)
+
+
+class LoRARITE(FactorOptimizer):
+    """Adam in coordinates that do not change when (B, A) is replaced by (B C, C⁻¹ A).
+
+    For L = Aᵀ beside Rt = B = U R (and alike for B beside Aᵀ):
+    ḡ = ∇_L R⁻¹;  p = U(t)ᵀ U(t-1);  V ← β₂ p V pᵀ + (1 - β₂) ḡᵀḡ / rows;  u = ḡ V^(-1/2);
+    M ← β₁ M pᵀ + (1 - β₁) u;  L ← L - lr · M (R⁻¹)ᵀ. V and M are corrected for their zero start as Adam's are.
+
+    Args:
+        groups: of ``factor_groups(model)``.
+        lr: learning rate: how far an element of W moves a step, about.
+        betas: β₁, β₂.
+        eps: damping of V, over its mean eigenvalue, and of R's diagonal, over its largest.
+        adam_eps: of parameters that are no factors, which get AdamW's step.
+        weight_decay: decoupled.
+
+    State of a layer: 2 (K + N) R + 2 R² floats, as Adam's but for R². The mass that p takes out of V where U turns
+    away is not put back (the paper's option).
+
+    Raises:
+        ValueError: as :class:`FactorOptimizer`.
+
+    Source: Yen et al., arXiv 2410.20625, algorithm 1.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6, adam_eps: float = 1e-8, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": adam_eps, "damping": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults)
+
+    def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+        a, b, grad_a, grad_b = bucket.factors()
+        step, (beta1, beta2), r = bucket.next_step(), group["betas"], a.shape[-2]
+        # Side 0 is L = Aᵀ, stepped in the basis of B; side 1 is B, stepped in the basis of Aᵀ.
+        bases = [polar_basis(factor, group["damping"]) for factor in (b, a.mT)]
+        gradients = [g @ inverse for g, (_, inverse) in zip((grad_a.mT, grad_b), bases, strict=True)]
+        transports, seconds = [], []
+        for side, ((u, _), gradient) in enumerate(zip(bases, gradients, strict=True)):
+            basis = bucket.state(side, "basis", tuple(u.shape[1:]))
+            second = bucket.state(side, "second_moment", (r, r))
+            transport = u.mT @ basis
+            turned = transport @ second @ transport.mT
+            second.copy_(torch.lerp(gradient.mT @ gradient / gradient.shape[-2], turned, beta2))
+            basis.copy_(u)
+            transports.append(transport)
+            seconds.append(second / (1 - beta2**step))
+        roots = inverse_root(torch.cat(seconds), group["damping"]).chunk(2)
+        updates = []
+        for side, (gradient, transport, root) in enumerate(zip(gradients, transports, roots, strict=True)):
+            mean = bucket.state(side, "exp_avg", tuple(gradient.shape[1:]))
+            mean.copy_(torch.lerp(gradient @ root, mean @ transport.mT, beta1))
+            updates.append(mean / (1 - beta1**step) @ bases[side][1].mT)
+        bucket.apply(updates[0].mT, updates[1], group["lr"], group["weight_decay"])
