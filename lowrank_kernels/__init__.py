@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import integrations, nn
+from . import chain, federated, init, integrations, nn, optim
 from .adapt import adapt
 from .checkpoint import load_adapter, save_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
@@ -17,15 +17,19 @@ __all__ = [
     "Report",
     "__version__",
     "adapt",
+    "chain",
     "dora_column_scale",
     "dora_linear",
     "dora_weight_norm",
+    "federated",
+    "init",
     "integrations",
     "load_adapter",
     "lora_linear",
     "merge_dora_",
     "merge_lora_",
     "nn",
+    "optim",
     "save_adapter",
     "unmerge_dora_",
 ]

@@ -172,7 +172,6 @@ class FactorOptimizer(torch.optim.Optimizer):
         """One step of the pairs of a bucket: what a method is."""
         raise NotImplementedError
 
-    @torch.compiler.disable
     def _current_buckets(self) -> list[list[Bucket]]:
         """The buckets of each group; those of the last step while the same pairs have gradients."""
         found: list[list[Pair]] = []
