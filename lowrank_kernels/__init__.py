@@ -1,8 +1,8 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
 from . import chain, federated, init, integrations, nn, optim
-from .adapt import adapt
-from .checkpoint import load_adapter, save_adapter
+from .adapt import adapt, plan_adaptation
+from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
 from .functional import dora_column_scale, dora_linear, dora_weight_norm, lora_linear
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
@@ -30,6 +30,8 @@ __all__ = [
     "merge_lora_",
     "nn",
     "optim",
+    "plan_adaptation",
     "save_adapter",
+    "save_lora_ga_adapter",
     "unmerge_dora_",
 ]

@@ -7,6 +7,7 @@ only after every name, shape, dtype and value has been checked.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import struct
@@ -113,6 +114,62 @@ def save_adapter(
     _write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
+
+
+def save_lora_ga_adapter(
+    model: nn.Module,
+    starts: Mapping[str, tuple[Tensor, Tensor]],
+    folder: str | os.PathLike[str],
+    **names: Any,
+) -> Path:
+    """Write what a model learnt from LoRA-GA's start as an adapter of rank 2 R for the untouched base.
+
+    ΔW = s (B A - B₀ A₀) = s [B, -B₀] [A; A₀], in PEFT's format, with an alpha that keeps s.
+
+    Args:
+        model: adapted with LoRAConfig, started by :func:`lowrank_kernels.init.lora_ga_`, and trained.
+        starts: what that returned.
+        folder: made if missing.
+        names: ``base_model_name`` and ``task_type``, as for :func:`save_adapter`.
+
+    Raises:
+        ValueError: layers without a start, a DoRA or biases that train; and as :func:`save_adapter`.
+    """
+    config = config_of(model)
+    if (
+        not isinstance(config, LoRAConfig)
+        or isinstance(config, DoRAConfig)
+        or config.bias != "none"
+        or config.lora_bias
+    ):
+        raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
+    # A model of nothing but the layers, twice as wide, over weights that are not there.
+    skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        if name not in starts:
+            raise ValueError(f"save_lora_ga_adapter: expected the start of every layer, got none of {name}")
+        absent = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        wide = LoRALinear.from_linear(
+            absent, 2 * layer.r, alpha=grown * layer.alpha, dropout=layer.dropout, rslora=layer.rslora, init="zero"
+        )  # fmt: skip
+        a, b = (start.to(layer.weight.device) for start in starts[name])
+        wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
+        wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
+        parent = skeleton
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, wide)
+    config = replace(
+        config, r=2 * config.r, alpha=grown * config.alpha,
+        rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
+        alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )  # fmt: skip
+    return save_adapter(skeleton, folder, config=config, **names)
 
 
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:

@@ -1,5 +1,6 @@
 """Starting points of the factors."""
 
 from .factors import INITS, init_factors_
+from .lora_ga import estimate_gradients, lora_ga_, lora_ga_factors
 
-__all__ = ["INITS", "init_factors_"]
+__all__ = ["INITS", "estimate_gradients", "init_factors_", "lora_ga_", "lora_ga_factors"]

@@ -23,7 +23,7 @@ ALLOWED = {
     "functional": ({"ops"}, {"torch"}),
     "merge": ({"ops"}, {"torch"}),
     "report": (set(), {"torch"}),
-    "init": ({"nn", "functional"}, {"torch"}),
+    "init": ({"nn", "functional", "merge"}, {"torch"}),
     "nn": ({"functional", "init", "merge"}, {"torch"}),
     "chain": ({"nn", "init", "merge"}, {"torch"}),
     "federated": ({"merge"}, {"torch"}),

@@ -1,0 +1,209 @@
+"""LoRA-GA: start where full fine-tuning's first step would go (Wang et al., arXiv 2407.05000)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..merge import merge_lora_
+
+if TYPE_CHECKING:
+    from ..nn import LoRALinear
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "gd", "unit", "weight_svd")
+EXACT_UP_TO = 2000
+"""Columns or rows above which the SVD is a randomised one."""
+
+
+def estimate_gradients(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], linears: Mapping[str, nn.Linear]
+) -> dict[str, Tensor]:
+    """Mean gradient of each weight over some batches: G (N, K), float32, on the CPU.
+
+    A weight's gradient goes to the CPU and is freed as soon as it is complete, so about one layer's is alive on the
+    device; nothing else of the model gets one.
+
+    Args:
+        model: not adapted yet; in the mode (training or evaluation) that it should be in.
+        batches: the paper's default is 64 of 2 examples.
+        loss: (model, batch) -> the scalar to differentiate.
+        linears: by path, such as ``lk.plan_adaptation(model, config).targets``.
+
+    Returns:
+        G by path. ``requires_grad`` of every parameter and all ``.grad`` are afterwards what they were.
+
+    Raises:
+        ValueError: no linears, no batches, a loss that is not finite or depends on none of the weights, a weight that
+            got no gradient or one that is not finite.
+    """
+    if not linears:
+        raise ValueError("estimate_gradients: expected linears to estimate for, got none")
+    sums: dict[str, Tensor] = {}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    handles = []
+    count = 0
+    try:
+        model.requires_grad_(False)
+        for p, _, _ in before:
+            p.grad = None
+        for name, linear in linears.items():
+            linear.weight.requires_grad_(True)
+
+            def take(p: Tensor, name: str = name) -> None:
+                assert p.grad is not None
+                gradient, p.grad = p.grad.detach().to("cpu", torch.float32), None
+                sums[name] = sums[name].add_(gradient) if name in sums else gradient.clone()
+
+            handles.append(linear.weight.register_post_accumulate_grad_hook(take))
+        for batch in batches:
+            with torch.enable_grad():
+                value = loss(model, batch)
+            if not value.requires_grad or not torch.isfinite(value):
+                raise ValueError(f"estimate_gradients: expected a finite loss of the weights, got {value!r:.80}")
+            value.backward()
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+    if count == 0:
+        raise ValueError("estimate_gradients: expected at least one batch, got none")
+    for name in linears:
+        if name not in sums or not torch.isfinite(sums[name]).all():
+            what = "got NaN or Inf" if name in sums else "the loss does not reach it"
+            raise ValueError(f"estimate_gradients: expected a finite gradient of {name}, but {what}")
+    return {name: gradient.div_(count) for name, gradient in sums.items()}
+
+
+def lora_ga_factors(
+    gradient: Tensor, r: int, *, direction: str = "ArB2r", scale: str = "stable", gamma: float = 16.0,
+    scaling: float = 1.0, weight: Tensor | None = None, seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A (R, K) and B (N, R) from the leading 2 R singular vectors of G = U S Vᵀ.
+
+    - ``ArB2r``: A = V[:, :R]ᵀ, B = U[:, R:2R];  ``A2rBr``: A = V[:, R:2R]ᵀ, B = U[:, :R];
+    - ``ArBr``: B = U[:, 0:2R:2], A = V[:, 1:2R:2]ᵀ;  ``random``: a random split of the first 2 R.
+
+    At scale ``unit``, G AᵀA + BBᵀ G is then the best approximation of G of rank 2 R.
+
+    Args:
+        gradient: G (N, K), computed with in float32 (float64 stays).
+        scale: "stable": both times N^(1/4) / √γ; "gd": both over s; "unit"; "weight_svd": both times
+            √(mean of W's R leading singular values / s).
+        gamma: γ of "stable".
+        scaling: s.
+        weight: W, for "weight_svd".
+        seed: of the randomised SVD (rank 4 R, 4 power iterations) of a G with more than 2000 rows or columns, and of
+            the random split.
+
+    Raises:
+        ValueError: a rank of more than half of min(N, K), a gradient that is not finite, unknown names.
+
+    Source: Wang et al., arXiv 2407.05000, theorem 3.1, equation 7, and the authors' code for the names.
+    """
+    _check_choices(direction, scale)
+    n, k = gradient.shape
+    if 2 * r > min(n, k):
+        raise ValueError(f"lora_ga: expected a rank of at most min(N, K) / 2 = {min(n, k) // 2}, got {r}")
+    if not torch.isfinite(gradient).all():
+        raise ValueError("lora_ga: expected a finite gradient, got NaN or Inf")
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    with torch.random.fork_rng(devices=[g.device] if g.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        u, v = _singular_vectors(g, r)
+        order = torch.randperm(2 * r, device=g.device)
+    first, second = torch.arange(r, device=g.device), torch.arange(r, 2 * r, device=g.device)
+    for_a, for_b = {
+        "ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (2 * first + 1, 2 * first),
+        "random": (order[:r], order[r:]),
+    }[direction]  # fmt: skip
+    if scale == "stable":
+        factor = n**0.25 / gamma**0.5
+    elif scale == "gd":
+        factor = 1.0 / scaling
+    elif scale == "weight_svd":
+        if weight is None:
+            raise ValueError("lora_ga: expected the weight for scale='weight_svd', got none")
+        factor = (torch.linalg.svdvals(weight.to(g.dtype))[:r].mean() / scaling).sqrt().item()
+    else:
+        factor = 1.0
+    return factor * v[:, for_a].T.contiguous(), factor * u[:, for_b].contiguous()
+
+
+@torch.no_grad()
+def lora_ga_(
+    model: nn.Module, gradients: Mapping[str, Tensor], *, direction: str = "ArB2r", scale: str = "stable",
+    gamma: float = 16.0, seed: int = 0,
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Start an adapted model's LoRA layers from gradients: A, B as :func:`lora_ga_factors`, and W ← W - s B A.
+
+    Training starts at the pretrained function. It is plain LoRA from there on.
+
+    Args:
+        model: adapted with :class:`~lowrank_kernels.LoRAConfig`.
+        gradients: of :func:`estimate_gradients`, one for each LoRA layer.
+        (the others as for :func:`lora_ga_factors`)
+
+    Returns:
+        (A₀, B₀) by path, as the layers hold them: what ``lk.save_lora_ga_adapter`` needs for an adapter of rank 2 R
+        that fits the untouched base.
+
+    Raises:
+        ValueError: no LoRA layers, one without a gradient of its shape, one with a frozen factor, merged, or whose
+            weight another module uses; and as :func:`lora_ga_factors`. No weight has changed then.
+    """
+    _check_choices(direction, scale)
+    layers: dict[str, LoRALinear] = {
+        name: m for name, m in model.named_modules() if hasattr(m, "weight_shared_with") and hasattr(m, "lora_A")
+    }
+    if not layers:
+        raise ValueError(f"lora_ga: expected a model with LoRALinear layers, found none in {type(model).__name__}")
+    starts: dict[str, tuple[Tensor, Tensor]] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        gradient = gradients.get(name)
+        if gradient is None or gradient.shape != layer.weight.shape:
+            got = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
+            raise ValueError(
+                f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.weight.shape)} for {name}, got {got}"
+            )
+        if layer.merged or layer.weight_shared_with or not (a.requires_grad and b.requires_grad):
+            raise ValueError(
+                f"lora_ga: expected layers of their own weight that are not merged and train both factors, got {name}"
+            )
+        try:
+            start_a, start_b = lora_ga_factors(
+                gradient.to(layer.weight.device), layer.r, direction=direction, scale=scale, gamma=gamma,
+                scaling=layer.scaling, weight=layer.weight, seed=seed + index,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{error}; layer {name}") from None
+        starts[name] = (start_a.to(a.dtype), start_b.to(b.dtype))
+    for name, layer in layers.items():
+        start_a, start_b = starts[name]
+        layer.lora_A.weight.copy_(start_a)
+        layer.lora_B.weight.copy_(start_b)
+        merge_lora_(layer.weight, start_a, start_b, scaling=-layer.scaling)
+    return starts
+
+
+def _check_choices(direction: str, scale: str) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"lora_ga: expected direction to be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if scale not in SCALES:
+        raise ValueError(f"lora_ga: expected scale to be one of {', '.join(SCALES)}, got {scale!r}")
+
+
+def _singular_vectors(g: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """U and V, their first 2 R columns at least."""
+    if max(g.shape) > EXACT_UP_TO:
+        u, _, v = torch.svd_lowrank(g, q=min(4 * r, *g.shape), niter=4)
+        return u, v
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    return u, vh.mT
