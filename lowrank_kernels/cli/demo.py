@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .train import METHODS, TARGETS, adapter_config, add_training_arguments, load_task
+from .methods import TARGETS, adapter_config
+from .train import add_training_arguments, load_task
 
 
 def add_parser(subparsers: Any) -> None:
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     texts_before = loop.write_docstrings(model, tokenizer, shown, device)
 
     adapted = {}
-    for method in METHODS:
+    for method in ("lora", "dora"):
         torch.manual_seed(args.seed)
         adapted[method] = copy.deepcopy(model)
         report = lk.adapt(adapted[method], adapter_config(method, args))

@@ -10,19 +10,10 @@ from typing import Any
 
 import torch
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from . import methods
+from .methods import METHODS
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def adapter_config(method: str, args: argparse.Namespace) -> Any:
-    """What `lk.adapt` is given for a method."""
-    import lowrank_kernels as lk
-
-    config = {"lora": lk.LoRAConfig, "dora": lk.DoRAConfig}[method]
-    return config(r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora)
-
-
-METHODS = ("lora", "dora")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -64,34 +55,63 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help=__doc__, description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="lora")
     add_training_arguments(parser, steps=100)
-    parser.add_argument("--output", type=Path, help="folder for the trained adapter, in PEFT's format")
+    parser.set_defaults(learning_rate=None)  # the method's own
+    methods.add_method_arguments(parser)
+    parser.add_argument("--output", type=Path, help="folder for the trained adapter in PEFT's format, or the model")
     parser.add_argument("--json", type=Path, help="write losses, times and settings to this file")
+    parser.add_argument("--checkpoint", type=Path, help="file to save the run to, and to go on from where it exists")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument("--stop-after", type=int, help="stop after so many steps; the same command goes on later")
 
 
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    import lowrank_kernels as lk
-
     from . import training as loop
 
+    method = METHODS[args.method]
+    if args.learning_rate is None:
+        args.learning_rate = method.learning_rate
+    checkpoint = loop.read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
-    report = lk.adapt(model, adapter_config(args.method, args))
+    report, starts = methods.adapt(
+        args.method, model, args,
+        lambda: loop.batches(tokenizer, examples, 2, args.seed + 1, args.device), checkpoint is not None,
+    )  # fmt: skip
     print(f"{len(report.replaced)} modules adapted, {len(report.skipped)} skipped", file=sys.stderr)
-    before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
-    training = loop.Run(args.method, model, args.learning_rate, args.steps)
+    training = loop.Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
+    chain = methods.start_chain(args.method, model, training.optimizer, args)
     stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, args.device)
-    with tqdm(total=args.steps, desc=args.method, unit="step") as bar:
-        for _ in range(args.steps):
+    if checkpoint is None:
+        before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
+    else:
+        before, starts = checkpoint["held_out_before"], checkpoint["starts"]
+        training.load(checkpoint["run"])
+        for _ in training.losses:
+            next(stream)
+        print(f"going on at step {len(training.losses)} of {args.steps}", file=sys.stderr)
+    last = min(args.steps, args.stop_after or args.steps)
+    with tqdm(total=args.steps, initial=len(training.losses), desc=args.method, unit="step") as bar:
+        while len(training.losses) < last:
             batch = next(stream)
             loss = training.step(batch)
             rate = batch["attention_mask"].sum().item() / training.seconds[-1]
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s")
             bar.update()
+            step = len(training.losses)
+            if args.checkpoint and (step % args.save_every == 0 or step == last):
+                loop.write_checkpoint(
+                    args,
+                    {"held_out_before": before, "starts": starts, "run": training.state(base=method.changes_base)},
+                )
+    if last < args.steps:
+        print(f"stopped after step {last} of {args.steps}")
+        return 0
     after = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     result = {
         "method": args.method, "model": args.model, "rank": args.rank, "steps": args.steps, "seed": args.seed,
+        "learning_rate": args.learning_rate, "links": chain.link if chain else 0,
         "trainable_parameters": training.trainable, "held_out_before": before, "held_out_after": after,
         "seconds_per_step": training.median_seconds(), "losses": training.losses, "environment": loop.environment(),
     }  # fmt: skip
@@ -100,8 +120,9 @@ def run(args: argparse.Namespace) -> int:
         f"{training.median_seconds():.2f} s a step (median)"
     )
     if args.output:
-        lk.save_adapter(model, args.output)
-        print(f"adapter written to {args.output}")
+        if chain:
+            chain.merge()
+        print(methods.save(args.method, model, tokenizer, report, starts, args.output))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))

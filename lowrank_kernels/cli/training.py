@@ -71,6 +71,10 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def adamw(model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, weight_decay=0.0)
+
+
 @dataclass
 class Run:
     """One model under training, and what was seen of it."""
@@ -79,12 +83,13 @@ class Run:
     model: Any
     learning_rate: float
     steps: int
+    make_optimizer: Callable[[Any, float], torch.optim.Optimizer] = adamw
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=0.0)
+        self.optimizer = self.make_optimizer(self.model, self.learning_rate)
         warmup = max(1, self.steps // 20)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: cosine_schedule(step, self.steps, warmup)
@@ -117,6 +122,69 @@ class Run:
 
     def median_seconds(self) -> float:
         return sorted(self.seconds)[len(self.seconds) // 2]
+
+    def state(self, base: bool) -> dict[str, Any]:
+        """Everything that the next step depends on; with ``base`` the adapted layers' own weights too."""
+        kept = {
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad or ".lora_" in name or (base and ".base_layer." in name)
+        }
+        random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+        return {
+            "parameters": kept, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "losses": self.losses, "seconds": self.seconds, "random": random,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`, bit for bit."""
+        for name, value in state["parameters"].items():
+            self.model.get_parameter(name).copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+        torch.set_rng_state(state["random"][0])
+        if state["random"][1:]:
+            torch.cuda.set_rng_state_all(state["random"][1:])
+
+
+_ANYWHERE = ("checkpoint", "stop_after", "save_every", "output", "json", "debug", "held_out", "command")
+"""Options that may differ between the parts of one run."""
+
+
+def _settings(args: Any) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(args).items() if name not in _ANYWHERE}
+
+
+def write_checkpoint(args: Any, state: dict[str, Any]) -> None:
+    """Write the run's state aside and rename it, so that the file is never half there."""
+    args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    aside = args.checkpoint.with_name(f".{args.checkpoint.name}.{os.getpid()}")
+    try:
+        torch.save({"settings": _settings(args), **state}, aside)
+        os.replace(aside, args.checkpoint)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_checkpoint(args: Any) -> dict[str, Any] | None:
+    """The state in ``--checkpoint``; None where there is none yet.
+
+    Raises:
+        ValueError: the file is of a run with other settings, which it names, or is no checkpoint.
+    """
+    if args.checkpoint is None or not args.checkpoint.exists():
+        return None
+    try:
+        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        given = state["settings"]
+    except Exception as error:
+        raise ValueError(f"--checkpoint: expected {args.checkpoint} to be one of `lrk train`: {error}") from None
+    other = [f"{k}={given.get(k)}" for k, v in _settings(args).items() if given.get(k) != v]
+    if other:
+        raise ValueError(f"--checkpoint: {args.checkpoint} is of a run with {', '.join(other)}; give another file")
+    return dict(state)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,127 @@
+"""Loss over the first steps on SmolLM2-135M: LoRA, LoRA-GA, LoRA+, LoRA-Pro, LoRA-RITE at tuned learning rates.
+
+    python benchmarks/methods/smollm2_first_steps.py
+
+Every method gets the same grid of three rates, a factor 4 apart, around its default; the best by the mean loss of the
+last five steps on seed 0 is run on two more seeds. All methods see the same batches; the base is bfloat16, the factors
+float32. The CSV grows run by run, and a
+run that is in it is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+
+import torch
+from plots import RESULTS, lines_with_spread
+
+import lowrank_kernels as lk
+from lowrank_kernels.cli import docstrings
+from lowrank_kernels.cli import training as loop
+from lowrank_kernels.cli.methods import METHODS, adapter_config
+from lowrank_kernels.init import estimate_gradients, lora_ga_
+from lowrank_kernels.integrations.transformers import answer_loss, load_language_model
+
+COMPARED = ("lora", "lora-ga", "lora-plus", "lora-pro", "lora-rite")
+GRID = (0.25, 1.0, 4.0)
+CSV = RESULTS / "smollm2_first_steps.csv"
+Key = tuple[str, float, int]
+
+
+def read() -> dict[Key, list[float]]:
+    found: dict[Key, list[float]] = {}
+    if CSV.exists():
+        for row in csv.DictReader(CSV.open()):
+            found.setdefault((row["method"], float(row["lr"]), int(row["seed"])), []).append(float(row["loss"]))
+    return found
+
+
+def write(runs: dict[Key, list[float]]) -> None:
+    with CSV.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["method", "lr", "seed", "step", "loss"])
+        for (method, lr, seed), losses in runs.items():
+            out.writerows([method, lr, seed, step + 1, f"{loss:.5f}"] for step, loss in enumerate(losses))
+
+
+def last_steps(losses: list[float]) -> float:
+    """Mean of the last five; infinite for a run that broke off."""
+    return statistics.fmean(losses[-5:])
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model, self.tokenizer = load_language_model("smollm2", torch.bfloat16)
+        self.pristine = {name: t.clone() for name, t in self.model.state_dict().items()}
+        examples, _ = docstrings.split(docstrings.collect())
+        # Short functions, so that a step takes a second on two cores.
+        self.examples = [e for e in examples if len(e.prompt) + len(e.target) < args.characters]
+        self.gradients: dict[int, dict[str, torch.Tensor]] = {}
+
+    def batches(self, size: int, seed: int):  # type: ignore[no-untyped-def]
+        return loop.batches(self.tokenizer, self.examples, size, seed, "cpu")
+
+    def run(self, method: str, lr: float, seed: int) -> list[float]:
+        args, row = self.args, METHODS[method]
+        config = adapter_config(method, args)
+        if row.from_gradients and seed not in self.gradients:
+            linears = lk.plan_adaptation(self.model, config).targets
+            some = (b for _, b in zip(range(args.gradient_batches), self.batches(2, seed + 100), strict=False))
+            self.gradients[seed] = estimate_gradients(self.model, some, lambda m, b: answer_loss(m, **b), linears)
+        torch.manual_seed(seed)
+        report = lk.adapt(self.model, config)
+        if row.from_gradients:
+            lora_ga_(self.model, self.gradients[seed], seed=seed)
+        training = loop.Run(method, self.model, lr, args.steps, row.optimizer)
+        stream = self.batches(args.batch_size, seed)
+        losses: list[float] = []
+        try:
+            for _ in range(args.steps):
+                losses.append(training.step(next(stream)))
+        except ValueError:  # the loss is not a number any more
+            losses += [float("inf")] * (args.steps - len(losses))
+        report.undo()
+        self.model.load_state_dict(self.pristine)
+        return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--characters", type=int, default=250)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gradient-batches", type=int, default=16)
+    args = parser.parse_args()
+    args.dropout, args.rslora = 0.0, False
+    bench, runs = None, read()
+
+    def losses_of(key: Key) -> list[float]:
+        nonlocal bench
+        if key not in runs:
+            bench = bench or Bench(args)
+            runs[key] = bench.run(*key)
+            write(runs)
+            print(*key, f"{last_steps(runs[key]):.4f}", flush=True)
+        return runs[key]
+
+    curves = {}
+    for method in COMPARED:
+        rates = [factor * METHODS[method].learning_rate for factor in GRID]
+        best = min(rates, key=lambda lr, m=method: last_steps(losses_of((m, lr, 0))))  # type: ignore[misc]
+        curves[f"{method}, lr {best:g}"] = [losses_of((method, best, seed)) for seed in range(args.seeds)]
+    for name, seeds in curves.items():
+        finals = [last_steps(losses) for losses in seeds]
+        print(f"{name:26} {statistics.fmean(finals):.3f} ± {statistics.stdev(finals):.3f}")
+    lines_with_spread(
+        curves, RESULTS / "smollm2_first_steps.png", "optimizer step", "training loss (nats a token)",
+        f"SmolLM2-135M, R = {args.rank}, {args.batch_size} functions a step, {args.seeds} seeds",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
