@@ -4,7 +4,14 @@ from . import chain, federated, init, integrations, nn, optim
 from .adapt import adapt, plan_adaptation
 from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
-from .functional import dora_column_scale, dora_linear, dora_weight_norm, lora_linear
+from .functional import (
+    block_sparse_linear,
+    block_sparse_weight_grad,
+    dora_column_scale,
+    dora_linear,
+    dora_weight_norm,
+    lora_linear,
+)
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .report import Report
 
@@ -17,6 +24,8 @@ __all__ = [
     "Report",
     "__version__",
     "adapt",
+    "block_sparse_linear",
+    "block_sparse_weight_grad",
     "chain",
     "dora_column_scale",
     "dora_linear",

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .ops.backend import BACKENDS
+from .ops.block_sparse import (
+    check_block_adamw,
+    check_block_index,
+    check_block_size,
+    check_block_sparse_linear,
+    check_block_sparse_weight_grad,
+    read_blocks,
+    write_blocks_,
+)
 from .ops.dora import check_dora_linear, check_dora_weight_norm
 from .ops.lora import check_lora_linear
 
@@ -209,3 +220,169 @@ def dora_linear(
         scaling, dropout_p, seed, dropout_base, detach_norm, save, backend,
     )  # fmt: skip
     return y
+
+
+class BlockColumns(NamedTuple):
+    """The columns of x that the gradients of some blocks need."""
+
+    blocks: Tensor
+    """(n,) int32, ascending: the distinct column blocks."""
+    width: int
+    """How many columns of x these are."""
+
+
+def block_columns(block_index: Tensor, block_size: int | tuple[int, int], in_features: int) -> BlockColumns | None:
+    """The distinct column blocks of ``block_index``; None where they are more than half of the K columns.
+
+    Reads the index: on a GPU that waits for the device.
+    """
+    _, bn = check_block_size("block_columns", block_size)
+    index = block_index[:, 1].unique().to(torch.int32)
+    width = sum(min(bn, in_features - j * bn) for j in index.tolist())
+    return BlockColumns(index, width) if 2 * width <= in_features else None
+
+
+def block_sparse_weight_grad(
+    x: Tensor, grad_y: Tensor, block_index: Tensor, block_size: int | tuple[int, int], *, backend: str = "auto"
+) -> Tensor:
+    """Gradients of chosen blocks of W for y = x Wᵀ: dW_b = dY[:, rows of b]ᵀ x[:, columns of b].
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); any strides, may be empty.
+        grad_y: dY (..., N), x's dtype and leading shape.
+        block_index: (n_blocks, 2) int32, the (row block, column block) of each block of W, each once, in any order;
+            blocks that share rows or columns share their loads best in ascending order.
+        block_size: bm = bn, or (bm, bn): rows and columns of a block, multiples of 16. W need not be a multiple of it:
+            what sticks out is zero.
+        backend: "auto", "reference", "cpu" (C++) or "triton". A named one runs or raises.
+
+    Returns:
+        (n_blocks, bm, bn) in x's dtype.
+
+    Accumulates in float32 and rounds once; sums over tokens that are cut into parts are added in a fixed order, so the
+    result is the same bits at every run. One launch, and one for that sum. On a GPU the values of the index are not
+    checked.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a block out of range or there twice, a block size that is no
+            multiple of 16, a backend that is unknown or cannot run here.
+        TypeError: dtypes that do not fit.
+
+    Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
+    """
+    _check_backend(backend, "block_sparse_weight_grad")
+    bm, bn = check_block_sparse_weight_grad(x, grad_y, block_index, block_size)
+    return torch.ops.lowrank_kernels.block_sparse_weight_grad(x, grad_y, block_index, bm, bn, x.dtype, backend)
+
+
+def block_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor,
+    block_index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    columns: BlockColumns | tuple[Tensor, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear of which chosen blocks train: y = x Wᵀ + bias; dX = dY W, dW_b = dY[:, rows of b]ᵀ x[:, columns of b].
+
+    The blocks are already inside W: ``blocks`` is not read, and receives the gradient. Keeping W up to date with it is
+    the caller's (:class:`~lowrank_kernels.nn.BlockSparseLinear` does).
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference").
+        weight: W (N, K), x's dtype, frozen.
+        blocks: (n_blocks, bm, bn), any float dtype, which its gradient has: float32 blocks over a bfloat16 weight get
+            a float32 gradient.
+        block_index: (n_blocks, 2) int32, as for :func:`block_sparse_weight_grad`.
+        bias: (N,) or None.
+        columns: :func:`block_columns` of the index. With it the index counts as checked, and is not read.
+        backend: "auto", "reference", "cpu" or "triton". The products with W are the library's in all but "reference".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    Saved for backward where the blocks train: the columns of x that they need, each once, in a storage of their own,
+    M · width · itemsize bytes; x itself where these are more than half of its columns, or where no ``columns`` are
+    given and the index cannot be read (on a GPU without waiting, or under torch.compile).
+
+    Raises:
+        ValueError, TypeError: as :func:`block_sparse_weight_grad`, and for a weight that requires grad.
+
+    Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
+    """
+    check_block_sparse_linear(x, weight, blocks, block_index, bias, values=columns is None)
+    _check_backend(backend, "block_sparse_linear")
+    save = torch.is_grad_enabled() and blocks.requires_grad
+    readable = type(block_index) is Tensor and block_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if save and columns is None and readable:
+        columns = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1])
+    chosen, width = columns or (None, 0)
+    y, _ = torch.ops.lowrank_kernels.block_sparse_linear(
+        x, weight, blocks, block_index, bias, chosen, width, save, backend
+    )
+    return y
+
+
+def block_adamw_(
+    blocks: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor,
+    block_index: Tensor,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of AdamW on packed blocks, and the blocks into W, in one kernel. In place.
+
+    m ← β₁ m + (1 - β₁) g, v ← β₂ v + (1 - β₂) g², p ← (1 - lr λ) p - lr m̂ / (√v̂ + ε), W[block] ← p, with
+    m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ).
+
+    Args:
+        blocks: p (n_blocks, bm, bn), contiguous: float32 (also over a bfloat16 W: the master copy), bfloat16 or
+            float16.
+        grad: g, the shape of ``blocks``, any float dtype.
+        exp_avg, exp_avg_sq: m and v, the shape of ``blocks``, float32, contiguous.
+        weight: W (N, K); its blocks are overwritten, all else is untouched.
+        block_index: (n_blocks, 2) int32.
+        step: t, from 1.
+        seed: int64 scalar tensor: bfloat16 blocks are rounded stochastically, by Philox words of (seed, block,
+            element), the same in every backend; use another seed at each step. None: to nearest.
+
+    Computed in float32; p is rounded once, and W gets what ``blocks`` holds.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or layouts that do not fit; stochastic rounding of other than bfloat16.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay", arXiv 1711.05101.
+    """
+    _check_backend(backend, "block_adamw_")
+    check_block_adamw(blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed)
+    torch.ops.lowrank_kernels.block_adamw_(
+        blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, *betas, eps, weight_decay, step, seed, backend
+    )
+
+
+__all__ = [
+    "BlockColumns",
+    "block_adamw_",
+    "block_columns",
+    "block_sparse_linear",
+    "block_sparse_weight_grad",
+    "check_block_index",
+    "check_block_size",
+    "dora_column_scale",
+    "dora_linear",
+    "dora_weight_norm",
+    "lora_linear",
+    "read_blocks",
+    "write_blocks_",
+]

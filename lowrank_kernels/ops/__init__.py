@@ -1,5 +1,5 @@
 """Ops registered with torch: the only place of the package that registers anything."""
 
-from . import dora, lora, merge
+from . import block_sparse, dora, lora, merge
 
-__all__ = ["dora", "lora", "merge"]
+__all__ = ["block_sparse", "dora", "lora", "merge"]

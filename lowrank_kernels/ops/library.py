@@ -35,12 +35,26 @@ def define(
     _library.impl(name, _autograd_kernel(name, setup_context, backward), "Autograd")
 
 
-def define_in_place(schema: str, implementation: Callable[..., None], fake: Callable[..., None]) -> None:
-    """Define ``lowrank_kernels::<schema>``, an op that writes an argument, returns nothing and has no gradient."""
+def define_in_place(schema: str, implementation: Callable[..., None]) -> None:
+    """Define an op that changes arguments and returns nothing, for every device; it records no gradients.
+
+    The version counters of the changed arguments are raised, as by any in-place operation of torch.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    written = [
+        i for i, a in enumerate(getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]  # fmt: skip
+
+    def kernel(*args: Any) -> None:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            implementation(*args)
+        changed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+        torch.autograd.graph.increment_version(changed)  # kernels write without torch's knowing
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
 
 
 def _autograd_kernel(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,8 +54,6 @@ def _merge(
         torch.ops.lowrank_kernels.merge_rows_(adjacent, lora_a, lora_b, scaling, before, after, seed)
         if adjacent is not weight:
             weight.copy_(adjacent)
-    if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # a kernel writes without torch's knowing
 
 
 def _merge_reference(
@@ -72,8 +70,4 @@ def _merge_reference(
         )  # fmt: skip
 
 
-def _fake(weight, lora_a, lora_b, scaling, before, after, seed, backend) -> None:  # type: ignore[no-untyped-def]
-    return None
-
-
-define_in_place(_SCHEMA, _merge, _fake)
+define_in_place(_SCHEMA, _merge)

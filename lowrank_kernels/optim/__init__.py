@@ -1,11 +1,13 @@
-"""Optimizer steps that know the factors."""
+"""Optimizer steps that know the layers they train."""
 
+from .block_adamw import BlockAdamW
 from .factors import FactorOptimizer, factor_groups
 from .lora_plus import lora_plus, lora_plus_groups
 from .lora_pro import LoRAPro
 from .lora_rite import LoRARITE
 
 __all__ = [
+    "BlockAdamW",
     "FactorOptimizer",
     "LoRAPro",
     "LoRARITE",

@@ -1,11 +1,23 @@
 """Pure-PyTorch oracles: the formulas themselves, forward and explicit backward, in any float dtype."""
 
+from .block_sparse import (
+    block_adamw_ref_,
+    block_sparse_linear_backward_ref,
+    block_sparse_linear_ref,
+    block_sparse_weight_grad_ref,
+    read_blocks_ref,
+    write_blocks_ref_,
+)
 from .dora import dora_column_scale_ref, dora_linear_backward_ref, dora_linear_ref, dora_weight_norm_ref
 from .dropout import dropout_keep_mask_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 
 __all__ = [
+    "block_adamw_ref_",
+    "block_sparse_linear_backward_ref",
+    "block_sparse_linear_ref",
+    "block_sparse_weight_grad_ref",
     "dora_column_scale_ref",
     "dora_linear_backward_ref",
     "dora_linear_ref",
@@ -15,4 +27,6 @@ __all__ = [
     "lora_linear_ref",
     "merge_lora_ref",
     "round_stochastically_ref",
+    "read_blocks_ref",
+    "write_blocks_ref_",
 ]

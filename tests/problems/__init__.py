@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("lora", "dora")
+FAMILIES = ("lora", "dora", "block_sparse")
 
 
 @dataclass(frozen=True)

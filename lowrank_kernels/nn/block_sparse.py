@@ -1,0 +1,221 @@
+"""``BlockSparseLinear``: an nn.Linear of which chosen blocks of the weight train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..functional import (
+    block_columns,
+    block_sparse_linear,
+    check_block_index,
+    check_block_size,
+    read_blocks,
+    write_blocks_,
+)
+from .frozen import why_not_frozen
+
+
+class _WrittenState:
+    """Which values of (blocks, W) agree: those at which they were last seen to. A copy of it knows of none."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._state: Any = None
+
+    def holds(self, *tensors: Tensor) -> bool:
+        return self._state is not None and self._state == tuple(map(self._of, tensors))
+
+    def keep(self, *tensors: Tensor) -> None:
+        self._state = tuple(map(self._of, tensors))
+
+    @staticmethod
+    def _of(t: Tensor) -> tuple[Any, ...]:
+        return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype
+
+    def __deepcopy__(self, memo: Any) -> _WrittenState:
+        return _WrittenState()
+
+    def __reduce__(self) -> Any:
+        return _WrittenState, ()
+
+
+class BlockSparseLinear(nn.Module):
+    """y = x Wᵀ + bias, where the blocks of W at ``block_index`` train and the rest is frozen.
+
+    The blocks are inside W: forward is the plain product. Backward is dX = dY W and, for the chosen blocks alone,
+    dW_b = dY[:, rows of b]ᵀ x[:, columns of b]; of x, only the columns that they need are kept for it.
+
+    Parameters and buffers: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the ones of the wrapped layer
+    itself, not copied; ``blocks`` (n_blocks, bm, bn), what trains; ``block_index`` (n_blocks, 2) int32;
+    ``original_blocks``, what W held there before, in W's dtype.
+
+    Any optimizer may train ``blocks``. The next forward then writes them into W, once per change of the parameter
+    (its version counter), rounded to W's dtype. :class:`~lowrank_kernels.optim.BlockAdamW` writes both in one kernel.
+    Under torch.compile the write is part of the graph, at every forward.
+
+    Args:
+        base_layer: a plain nn.Linear of float32, bfloat16, float16 or float64.
+        block_index: the (row block, column block) of each block of W: (n_blocks, 2) integers, each once.
+        block_size: bm = bn, or (bm, bn), multiples of 16. W need not be a multiple of it.
+        dtype: of ``blocks``; default float32 (float64 over float64): a master copy where W is narrower.
+
+    Raises:
+        TypeError: a base layer that cannot be wrapped, with the reason; a dtype that is not a float.
+        ValueError: blocks out of range or there twice, none at all, a block size that is no multiple of 16.
+
+    Source: He et al., arXiv 2405.15525.
+    """
+
+    block_index: Tensor
+    original_blocks: Tensor
+    _columns: Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        block_index: Tensor,
+        block_size: int | tuple[int, int],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = "BlockSparseLinear"
+        reason = why_not_frozen(base_layer)
+        if reason is not None:
+            raise TypeError(f"{op}: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"{op}: expected dtype to be a floating dtype, got {dtype!r}")
+        weight = base_layer.weight
+        self.block_size = check_block_size(op, block_size)
+        index = torch.as_tensor(block_index).to("cpu", torch.int32)
+        check_block_index(op, index, self.block_size, (base_layer.out_features, base_layer.in_features))
+        if not len(index):
+            raise ValueError(f"{op}: expected at least one block, got none; leave this layer as it is")
+        # Ascending: neighbours share rows, and kernels their loads.
+        index = torch.tensor(sorted(index.tolist()), dtype=torch.int32)
+        columns = block_columns(index, self.block_size, base_layer.in_features)
+        self._column_width = 0 if columns is None else columns.width
+        self._written = _WrittenState()
+        self._merged = False
+        self._weight_shared_with: tuple[str, ...] = ()
+
+        self.base_layer = base_layer.requires_grad_(False)
+        self.register_buffer("block_index", index.to(weight.device))
+        self.register_buffer(
+            "_columns", None if columns is None else columns.blocks.to(weight.device), persistent=False
+        )
+        original = read_blocks(weight.detach(), self.block_index, self.block_size)
+        self.register_buffer("original_blocks", original)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.blocks = nn.Parameter(original.to(dtype or wide, copy=True))
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, block_index: Tensor, block_size: int | tuple[int, int], **settings: Any
+    ) -> BlockSparseLinear:
+        """Wrap ``linear``, sharing its weight and bias. Settings are those of the class."""
+        return cls(linear, block_index, block_size, **settings)
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W, with the blocks as they are now in it."""
+        self.write_back_()
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether forward is the plain linear, and the blocks do not train."""
+        return self._merged
+
+    @property
+    def weight_shared_with(self) -> tuple[str, ...]:
+        """Names of other parameters that are this weight: there must be none, since it changes."""
+        return self._weight_shared_with
+
+    @weight_shared_with.setter
+    def weight_shared_with(self, names: tuple[str, ...]) -> None:
+        if names:
+            raise ValueError(
+                f"BlockSparseLinear: this weight is also that of {', '.join(names)}, which would change with it; "
+                f"exclude this module, or give it a weight of its own"
+            )
+        self._weight_shared_with = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged:
+            return self.base_layer(x)
+        self.write_back_()
+        base = self.base_layer
+        columns = None if self._columns is None else (self._columns, self._column_width)
+        return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias, columns=columns)
+
+    def write_back_(self) -> BlockSparseLinear:
+        """W[block] ← blocks, rounded to W's dtype, unless W holds them already."""
+        weight, blocks = self.base_layer.weight, self.blocks
+        if torch.compiler.is_compiling():
+            write_blocks_(weight, blocks.detach(), self.block_index)
+        elif not self._written.holds(blocks, weight):
+            write_blocks_(weight, blocks.detach(), self.block_index)
+            self._written.keep(blocks, weight)
+        return self
+
+    def written_back(self) -> None:
+        """Say that W holds the blocks as they are now: for whoever has just written both."""
+        self._written.keep(self.blocks, self.base_layer.weight)
+
+    def merge_(self) -> BlockSparseLinear:
+        """Write the blocks into W; forward is then the plain linear, without gradients for them."""
+        self.write_back_()
+        self._merged = True
+        return self
+
+    @torch.no_grad()
+    def unmerge_(self) -> BlockSparseLinear:
+        """Put W back to what it was, bit for bit. The blocks keep their values: the next forward writes them again."""
+        write_blocks_(self.base_layer.weight, self.original_blocks, self.block_index)
+        self._written.clear()
+        self._merged = False
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As of any module, with the blocks in W."""
+        self.write_back_()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "block_index")
+        if given is not None and (
+            given.shape != self.block_index.shape or not torch.equal(given.to(self.block_index), self.block_index)
+        ):
+            raise ValueError(
+                f"BlockSparseLinear: expected a state of the same blocks at {prefix}block_index, got other positions; "
+                f"make the layer with those"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._written.clear()
+
+    def extra_repr(self) -> str:
+        bm, bn = self.block_size
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocks={len(self.block_index)} of {bm}×{bn}, merged={self.merged}"
+        )

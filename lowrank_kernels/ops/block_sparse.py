@@ -1,0 +1,344 @@
+"""``lowrank_kernels::block_sparse_linear``, ``block_sparse_weight_grad`` and ``block_adamw_``: schema to autocast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.block_sparse import (
+    block_adamw_ref_,
+    block_sparse_linear_ref,
+    block_sparse_weight_grad_ref,
+    read_blocks_ref,
+    write_blocks_ref_,
+)
+from .backend import resolve_backend
+from .library import define, define_in_place, no_double_backward, register_autocast, run_backward
+from .lora import unit_columns
+
+_GRAD = (
+    "block_sparse_weight_grad(Tensor x, Tensor grad_y, Tensor block_index, int bm, int bn, ScalarType dtype, "
+    "str backend) -> Tensor"
+)
+_FORWARD = (
+    "block_sparse_linear(Tensor x, Tensor weight, Tensor blocks, Tensor block_index, Tensor? bias, Tensor? columns, "
+    "SymInt width, bool save, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "block_sparse_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor block_index, Tensor? columns, "
+    "int bm, int bn, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_ADAMW = (
+    "block_adamw_(Tensor(a!) blocks, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight, "
+    "Tensor block_index, float lr, float beta1, float beta2, float eps, float weight_decay, int step, Tensor? seed, "
+    "str backend) -> ()"
+)
+Needs = tuple[bool, bool, bool]
+"""Which of the gradients of (x, blocks, bias) to compute."""
+
+
+def check_block_size(op: str, block_size: Any) -> tuple[int, int]:
+    """(bm, bn) from what a user gives: one number or two, each a positive multiple of 16."""
+    pair = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if (
+        not isinstance(pair, (tuple, list)) or len(pair) != 2
+        or any(isinstance(b, bool) or not isinstance(b, int) or b < 16 or b % 16 for b in pair)
+    ):  # fmt: skip
+        raise ValueError(
+            f"{op}: expected block_size to be a positive multiple of 16, or a pair of them, got {block_size!r}"
+        )
+    return pair[0], pair[1]
+
+
+def check_block_index(op: str, block_index: Any, block_size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Raise for an index of another form, and, where its values are at hand, for blocks out of range or twice there.
+
+    The values of an index on a GPU are not read: that would wait for the device.
+    """
+    if not isinstance(block_index, Tensor):
+        raise TypeError(f"{op}: expected block_index to be a tensor, got {type(block_index).__name__}")
+    if block_index.dtype != torch.int32:
+        raise TypeError(f"{op}: expected block_index of dtype torch.int32, got {block_index.dtype}")
+    if block_index.dim() != 2 or block_index.shape[1] != 2:
+        raise ValueError(f"{op}: expected block_index of shape (n_blocks, 2), got {tuple(block_index.shape)}")
+    if torch.compiler.is_compiling() or type(block_index) is not Tensor or block_index.device.type != "cpu":
+        return
+    (n, k), (bm, bn) = shape, block_size
+    rows, columns = -(-n // bm), -(-k // bn)
+    seen = set()
+    for i, j in block_index.tolist():
+        if not (0 <= i < rows and 0 <= j < columns):
+            raise ValueError(
+                f"{op}: expected blocks within the {rows} × {columns} blocks of {bm}×{bn} of a weight of shape "
+                f"({n}, {k}), got block ({i}, {j})"
+            )
+        if (i, j) in seen:
+            raise ValueError(f"{op}: expected every block once, got block ({i}, {j}) more than once")
+        seen.add((i, j))
+
+
+def _check_rows(op: str, x: Any, shape: tuple[int, ...], names: str, what: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {what} to be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: expected {what} of a floating dtype, got {x.dtype}")
+    if x.dim() == 0 or (shape and x.shape[-1] != shape[0]):
+        wanted = f"(..., {names}) = (..., {shape[0]})" if shape else f"(..., {names})"
+        raise ValueError(f"{op}: expected {what} of shape {wanted}, got {tuple(x.shape)}")
+
+
+def check_block_sparse_weight_grad(x: Tensor, grad_y: Tensor, block_index: Tensor, block_size: Any) -> tuple[int, int]:
+    """(bm, bn); raise ValueError or TypeError for operands that do not fit together."""
+    op = "block_sparse_weight_grad"
+    _check_rows(op, x, (), "K", "x")
+    _check_rows(op, grad_y, (), "N", "grad_y")
+    if x.shape[:-1] != grad_y.shape[:-1]:
+        raise ValueError(
+            f"{op}: expected x and grad_y of the same leading shape, got {tuple(x.shape)} and {tuple(grad_y.shape)}"
+        )
+    if x.dtype != grad_y.dtype:
+        raise TypeError(f"{op}: expected x and grad_y of one dtype, got {x.dtype} and {grad_y.dtype}")
+    size = check_block_size(op, block_size)
+    check_block_index(op, block_index, size, (grad_y.shape[-1], x.shape[-1]))
+    for name, tensor in (("grad_y", grad_y), ("block_index", block_index)):
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
+    return size
+
+
+def check_block_sparse_linear(
+    x: Tensor, weight: Tensor, blocks: Tensor, block_index: Tensor, bias: Tensor | None, *, values: bool
+) -> None:
+    """Raise ValueError or TypeError for operands that do not fit together; ``values``: of the index too."""
+    op = "block_sparse_linear"
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        given = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{op}: expected weight of shape (N, K), got {given}")
+    n, k = weight.shape
+    _check_rows(op, x, (k,), "K", "x")
+    if not isinstance(blocks, Tensor) or blocks.dim() != 3 or not blocks.is_floating_point():
+        got = f"{tuple(blocks.shape)} {blocks.dtype}" if isinstance(blocks, Tensor) else type(blocks).__name__
+        raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn) and a floating dtype, got {got}")
+    check_block_size(op, tuple(blocks.shape[1:]))
+    if values:
+        check_block_index(op, block_index, (blocks.shape[1], blocks.shape[2]), (n, k))
+    if block_index.shape[0] != blocks.shape[0]:
+        raise ValueError(
+            f"{op}: expected block_index of shape (n_blocks, 2) = ({blocks.shape[0]}, 2), "
+            f"got {tuple(block_index.shape)}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("blocks", blocks), ("block_index", block_index), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
+            f"cast x, or run under torch.autocast"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: expected a frozen weight, got one that requires grad; "
+            f"call weight.requires_grad_(False): its blocks train"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+
+
+def _block_grad(
+    x: Tensor, grad_y: Tensor, block_index: Tensor, size: tuple[int, int], dtype: torch.dtype, op: str, backend: str
+) -> Tensor:
+    """dW_b from x (M, K) and dY (M, N)."""
+    name = resolve_backend(op, backend, x)
+    if name == "reference" or dtype == torch.float64:
+        return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)
+    x, grad_y, block_index = unit_columns(x), unit_columns(grad_y), block_index.contiguous()
+    if name == "cpu":
+        out = x.new_empty(len(block_index), *size, dtype=dtype)
+        torch.ops.lowrank_kernels.block_grad_(out, x, grad_y, block_index)
+        return out
+    from ..kernels.block_sparse import block_grad
+
+    return block_grad(x, grad_y, block_index, size, dtype)
+
+
+def _weight_grad(
+    x: Tensor, grad_y: Tensor, block_index: Tensor, bm: int, bn: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    rows = (x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]))
+    return _block_grad(*rows, block_index, (bm, bn), dtype, "block_sparse_weight_grad", backend)
+
+
+def _take_columns(x: Tensor, columns: Tensor, bn: int, width: int) -> Tensor:
+    """The column blocks ``columns`` of x (M, K), side by side in a storage of their own: (M, width)."""
+    rows, k = x.shape
+    if k % bn == 0:
+        return x.reshape(rows, k // bn, bn).index_select(1, columns).reshape(rows, width)
+    # The last block is narrower; columns are ascending, so it is the last one here too.
+    elements = (columns.long()[:, None] * bn + torch.arange(bn, device=x.device)).reshape(-1)[:width]
+    return x.index_select(1, elements)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, blocks: Tensor, block_index: Tensor, bias: Tensor | None, columns: Tensor | None,
+    width: int, save: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    name = resolve_backend("block_sparse_linear", backend, x)
+    # The blocks are inside the weight: the product is the library's, whatever else runs here.
+    y = block_sparse_linear_ref(x, weight, bias) if name == "reference" else torch.nn.functional.linear(x, weight, bias)
+    if not save or columns is None:
+        return y, x.new_empty(0)
+    return y, _take_columns(x.reshape(-1, x.shape[-1]), columns, blocks.shape[2], width)
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, block_index: Tensor, columns: Tensor | None, bm: int, bn: int,
+    dtype: torch.dtype, needs: Needs, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_blocks, need_bias = needs
+    rows = grad_y.reshape(-1, grad_y.shape[-1])
+    grad_x = grad_blocks = grad_bias = grad_y.new_empty(0)
+    if need_x:
+        grad_x = grad_y @ weight
+    if need_blocks:
+        assert x is not None
+        if columns is not None:
+            # x holds the chosen column blocks alone: a block's column is its place among them.
+            place = torch.searchsorted(columns, block_index[:, 1].contiguous(), out_int32=True)
+            block_index = torch.stack((block_index[:, 0], place), 1)
+        grad_blocks = _block_grad(
+            x.reshape(-1, x.shape[-1]), rows, block_index, (bm, bn), dtype, "block_sparse_linear", backend
+        )
+    if need_bias:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_blocks, grad_bias
+
+
+def _adamw(
+    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: Tensor | None,
+    backend: str,
+) -> None:  # fmt: skip
+    name = resolve_backend("block_adamw_", backend, blocks)
+    grad, block_index = grad.contiguous(), block_index.contiguous()
+    if name == "cpu" and weight.stride(1) != 1:
+        name = "reference"
+    if name == "reference":
+        block_adamw_ref_(
+            blocks, grad, exp_avg, exp_avg_sq, weight, block_index,
+            lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step, seed=seed,
+        )  # fmt: skip
+    elif name == "cpu":
+        torch.ops.lowrank_kernels.block_adamw_step_(
+            blocks, grad, exp_avg, exp_avg_sq, weight, block_index,
+            lr / (1.0 - beta1**step), beta1, beta2, eps, 1.0 - lr * weight_decay, math.sqrt(1.0 - beta2**step), seed,
+        )  # fmt: skip
+    else:
+        from ..kernels.block_sparse import block_adamw_
+
+        block_adamw_(
+            blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, beta1, beta2, eps, weight_decay, step, seed
+        )
+
+
+def check_block_adamw(
+    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor,
+    seed: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError for operands that do not fit together."""
+    op = "block_adamw_"
+    if blocks.dim() != 3:
+        raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn), got {tuple(blocks.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+    state = torch.promote_types(blocks.dtype, torch.float32)
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if tensor.shape != blocks.shape:
+            raise ValueError(f"{op}: expected {name} of shape {tuple(blocks.shape)}, got {tuple(tensor.shape)}")
+        if name != "grad" and tensor.dtype != state:
+            raise TypeError(f"{op}: expected {name} of dtype {state}, got {tensor.dtype}")
+    for name, tensor in (("blocks", blocks), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: expected {name} to be contiguous, got strides {tensor.stride()}")
+    if block_index.shape != (len(blocks), 2):
+        raise ValueError(
+            f"{op}: expected block_index of shape (n_blocks, 2) = ({len(blocks)}, 2), got {tuple(block_index.shape)}"
+        )
+    if seed is not None and blocks.dtype != torch.bfloat16:
+        raise TypeError(f"{op}: expected bfloat16 blocks for stochastic rounding, got {blocks.dtype}")
+
+
+def read_blocks(weight: Tensor, block_index: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """As ``reference.read_blocks_ref``."""
+    return read_blocks_ref(weight, block_index, block_size)
+
+
+def write_blocks_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Tensor:
+    """As ``reference.write_blocks_ref_``."""
+    return write_blocks_ref_(weight, blocks, block_index)
+
+
+# ------------------------------------------------------------------------------------------- registration with torch
+
+
+def _weight_grad_fake(x, grad_y, block_index, bm, bn, dtype, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(block_index.shape[0], bm, bn, dtype=dtype)
+
+
+def _forward_fake(x, weight, blocks, block_index, bias, columns, width, save, backend):  # type: ignore[no-untyped-def]
+    rows = x.numel() // x.shape[-1]
+    saved = x.new_empty(rows, width) if save and columns is not None else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), saved
+
+
+def _backward_fake(grad_y, x, weight, block_index, columns, bm, bn, dtype, needs, backend):  # type: ignore[no-untyped-def]
+    n, k = weight.shape
+    shapes = (
+        grad_y.new_empty(*grad_y.shape[:-1], k), grad_y.new_empty(block_index.shape[0], bm, bn, dtype=dtype),
+        grad_y.new_empty(n),
+    )  # fmt: skip
+    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, blocks, block_index, bias, columns, _, save, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    kept = None if not save else x if columns is None else output[1]
+    ctx.save_for_backward(kept, weight, block_index, columns)
+    ctx.size, ctx.dtype, ctx.backend = tuple(blocks.shape[1:]), blocks.dtype, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
+    x, weight, block_index, columns = ctx.saved_tensors
+    need_x, _w, need_blocks, _i, need_bias = ctx.needs_input_grad[:5]
+    needs = (need_x, need_blocks, need_bias)
+    grads = run_backward(
+        torch.ops.lowrank_kernels.block_sparse_linear_backward.default, grad_y, x, weight, block_index, columns,
+        *ctx.size, ctx.dtype, needs, ctx.backend,
+    )  # fmt: skip
+    grad_x, grad_blocks, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, None, grad_blocks, None, grad_bias, None, None, None, None
+
+
+def _autocast(dtype: torch.dtype, x, weight, blocks, block_index, bias, *rest):  # type: ignore[no-untyped-def]
+    # Blocks keep their dtype: they are not read, and their gradient has it.
+    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+    return x, weight, blocks, block_index, bias, *rest
+
+
+define(_GRAD, _weight_grad, _weight_grad_fake, **no_double_backward("block_sparse_weight_grad"))
+define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
+define_in_place(_ADAMW, _adamw)
+register_autocast("block_sparse_linear", _autocast)
