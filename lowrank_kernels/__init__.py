@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import chain, federated, init, integrations, nn, optim
+from . import chain, federated, init, integrations, nn, optim, smt
 from .adapt import adapt, plan_adaptation
 from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
@@ -14,6 +14,7 @@ from .functional import (
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .report import Report
+from .smt import SMTConfig
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "DoRAConfig",
     "LoRAConfig",
     "Report",
+    "SMTConfig",
     "__version__",
     "adapt",
     "block_sparse_linear",
@@ -42,5 +44,6 @@ __all__ = [
     "plan_adaptation",
     "save_adapter",
     "save_lora_ga_adapter",
+    "smt",
     "unmerge_dora_",
 ]

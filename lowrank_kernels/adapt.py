@@ -28,6 +28,11 @@ def config_of(model: nn.Module) -> AdapterConfig | None:
     return getattr(model, _CONFIG_ATTRIBUTE, None)
 
 
+def forget_adaptation(model: nn.Module) -> None:
+    """Let a model whose layers were turned back by hand be adapted again."""
+    model.__dict__.pop(_CONFIG_ATTRIBUTE, None)
+
+
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
 
@@ -58,7 +63,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
         raise
     trainable, total = count_parameters(model)
     replaced = tuple(
-        Replaced(name, type(layer).__name__, (n, k), config.rank_of(name))
+        Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
         for name, layer in layers.items()
         for n, k in [plan.targets[name].weight.shape]
     )
@@ -176,7 +181,7 @@ def _replace(
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(id(p) in trains)
-    undo.append(lambda: model.__dict__.pop(_CONFIG_ATTRIBUTE, None))
+    undo.append(lambda: forget_adaptation(model))
     setattr(model, _CONFIG_ATTRIBUTE, config)
     return layers
 

@@ -67,6 +67,10 @@ class AdapterConfig:
         """R of the module at path ``name``."""
         raise NotImplementedError
 
+    def size_of(self, name: str) -> str:
+        """How large the correction of the module at path ``name`` is, in the words of a report."""
+        return f"rank {self.rank_of(name)}"
+
     def unused(self, names: Sequence[str]) -> list[str]:
         """Settings that none of the replaced modules uses, in words."""
         return []

@@ -19,9 +19,11 @@ class Replaced:
     """(N, K): out_features, in_features."""
     rank: int | dict[str, int]
     """R; by adapter's name where a layer holds several."""
+    size: str = ""
+    """What the report says of the correction's size; its rank, where nothing else is said."""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.shape[0]}×{self.shape[1]}, rank {self.rank}"
+        return f"{self.kind} {self.shape[0]}×{self.shape[1]}, {self.size or f'rank {self.rank}'}"
 
 
 @dataclass(frozen=True)

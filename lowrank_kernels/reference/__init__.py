@@ -26,7 +26,7 @@ __all__ = [
     "lora_linear_backward_ref",
     "lora_linear_ref",
     "merge_lora_ref",
-    "round_stochastically_ref",
     "read_blocks_ref",
+    "round_stochastically_ref",
     "write_blocks_ref_",
 ]

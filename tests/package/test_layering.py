@@ -31,6 +31,10 @@ ALLOWED = {
     "config": ({"nn", "init"}, {"torch"}),
     "adapt": ({"config", "nn", "report"}, {"torch"}),
     "checkpoint": ({"adapt", "config", "nn", "report"}, {"torch", "safetensors"}),
+    "smt": (
+        {"adapt", "checkpoint", "config", "functional", "nn", "report"},
+        {"torch", "safetensors", "tqdm", "matplotlib"},
+    ),
     "integrations": (None, None),
     "inspect": ({"kernels", "ops", "reference", "functional"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),
