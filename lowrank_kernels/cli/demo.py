@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from .methods import TARGETS, adapter_config
+from .methods import METHODS, TARGETS, adapter_config
+from .smt import select_blocks
 from .train import add_training_arguments, load_task
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
-    add_training_arguments(parser, steps=20)
+    add_training_arguments(parser, steps=20, warmup_steps=4)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
 
 
@@ -62,6 +63,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
         {"linewidth": 3.5, "alpha": 0.55},
         {"linewidth": 1.2, "color": "black", "linestyle": "--"},
         {"linewidth": 1.5, "color": "tab:orange", "linestyle": ":"},
+        {"linewidth": 1.5, "color": "tab:green"},
     )
     for run, style in zip(runs, styles, strict=False):
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.name}: training loss", **style)
@@ -106,10 +108,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"{method}: {len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
     ours = adapted["lora"]
     twin = _peft_twin(model, ours, args)
+    # As many blocks as come nearest to LoRA's trainable parameters from below.
+    blocks = sum(p.numel() for p in ours.parameters() if p.requires_grad) // args.block_size**2
+    picture = args.output / "blocks.png"
+    others = loop.batches(tokenizer, examples, args.batch_size, args.seed + 1, device)
+    selection = select_blocks(model, others, args, TARGETS, blocks=blocks)
+    selection.plot(picture)
+    adapted["smt"] = copy.deepcopy(model)
+    lk.adapt(adapted["smt"], lk.SMTConfig(selection=selection))
+    rate = {name: args.learning_rate or row.learning_rate for name, row in METHODS.items()}
     runs = [
-        loop.Run("lowrank_kernels LoRA", ours, args.learning_rate, args.steps),
-        loop.Run("PEFT LoRA", twin, args.learning_rate, args.steps),
-        loop.Run("lowrank_kernels DoRA", adapted["dora"], args.learning_rate, args.steps),
+        loop.Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
+        loop.Run("PEFT LoRA", twin, rate["lora"], args.steps),
+        loop.Run("lowrank_kernels DoRA", adapted["dora"], rate["dora"], args.steps),
+        loop.Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, METHODS["smt"].optimizer),
     ]
     stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, device)
     with tqdm(total=args.steps, unit="step") as bar:
@@ -168,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
         "environment": loop.environment(),
     }  # fmt: skip
     (args.output / "demo.json").write_text(json.dumps(result, indent=1))
-    print(f"\nloss curve: {args.output / 'loss.png'}; everything as JSON: {args.output / 'demo.json'}")
+    print(f"\nloss curve: {args.output / 'loss.png'}; SMT's blocks: {picture}; JSON: {args.output / 'demo.json'}")
     return 0
 
 

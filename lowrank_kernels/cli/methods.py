@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import lowrank_kernels as lk
 from ..chain import cola, rac_lora
 from ..init import estimate_gradients, lora_ga_
 from ..integrations.transformers import answer_loss
-from ..optim import LoRAPro, LoRARITE, factor_groups, lora_plus
+from ..optim import BlockAdamW, LoRAPro, LoRARITE, factor_groups, lora_plus
+from .smt import select_blocks
 from .training import adamw
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,6 +33,7 @@ class Method:
         learning_rate: the default.
         chain: merges and restarts, riding on the optimizer; None for none.
         from_gradients: starts from gradients (LoRA-GA).
+        blocks: trains blocks of W, and no factors (SMT).
     """
 
     config: type[lk.LoRAConfig] = lk.LoRAConfig
@@ -39,6 +42,7 @@ class Method:
     learning_rate: float = 2e-3
     chain: Callable[..., lk.chain.Chain] | None = None
     from_gradients: bool = False
+    blocks: bool = False
 
     @property
     def changes_base(self) -> bool:
@@ -54,6 +58,7 @@ METHODS = {
     "lora-plus": Method(optimizer=lora_plus, learning_rate=5e-4),
     "lora-pro": Method(optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr), learning_rate=1.0),
     "lora-rite": Method(optimizer=lambda model, lr: LoRARITE(factor_groups(model), lr=lr), learning_rate=5e-4),
+    "smt": Method(optimizer=lambda model, lr: BlockAdamW(model, lr=lr), learning_rate=3e-4, blocks=True),
 }
 
 
@@ -78,21 +83,26 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def adapt(
-    method: str, model: Any, args: argparse.Namespace, batches: Callable[[], Any], resumed: bool
+    method: str, model: Any, args: argparse.Namespace, batches: Callable[[int], Any], start: Any
 ) -> tuple[lk.Report, Any]:
-    """Adapt the model; (report, LoRA-GA's starting factors or None).
+    """Adapt the model; (report, what a resumed run starts from: LoRA-GA's factors, SMT's selection, or None).
 
     Args:
-        batches: makes an iterator of batches of 2 examples.
-        resumed: weights and factors are about to be loaded, so no gradient is estimated.
+        batches: makes an iterator of batches of so many examples.
+        start: of the run that is resumed, whose weights are about to be loaded; None for a new run.
     """
-    config, gradients = adapter_config(method, args), None
-    if METHODS[method].from_gradients and not resumed:
-        linears = lk.plan_adaptation(model, config).targets
-        some = (batch for _, batch in zip(range(args.gradient_batches), batches(), strict=False))
-        gradients = estimate_gradients(model, some, lambda m, batch: answer_loss(m, **batch), linears)
-    report = lk.adapt(model, config)
-    return report, None if gradients is None else lora_ga_(model, gradients, seed=args.seed)
+    row = METHODS[method]
+    if row.blocks:
+        if start is None:
+            start = vars(select_blocks(model, batches(args.batch_size), args, TARGETS))
+        return lk.adapt(model, lk.SMTConfig(selection=lk.smt.BlockSelection(**start))), start
+    config = adapter_config(method, args)
+    if not row.from_gradients or start is not None:
+        return lk.adapt(model, config), start
+    linears = lk.plan_adaptation(model, config).targets
+    some = islice(batches(2), args.gradient_batches)
+    gradients = estimate_gradients(model, some, lambda m, batch: answer_loss(m, **batch), linears)
+    return lk.adapt(model, config), lora_ga_(model, gradients, seed=args.seed)
 
 
 def start_chain(
@@ -108,15 +118,18 @@ def start_chain(
     )  # fmt: skip
 
 
-def save(method: str, model: Any, tokenizer: Any, report: lk.Report, starts: Any, folder: Path) -> str:
-    """Write what was trained: an adapter in PEFT's format, or after a chain, which has none, the whole model."""
+def save(method: str, model: Any, tokenizer: Any, report: lk.Report, start: Any, folder: Path) -> str:
+    """Write what was trained: an adapter in PEFT's format, SMT's blocks, or after a chain, which has none, all."""
     if METHODS[method].chain:
         report.undo()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return f"model written to {folder}"
-    if starts is not None:
-        lk.save_lora_ga_adapter(model, starts, folder, task_type="CAUSAL_LM")
+    if METHODS[method].blocks:
+        lk.smt.save_delta(model, folder)
+        return f"sparse delta written to {folder}"
+    if start is not None:
+        lk.save_lora_ga_adapter(model, start, folder, task_type="CAUSAL_LM")
     else:
         lk.save_adapter(model, folder)
     return f"adapter written to {folder}"

@@ -12,11 +12,12 @@ import torch
 
 from . import methods
 from .methods import METHODS
+from .smt import add_smt_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+def add_training_arguments(parser: argparse.ArgumentParser, steps: int, warmup_steps: int) -> None:
     """The options that `train` and `demo` share."""
     parser.add_argument("--model", default="smollm2", help="'smollm2', or a folder that transformers wrote")
     parser.add_argument("--rank", type=int, default=8, help="rank R of the correction (default 8; alpha is 2 R)")
@@ -24,7 +25,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(R) instead of alpha / R")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps (default {steps})")
     parser.add_argument("--batch-size", type=int, default=16, help="examples a step (default 16)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: the method's own)")
+    add_smt_arguments(parser, warmup_steps)
     parser.add_argument("--held-out", type=int, default=128, help="held-out functions to evaluate on (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation and order (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +56,11 @@ def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help=__doc__, description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="lora")
-    add_training_arguments(parser, steps=100)
-    parser.set_defaults(learning_rate=None)  # the method's own
+    add_training_arguments(parser, steps=100, warmup_steps=20)
     methods.add_method_arguments(parser)
-    parser.add_argument("--output", type=Path, help="folder for the trained adapter in PEFT's format, or the model")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the trained adapter in PEFT's format, SMT's sparse delta, or the model"
+    )
     parser.add_argument("--json", type=Path, help="write losses, times and settings to this file")
     parser.add_argument("--checkpoint", type=Path, help="file to save the run to, and to go on from where it exists")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
@@ -75,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = loop.read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
-    report, starts = methods.adapt(
-        args.method, model, args,
-        lambda: loop.batches(tokenizer, examples, 2, args.seed + 1, args.device), checkpoint is not None,
+    report, start = methods.adapt(
+        args.method, model, args, lambda size: loop.batches(tokenizer, examples, size, args.seed + 1, args.device),
+        checkpoint and checkpoint["start"],
     )  # fmt: skip
     print(f"{len(report.replaced)} modules adapted, {len(report.skipped)} skipped", file=sys.stderr)
     training = loop.Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is None:
         before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     else:
-        before, starts = checkpoint["held_out_before"], checkpoint["starts"]
+        before = checkpoint["held_out_before"]
         training.load(checkpoint["run"])
         for _ in training.losses:
             next(stream)
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             if args.checkpoint and (step % args.save_every == 0 or step == last):
                 loop.write_checkpoint(
                     args,
-                    {"held_out_before": before, "starts": starts, "run": training.state(base=method.changes_base)},
+                    {"held_out_before": before, "start": start, "run": training.state(base=method.changes_base)},
                 )
     if last < args.steps:
         print(f"stopped after step {last} of {args.steps}")
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         if chain:
             chain.merge()
-        print(methods.save(args.method, model, tokenizer, report, starts, args.output))
+        print(methods.save(args.method, model, tokenizer, report, start, args.output))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))

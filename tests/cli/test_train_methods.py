@@ -49,7 +49,24 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load_task", load)
 
 
-COMMON = ["--rank", "4", "--batch-size", "4", "--steps-per-link", "4", "--link-warmup", "2", "--gradient-batches", "4"]
+COMMON = [
+    "--rank",
+    "4",
+    "--batch-size",
+    "4",
+    "--steps-per-link",
+    "4",
+    "--link-warmup",
+    "2",
+    "--gradient-batches",
+    "4",
+    "--block-size",
+    "16",
+    "--budget",
+    "0.1",
+    "--warmup-steps",
+    "2",
+]
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
 
 
@@ -77,6 +94,8 @@ def test_it_learns_stops_and_goes_on_bit_for_bit(
     assert saved[0] == saved[1]
     if METHODS[method].chain:
         assert "model.safetensors" in saved[0] and "adapter_config.json" not in saved[0]
+    elif METHODS[method].blocks:
+        lk.smt.load_delta(tiny_model(torch.float32), tmp_path / "out")
     else:
         lk.load_adapter(tiny_model(torch.float32), tmp_path / "out")
 

@@ -315,7 +315,7 @@ def test_another_base_is_refused_unless_forced(llama, tokens, tmp_path):
         load_delta(other, tmp_path)
     with pytest.raises(ValueError, match="load_delta: expected the base that was tuned"):
         load_delta(llama(dtype=torch.bfloat16), tmp_path)
-    with pytest.raises(ValueError, match="load_delta: expected a linear at .*: a delta for another model"):
+    with pytest.raises(ValueError, match=r"load_delta: expected a linear at .*: a delta for another model"):
         load_delta(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
     report = load_delta(other, tmp_path, force=True)
