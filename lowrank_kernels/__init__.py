@@ -5,23 +5,30 @@ from .adapt import adapt, plan_adaptation
 from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
 from .functional import (
+    BatchPlan,
     block_sparse_linear,
     block_sparse_weight_grad,
     dora_column_scale,
     dora_linear,
     dora_weight_norm,
     lora_linear,
+    multi_lora_linear,
+    plan_batch,
+    stack_column_scale,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .report import Report
 from .smt import SMTConfig
+from .stack import LoRAStack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfig",
+    "BatchPlan",
     "DoRAConfig",
     "LoRAConfig",
+    "LoRAStack",
     "Report",
     "SMTConfig",
     "__version__",
@@ -39,11 +46,14 @@ __all__ = [
     "lora_linear",
     "merge_dora_",
     "merge_lora_",
+    "multi_lora_linear",
     "nn",
     "optim",
     "plan_adaptation",
+    "plan_batch",
     "save_adapter",
     "save_lora_ga_adapter",
     "smt",
+    "stack_column_scale",
     "unmerge_dora_",
 ]

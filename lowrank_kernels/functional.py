@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ops.backend import BACKENDS
+from .ops.batch_plan import BatchPlan, plan_batch
 from .ops.block_sparse import (
     check_block_adamw,
     check_block_index,
@@ -19,6 +21,8 @@ from .ops.block_sparse import (
 )
 from .ops.dora import check_dora_linear, check_dora_weight_norm
 from .ops.lora import check_lora_linear
+from .ops.multi_lora import check_multi_lora_linear
+from .stack import LoRAStack
 
 
 def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.device, op: str) -> Tensor | None:
@@ -386,3 +390,105 @@ __all__ = [
     "read_blocks",
     "write_blocks_",
 ]
+
+
+def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(n, g), each (D, N): :func:`dora_column_scale` of each DoRA adapter of a stack, in the order of its magnitudes.
+
+    Rows that no adapter has are 0. Never records gradients.
+    """
+    assert stack.magnitude is not None
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, stack.lora_a.dtype), torch.float32)
+    norm = torch.zeros(stack.magnitude.shape, dtype=dtype, device=weight.device)
+    scale, sq_norm = torch.zeros_like(norm), None
+    with torch.no_grad():
+        for adapter, place in enumerate(stack.places):
+            if place.rank and place.magnitude >= 0:
+                lora_a, lora_b, scaling, magnitude = stack.factors(adapter)
+                assert magnitude is not None
+                norm[place.magnitude], scale[place.magnitude], sq_norm = dora_column_scale(
+                    weight, lora_a, lora_b, magnitude, scaling=scaling, weight_sq_norm=sq_norm, backend=backend
+                )
+    return norm, scale
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    stack: LoRAStack,
+    adapter_ids: Tensor | BatchPlan,
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    norm_and_scale: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Frozen linear plus each row's own adapter: y_m = g_i ∘ (W x_m + s_i B_i P_m) + bias with P_m = A_i drop(x_m).
+
+    Row m has adapter i; g_i = m_i / ‖W + s_i B_i A_i‖₂ (row norms) for a DoRA adapter of the stack, 1 for a LoRA one.
+    With J adapters a row: y_m = W x_m + Σ_j w_mj s_i(j) B_i(j) P_mj + bias.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); M rows in all.
+        weight: W (N, K), x's dtype, frozen.
+        stack: a :class:`LoRAStack` of G adapters for this linear; its ``lora_a``, ``lora_b`` and ``magnitude`` get
+            gradients where they require them. Factors are rounded to x's dtype inside (C++ keeps what they have).
+        adapter_ids: integers of x's leading shape, from -1, for the base product alone, to G - 1; or (M, J); or the
+            plan that :func:`plan_batch` made of such, to share between linears.
+        bias: (N,) or None.
+        weights: (M, J), each adapter's share in its row; they get no gradient.
+        norm_and_scale: (n, g), each (D, N), from :func:`stack_column_scale` for this weight and stack; computed here
+            otherwise, which reads the weight once for each DoRA adapter.
+        dropout_p: as for :func:`lora_linear`, one for all adapters or one each. The norm is a constant in backward.
+        dropout_seed: as for :func:`lora_linear`; the mask is over all M rows.
+        backend: "auto", "reference", "cpu" (C++) or "triton".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    The rows of an adapter are multiplied at its own rank, whatever the others' are; rows with id -1 cost nothing beyond
+    the base product, which is the library's (on a CPU the extension's, for few tokens), and to which the correction is
+    added in float32. Deterministic. A row's correction does not depend on the other rows, nor on its place among them.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, ids out of range (on a GPU: a device-side assertion), a weight
+            that requires grad, several adapters a row where the stack holds DoRA adapters, a backend that cannot run.
+        TypeError: dtypes that do not fit, ids that are not integers, a stack that is not one.
+
+    Sources: Chen et al., "Punica", arXiv 2310.18547 (the batch of adapters); Hu et al., arXiv 2106.09685; Liu et al.,
+    arXiv 2402.09353.
+    """
+    op = "multi_lora_linear"
+    _check_backend(backend, op)
+    if not isinstance(stack, LoRAStack):
+        raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected x to be a tensor, got {type(x).__name__}")
+    plan = adapter_ids
+    if not isinstance(plan, BatchPlan):
+        same = isinstance(plan, Tensor) and plan.shape == x.shape[:-1]
+        plan = plan_batch(plan.reshape(-1) if same else plan, len(stack))
+    check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, plan.adapter_ids, bias, weights, stack.has_dora)
+    if plan.bounds.shape[1] != len(stack) + 2:
+        raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {plan.bounds.shape[1] - 2}")
+    ps = [float(dropout_p)] * len(stack) if isinstance(dropout_p, (int, float)) else [float(p) for p in dropout_p]
+    if len(ps) != len(stack) or not all(0.0 <= p < 1.0 for p in ps):
+        raise ValueError(
+            f"{op}: expected 0 <= dropout_p < 1, for all adapters or for each of {len(stack)}, got {dropout_p}"
+        )
+    seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
+    norm = scale = None
+    if stack.has_dora:
+        norm, scale = (
+            stack_column_scale(weight.detach(), stack, backend=backend) if norm_and_scale is None else norm_and_scale
+        )
+    magnitude, grad = stack.magnitude, torch.is_grad_enabled()
+    y, _, _ = torch.ops.lowrank_kernels.multi_lora_linear(
+        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank,
+        *plan, None if weights is None else weights.to(torch.float32), norm, scale,
+        None if seed is None else torch.tensor(ps, dtype=torch.float64, device=x.device), seed,
+        grad and stack.lora_b.requires_grad, grad and magnitude is not None and magnitude.requires_grad, backend,
+    )  # fmt: skip
+    return y

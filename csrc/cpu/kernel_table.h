@@ -96,6 +96,16 @@ struct KernelTable {
 
   void (*keep_mask)(uint8_t* dst, int64_t dst_stride, int64_t rows, int64_t cols,
                     const Dropout& dropout, int64_t row);
+
+  // Products with a factor that is read once where it lies, for few rows of the other side.
+  // out[i][r] = the sum over k of x[i][k] * factor[r][k]; x: one pointer a row.
+  void (*dot_rows)(float* out, int64_t out_stride, const float* const* x, int64_t rows,
+                   const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
+                   int64_t cols);
+  // out[i][j] = the sum over r of p[i][r] * factor[r][j].
+  void (*mix_rows)(float* out, int64_t out_stride, const float* p, int64_t p_stride, int64_t rows,
+                   const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
+                   int64_t cols);
 };
 
 // The best table that this processor runs, or the one named by LRK_CPU_ISA (generic, avx2, avx512,

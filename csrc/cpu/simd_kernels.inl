@@ -657,10 +657,174 @@ LRK_FN void scale_grad(void* dst, Dtype dtype, int64_t dst_stride, const void* s
   }
 }
 
+// ---- products with a factor read once -----------------------------------------------------------
+
+LRK_INLINE float lane_sum(VecF v) {
+  float lane[kWidth];
+  store_raw(lane, v);
+  for (int n = kWidth / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  }
+  return lane[0];
+}
+
+// Rows x Ranks running sums, a lane apart; the order of a sum is the same whatever Rows and Ranks.
+template <int Rows, int Ranks, typename T>
+LRK_INLINE void dot_tile(float* out, int64_t out_stride, const float* const* x, const T* factor,
+                         int64_t factor_stride, int64_t cols) {
+  VecF acc[Rows][Ranks] = {};
+  int64_t k = 0;
+  for (; k + kWidth <= cols; k += kWidth) {
+    VecF left[Rows];
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) left[i] = load(x[i] + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < Ranks; ++r) {
+      const VecF right = load(factor + r * factor_stride + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) acc[i][r] += left[i] * right;
+    }
+  }
+  if (k < cols) {
+    for (int r = 0; r < Ranks; ++r) {
+      const VecF right = load_part(factor + r * factor_stride + k, cols - k);
+      for (int i = 0; i < Rows; ++i) acc[i][r] += load_part(x[i] + k, cols - k) * right;
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int r = 0; r < Ranks; ++r) out[i * out_stride + r] = lane_sum(acc[i][r]);
+  }
+}
+
+template <int Rows, typename T>
+LRK_FN void dot_some_rows(float* out, int64_t out_stride, const float* const* x, const T* factor,
+                          int64_t factor_stride, int64_t rank, int64_t cols) {
+  // As many sums as registers hold, and enough of them to hide an addition's latency.
+  constexpr int kRanks = LRK_W == 16 ? (Rows == 4 ? 4 : 8) : (Rows == 1 ? 4 : 2);
+  int64_t r = 0;
+  for (; r + kRanks <= rank; r += kRanks) {
+    dot_tile<Rows, kRanks>(out + r, out_stride, x, factor + r * factor_stride, factor_stride, cols);
+  }
+  for (; r < rank; ++r) {
+    dot_tile<Rows, 1>(out + r, out_stride, x, factor + r * factor_stride, factor_stride, cols);
+  }
+}
+
+template <typename T>
+LRK_FN void dot_rows_typed(float* out, int64_t out_stride, const float* const* x, int64_t rows,
+                           const T* factor, int64_t factor_stride, int64_t rank, int64_t cols) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    dot_some_rows<4>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
+  }
+  for (; i + 2 <= rows; i += 2) {
+    dot_some_rows<2>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
+  }
+  if (i < rows) {
+    dot_some_rows<1>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
+  }
+}
+
+LRK_FN void dot_rows(float* out, int64_t out_stride, const float* const* x, int64_t rows,
+                     const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
+                     int64_t cols) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return dot_rows_typed(out, out_stride, x, rows, static_cast<const float*>(factor),
+                            factor_stride, rank, cols);
+    case Dtype::kBFloat16:
+      return dot_rows_typed(out, out_stride, x, rows, static_cast<const BFloat16*>(factor),
+                            factor_stride, rank, cols);
+    case Dtype::kFloat16:
+      return dot_rows_typed(out, out_stride, x, rows, static_cast<const Float16*>(factor),
+                            factor_stride, rank, cols);
+  }
+}
+
+// Rows x (Vecs registers) of the result; a factor's rows are far apart, so the next columns of each
+// are asked for while these are read.
+template <int Rows, int Vecs, typename T>
+LRK_INLINE void mix_strip(float* out, int64_t out_stride, const float* p, int64_t p_stride,
+                          const T* factor, int64_t factor_stride, int64_t rank) {
+  VecF acc[Rows][Vecs] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    const T* line = factor + r * factor_stride;
+    VecF right[Vecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vecs; ++v) right[v] = load(line + v * kWidth);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      const float left = p[i * p_stride + r];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vecs; ++v) acc[i][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vecs; ++v) store(out + i * out_stride + v * kWidth, acc[i][v]);
+  }
+}
+
+template <int Rows, typename T>
+LRK_FN void mix_some_rows(float* out, int64_t out_stride, const float* p, int64_t p_stride,
+                          const T* factor, int64_t factor_stride, int64_t rank, int64_t cols) {
+  constexpr int kVecs = LRK_W == 16 ? (Rows == 4 ? 4 : 8) : 2;
+  int64_t j = 0;
+  for (; j + kVecs * kWidth <= cols; j += kVecs * kWidth) {
+    mix_strip<Rows, kVecs>(out + j, out_stride, p, p_stride, factor + j, factor_stride, rank);
+  }
+  for (; j + kWidth <= cols; j += kWidth) {
+    mix_strip<Rows, 1>(out + j, out_stride, p, p_stride, factor + j, factor_stride, rank);
+  }
+  if (j == cols) return;
+  VecF acc[Rows] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    const VecF right = load_part(factor + r * factor_stride + j, cols - j);
+    for (int i = 0; i < Rows; ++i) acc[i] += p[i * p_stride + r] * right;
+  }
+  for (int i = 0; i < Rows; ++i) store_part(out + i * out_stride + j, acc[i], cols - j);
+}
+
+template <typename T>
+LRK_FN void mix_rows_typed(float* out, int64_t out_stride, const float* p, int64_t p_stride,
+                           int64_t rows, const T* factor, int64_t factor_stride, int64_t rank,
+                           int64_t cols) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    mix_some_rows<4>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
+                     factor_stride, rank, cols);
+  }
+  for (; i + 2 <= rows; i += 2) {
+    mix_some_rows<2>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
+                     factor_stride, rank, cols);
+  }
+  if (i < rows) {
+    mix_some_rows<1>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
+                     factor_stride, rank, cols);
+  }
+}
+
+LRK_FN void mix_rows(float* out, int64_t out_stride, const float* p, int64_t p_stride, int64_t rows,
+                     const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
+                     int64_t cols) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return mix_rows_typed(out, out_stride, p, p_stride, rows, static_cast<const float*>(factor),
+                            factor_stride, rank, cols);
+    case Dtype::kBFloat16:
+      return mix_rows_typed(out, out_stride, p, p_stride, rows,
+                            static_cast<const BFloat16*>(factor), factor_stride, rank, cols);
+    case Dtype::kFloat16:
+      return mix_rows_typed(out, out_stride, p, p_stride, rows, static_cast<const Float16*>(factor),
+                            factor_stride, rank, cols);
+  }
+}
+
 constexpr KernelTable float_table() {
   return {LRK_ISA_NAME,  stage_float, stage_bfloat16, multiply_float, nullptr,
           nullptr,       transpose,   nullptr,        store_rows,     add_rows,
-          scale_columns, scale_grad,  keep_mask};
+          scale_columns, scale_grad,  keep_mask,      dot_rows,       mix_rows};
 }
 
 }  // namespace LRK_ISA

@@ -113,7 +113,8 @@ class _KernelWatch:
     def access(self, kind: str, addresses: Any, mask: Any, nbytes: int) -> None:
         if kind == "atomic":
             raise AccessFault(f"{self.kernel}: an atomic, and results must not depend on the order of programs")
-        taken = np.asarray(addresses)[np.broadcast_to(mask, np.shape(addresses))].ravel()
+        # The interpreter's masks are integers where a scalar took part.
+        taken = np.asarray(addresses)[np.broadcast_to(np.asarray(mask, dtype=bool), np.shape(addresses))].ravel()
         if not taken.size:
             return
         low, high = int(taken.min()), int(taken.max())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.target import Target
 
-_MODULES = ("lora", "dora", "merge", "block_sparse")
+_MODULES = ("lora", "dora", "merge", "block_sparse", "multi_lora")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 """What every kernel variant is compiled for."""

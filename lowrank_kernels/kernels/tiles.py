@@ -79,21 +79,27 @@ def tile_position(tile, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def dropout_keep(seed, row0, col0, threshold_bits, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Keep mask of a (ROWS, COLS) tile: Philox-4x32-10 on (seed, row, column); see ``reference/dropout.py``.
+    """Keep mask of the (ROWS, COLS) tile at (row0, col0); see ``dropout_keep_rows``."""
+    return dropout_keep_rows(seed, row0 + tl.arange(0, ROWS), col0, threshold_bits, COLS)
+
+
+@triton.jit
+def dropout_keep_rows(seed, rows, col0, threshold_bits, COLS: tl.constexpr):
+    """Keep mask of COLS columns of the rows named: Philox-4x32-10 on (seed, row, column); see ``reference/dropout.py``.
 
     One Philox call gives four neighbouring columns, so col0 and COLS are multiples of 4.
     ``threshold_bits`` is the uint32 threshold carried in an int32 (one kernel signature for every p).
     """
     group = (col0 // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
-    row = (row0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
-    zero = tl.zeros([ROWS, COLS // 4], dtype=tl.uint32)
+    row = rows.to(tl.uint32)[:, None]
+    zero = tl.zeros([rows.shape[0], COLS // 4], dtype=tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, zero + group, zero + row, zero, zero)
     # Compared before they are interleaved, so that one byte an element changes hands between threads and not four.
     threshold = threshold_bits.to(tl.uint32, bitcast=True)
     even = tl.join(w0 >= threshold, w2 >= threshold)
     odd = tl.join(w1 >= threshold, w3 >= threshold)
     # join puts its operands last: (w0, w2) and (w1, w3) interleave to w0, w1, w2, w3.
-    return tl.reshape(tl.join(even, odd), [ROWS, COLS])
+    return tl.reshape(tl.join(even, odd), [rows.shape[0], COLS])
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 """Ops registered with torch: the only place of the package that registers anything."""
 
-from . import block_sparse, dora, lora, merge
+from . import batch_plan, block_sparse, dora, lora, merge, multi_lora
 
-__all__ = ["block_sparse", "dora", "lora", "merge"]
+__all__ = ["batch_plan", "block_sparse", "dora", "lora", "merge", "multi_lora"]

@@ -12,6 +12,7 @@ from .dora import dora_column_scale_ref, dora_linear_backward_ref, dora_linear_r
 from .dropout import dropout_keep_mask_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
 from .merge import merge_lora_ref, round_stochastically_ref
+from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 
 __all__ = [
     "block_adamw_ref_",
@@ -26,6 +27,8 @@ __all__ = [
     "lora_linear_backward_ref",
     "lora_linear_ref",
     "merge_lora_ref",
+    "multi_lora_linear_backward_ref",
+    "multi_lora_linear_ref",
     "read_blocks_ref",
     "round_stochastically_ref",
     "write_blocks_ref_",

@@ -20,7 +20,8 @@ ALLOWED = {
     "kernels": (set(), {"torch", "triton"}),
     "_extension": (set(), {"torch"}),
     "ops": ({"reference", "kernels", "_extension"}, {"torch"}),
-    "functional": ({"ops"}, {"torch"}),
+    "stack": (set(), {"torch"}),
+    "functional": ({"ops", "stack"}, {"torch"}),
     "merge": ({"ops"}, {"torch"}),
     "report": (set(), {"torch"}),
     "init": ({"nn", "functional", "merge"}, {"torch"}),
@@ -36,7 +37,7 @@ ALLOWED = {
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
     "integrations": (None, None),
-    "inspect": ({"kernels", "ops", "reference", "functional"}, {"torch", "triton", "numpy"}),
+    "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FAMILIES = ("lora", "dora", "block_sparse")
+FAMILIES = ("lora", "dora", "block_sparse", "multi_lora")
 
 
 @dataclass(frozen=True)

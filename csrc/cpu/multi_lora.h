@@ -1,0 +1,61 @@
+// The thin passes of many LoRA adapters at once on a CPU. A factor is the adapters' factors one
+// after another along the rank, (sum of R, width) for A and B alike, and the table says where each
+// begins. A row of x belongs to one adapter or none; see batch_plan.h.
+//
+// All passes accumulate in float32 and round once. A row's sums depend on its own values and on
+// shapes alone, never on the number of threads or on the other rows of the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "../batch_plan.h"
+#include "lora.h"
+
+namespace lrk {
+
+// Where an adapter's rows of rank lie in a factor; `dora`: its row of column scales, or below 0.
+struct Place {
+  int32_t start;
+  int32_t rank;
+  int32_t dora;
+};
+
+// Dropout of one adapter; `inverse_keep` = 1 / (1 - p), 1 where it is off.
+struct AdapterDropout {
+  Dropout dropout;
+  float inverse_keep;
+};
+
+struct Adapters {
+  int64_t count;
+  const Place* places;
+  const float* scalings;           // one each; not used by multi_lora_down
+  const AdapterDropout* dropouts;  // one each, or null
+};
+
+struct Batch {
+  const int32_t* order;   // rows, adapter by adapter
+  const int32_t* bounds;  // multi_lora_grad alone
+  const Tile* tiles;      // the others
+  int64_t tile_count;
+  const float* weights;  // one factor a row, or null
+};
+
+// p (M, largest rank), float32: p[m, :R] = drop(x[m]) factor[own rows]^T / (1 - p), for the rows
+// and ranks that there are; the rest is left alone.
+void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, const Matrix& factor,
+                     const Adapters& adapters, const Batch& batch);
+
+// y[m] += s w drop(p[m, :R] factor[own rows]) / (1 - p). With `column_scale` (a DoRA adapter's row
+// of width floats each), `scaled` = g * y + bias as well, for rows without an adapter too; it may
+// be y. bias: width floats, or null.
+void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& factor,
+                   const Adapters& adapters, const Batch& batch, const Matrix* column_scale,
+                   const float* bias, const Matrix* scaled);
+
+// out (sum of R, width): each adapter's s (w small)^T drop(big) / (1 - p) over its rows in their
+// order, 0 for an adapter without rows. small (M, largest rank).
+void multi_lora_grad(const Runtime& runtime, const Matrix& out, const Matrix& big,
+                     const Matrix& small, const Adapters& adapters, const Batch& batch);
+
+}  // namespace lrk

@@ -1,0 +1,320 @@
+// The torch ops of many adapters at once on a CPU, on LibTorch's stable ABI: checks, allocation,
+// dispatch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/multi_lora.h"
+#include "philox.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+lrk::Runtime runtime() {
+  const lrk::ParallelFor parallel = [](int64_t tasks, void (*body)(int64_t, int64_t, void*),
+                                       void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      if (begin < end) body(begin, end, context);
+    });
+  };
+  return {lrk::kernel_table(), parallel};
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+lrk::Dtype dtype_of(const char* op, const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return lrk::Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return lrk::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return lrk::Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected ", name, " of dtype float32, bfloat16 or float16");
+  }
+  return lrk::Dtype::kFloat32;
+}
+
+// A 2-D CPU tensor with adjacent columns.
+lrk::Matrix matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, op, ": expected ", name,
+                  " on the CPU with 2 dimensions, got shape ", shape_of(t));
+  const int64_t rows = t.size(0), cols = t.size(1);
+  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, op, ": expected ", name,
+                  " with adjacent columns (stride 1), got stride ", t.stride(1),
+                  "; pass a contiguous tensor");
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()), rows, cols,
+          rows > 1 ? t.stride(0) : cols};
+}
+
+// A matrix that is written: its rows may not overlap.
+lrk::Matrix target(const char* op, const char* name, Tensor t, int64_t rows, int64_t cols) {
+  lrk::Matrix result = matrix(op, name, t);
+  result.data = t.mutable_data_ptr();
+  STD_TORCH_CHECK(result.rows == rows && result.cols == cols, op, ": expected ", name,
+                  " of shape (", rows, ", ", cols, "), got ", shape_of(t));
+  STD_TORCH_CHECK(rows <= 1 || result.stride >= cols, op, ": expected ", name,
+                  " whose rows do not overlap");
+  return result;
+}
+
+// The values of a contiguous CPU tensor of one dtype and at least `least` elements.
+template <typename T>
+const T* values(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t least) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous() && t.numel() >= least,
+                  op, ": expected ", name, " to be contiguous, on the CPU and of ", least,
+                  " or more elements of its dtype, got shape ", shape_of(t));
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+Tensor zeros(int64_t rows, int64_t cols, ScalarType type, bool clear) {
+  const int64_t sizes[2] = {rows, cols}, strides[2] = {cols > 0 ? cols : 1, 1};
+  const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                      : aoti_torch_dtype_float16();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
+  if (clear && rows * cols > 0) {
+    __builtin_memset(
+        result.mutable_data_ptr(), 0,
+        static_cast<size_t>(rows * cols * lrk::dtype_bytes(dtype_of("zeros", "dtype", type))));
+  }
+  return result;
+}
+
+// The adapters, and what of them is not a tensor's memory.
+struct AdaptersArgument {
+  lrk::Adapters value;
+  std::vector<lrk::AdapterDropout> dropouts;
+  int64_t max_rank = 0;
+};
+
+AdaptersArgument adapters_argument(const char* op, const Tensor& table,
+                                   const std::optional<Tensor>& scalings, int64_t factor_rows,
+                                   const std::optional<Tensor>& dropout_p,
+                                   const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == 3, op,
+                  ": expected table of shape (G, 3), got ", shape_of(table));
+  AdaptersArgument result;
+  const int64_t count = table.size(0);
+  const auto* places = reinterpret_cast<const lrk::Place*>(
+      values<int32_t>(op, "table", table, ScalarType::Int, 3 * count));
+  for (int64_t i = 0; i < count; ++i) {
+    const lrk::Place& p = places[i];
+    STD_TORCH_CHECK(p.start >= 0 && p.rank >= 0 && int64_t{p.start} + p.rank <= factor_rows, op,
+                    ": expected adapter ", i, " within the ", factor_rows,
+                    " rows of the factor, got start ", p.start, " and rank ", p.rank);
+    result.max_rank = p.rank > result.max_rank ? p.rank : result.max_rank;
+  }
+  const float* scales = nullptr;
+  if (scalings.has_value()) {
+    scales = values<float>(op, "scalings", *scalings, ScalarType::Float, count);
+  }
+  if (dropout_p.has_value()) {
+    STD_TORCH_CHECK(seed.has_value(), op, ": expected a dropout_seed since there is a dropout_p");
+    const double* p = values<double>(op, "dropout_p", *dropout_p, ScalarType::Double, count);
+    const uint64_t bits =
+        static_cast<uint64_t>(*values<int64_t>(op, "dropout_seed", *seed, ScalarType::Long, 1));
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(p[i] >= 0.0 && p[i] < 1.0, op, ": expected 0 <= dropout_p < 1, got ", p[i]);
+      result.dropouts.push_back({{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32),
+                                  lrk::dropout_threshold(p[i])},
+                                 static_cast<float>(1.0 / (1.0 - p[i]))});
+    }
+  }
+  result.value = {count, places, scales,
+                  result.dropouts.empty() ? nullptr : result.dropouts.data()};
+  return result;
+}
+
+const float* row_weights(const char* op, const std::optional<Tensor>& weights, int64_t rows) {
+  if (!weights.has_value()) return nullptr;
+  return values<float>(op, "weights", *weights, ScalarType::Float, rows);
+}
+
+const int32_t* order_argument(const char* op, const Tensor& order, int64_t rows) {
+  const int32_t* result = values<int32_t>(op, "order", order, ScalarType::Int, rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    STD_TORCH_CHECK(result[i] >= 0 && result[i] < rows, op, ": expected order to hold rows below ",
+                    rows, ", got ", result[i]);
+  }
+  return result;
+}
+
+lrk::Batch tiled_batch(const char* op, const Tensor& order, const Tensor& tiles, int64_t rows,
+                       int64_t adapters, const std::optional<Tensor>& weights) {
+  STD_TORCH_CHECK(tiles.dim() == 2 && tiles.size(1) == 3, op,
+                  ": expected tiles of shape (T, 3), got ", shape_of(tiles));
+  lrk::Batch batch{order_argument(op, order, rows), nullptr,
+                   reinterpret_cast<const lrk::Tile*>(
+                       values<int32_t>(op, "tiles", tiles, ScalarType::Int, 3 * tiles.size(0))),
+                   0, row_weights(op, weights, rows)};
+  // Unused tiles are at the end.
+  for (int64_t t = 0; t < tiles.size(0) && batch.tiles[t].count; ++t) {
+    const lrk::Tile& tile = batch.tiles[t];
+    STD_TORCH_CHECK(tile.adapter < adapters && tile.first >= 0 && tile.count > 0 &&
+                        int64_t{tile.first} + tile.count <= rows,
+                    op, ": expected tile ", t, " to be of a plan for ", adapters, " adapters and ",
+                    rows, " rows");
+    ++batch.tile_count;
+  }
+  return batch;
+}
+
+Tensor multi_lora_down(const Tensor& x, const Tensor& factor, const Tensor& table, int64_t max_rank,
+                       const Tensor& order, const Tensor& tiles,
+                       const std::optional<Tensor>& dropout_p,
+                       const std::optional<Tensor>& dropout_seed) {
+  const char* op = "multi_lora_down";
+  const lrk::Matrix input = matrix(op, "x", x), f = matrix(op, "factor", factor);
+  STD_TORCH_CHECK(f.cols == input.cols, op, ": expected factor of ", input.cols,
+                  " columns like x, got ", f.cols);
+  const AdaptersArgument adapters =
+      adapters_argument(op, table, std::nullopt, f.rows, dropout_p, dropout_seed);
+  STD_TORCH_CHECK(adapters.max_rank <= max_rank, op, ": expected max_rank of at least ",
+                  adapters.max_rank, ", got ", max_rank);
+  const lrk::Batch batch =
+      tiled_batch(op, order, tiles, input.rows, adapters.value.count, std::nullopt);
+  Tensor p = zeros(input.rows, max_rank, ScalarType::Float, true);
+  lrk::multi_lora_down(runtime(), matrix(op, "p", p), input, f, adapters.value, batch);
+  return p;
+}
+
+void multi_lora_up_(Tensor y, const Tensor& p, const Tensor& factor, const Tensor& table,
+                    const Tensor& scalings, const Tensor& order, const Tensor& tiles,
+                    const std::optional<Tensor>& weights, const std::optional<Tensor>& dropout_p,
+                    const std::optional<Tensor>& dropout_seed,
+                    const std::optional<Tensor>& column_scale, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& out) {
+  const char* op = "multi_lora_up_";
+  const lrk::Matrix f = matrix(op, "factor", factor), left = matrix(op, "p", p);
+  const lrk::Matrix sum = target(op, "y", y, left.rows, f.cols);
+  const AdaptersArgument adapters =
+      adapters_argument(op, table, scalings, f.rows, dropout_p, dropout_seed);
+  STD_TORCH_CHECK(adapters.max_rank <= left.cols && left.dtype == lrk::Dtype::kFloat32, op,
+                  ": expected p in float32 with at least ", adapters.max_rank, " columns, got ",
+                  shape_of(p));
+  const lrk::Batch batch = tiled_batch(op, order, tiles, sum.rows, adapters.value.count, weights);
+  if (!column_scale.has_value()) {
+    lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, nullptr, nullptr, nullptr);
+    return;
+  }
+  const lrk::Matrix scale = matrix(op, "column_scale", *column_scale);
+  STD_TORCH_CHECK(scale.dtype == lrk::Dtype::kFloat32 && scale.cols == sum.cols, op,
+                  ": expected column_scale (D, N) in float32, got ", shape_of(*column_scale));
+  for (int64_t i = 0; i < adapters.value.count; ++i) {
+    STD_TORCH_CHECK(adapters.value.places[i].dora < scale.rows, op, ": expected adapter ", i,
+                    " to have a row of column_scale");
+  }
+  std::vector<float> biases;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == sum.cols, op,
+                    ": expected bias of shape (N,) = (", sum.cols, ",), got ", shape_of(*bias));
+    biases.resize(static_cast<size_t>(sum.cols));
+    if (sum.cols) {
+      lrk::kernel_table().stage_float(
+          biases.data(), 1,
+          {bias->const_data_ptr(), dtype_of(op, "bias", bias->scalar_type()), bias->stride(0),
+           sum.cols, 1, 1, nullptr, 0, 0, nullptr});
+    }
+  }
+  const lrk::Matrix scaled = out.has_value() ? target(op, "out", *out, sum.rows, sum.cols) : sum;
+  STD_TORCH_CHECK(scaled.dtype == sum.dtype, op, ": expected out of y's dtype");
+  lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, &scale,
+                     biases.empty() ? nullptr : biases.data(), &scaled);
+}
+
+Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& table,
+                       const Tensor& scalings, const Tensor& order, const Tensor& bounds,
+                       const std::optional<Tensor>& weights, const std::optional<Tensor>& dropout_p,
+                       const std::optional<Tensor>& dropout_seed, int64_t rows,
+                       ScalarType out_dtype) {
+  const char* op = "multi_lora_grad";
+  const lrk::Matrix wide = matrix(op, "big", big), left = matrix(op, "small", small);
+  const AdaptersArgument adapters =
+      adapters_argument(op, table, scalings, rows, dropout_p, dropout_seed);
+  STD_TORCH_CHECK(left.rows == wide.rows && adapters.max_rank <= left.cols, op,
+                  ": expected small of ", wide.rows, " rows and at least ", adapters.max_rank,
+                  " columns, got ", shape_of(small));
+  const int32_t* edges =
+      values<int32_t>(op, "bounds", bounds, ScalarType::Int, adapters.value.count + 1);
+  for (int64_t i = 0; i < adapters.value.count; ++i) {
+    STD_TORCH_CHECK(edges[i] >= 0 && edges[i] <= edges[i + 1] && edges[i + 1] <= wide.rows, op,
+                    ": expected ascending bounds of at most ", wide.rows);
+  }
+  dtype_of(op, "out_dtype", out_dtype);
+  Tensor out = zeros(rows, wide.cols, out_dtype, false);
+  lrk::multi_lora_grad(runtime(), matrix(op, "out", out), wide, left, adapters.value,
+                       {order_argument(op, order, wide.rows), edges, nullptr, 0,
+                        row_weights(op, weights, wide.rows)});
+  return out;
+}
+
+// x weight^T + bias for the few rows where the extension's product beats the library's.
+Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "linear_few_rows";
+  const lrk::Matrix input = matrix(op, "x", x), w = matrix(op, "weight", weight);
+  STD_TORCH_CHECK(w.cols == input.cols, op, ": expected weight of ", input.cols,
+                  " columns like x, got ", w.cols);
+  Tensor y = zeros(input.rows, w.rows, x.scalar_type(), false);
+  std::vector<float> biases(bias.has_value() ? static_cast<size_t>(w.rows) : 0);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == w.rows, op,
+                    ": expected bias of shape (N,) = (", w.rows, ",), got ", shape_of(*bias));
+    if (w.rows) {
+      lrk::kernel_table().stage_float(
+          biases.data(), 1,
+          {bias->const_data_ptr(), dtype_of(op, "bias", bias->scalar_type()), bias->stride(0),
+           w.rows, 1, 1, nullptr, 0, 0, nullptr});
+    }
+  }
+  lrk::Epilogue epilogue;
+  epilogue.bias = biases.empty() ? nullptr : biases.data();
+  const lrk::Matrix none{nullptr, input.dtype, input.rows, 0, 0};
+  const lrk::Matrix no_factor{nullptr, input.dtype, w.rows, 0, 0};
+  lrk::lora_linear_few_rows(runtime(), matrix(op, "y", y), none, input, w, no_factor, nullptr, 1.0f,
+                            epilogue);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
+  m.def(
+      "multi_lora_down(Tensor x, Tensor factor, Tensor table, int max_rank, Tensor order, "
+      "Tensor tiles, Tensor? dropout_p, Tensor? dropout_seed) -> Tensor");
+  m.def(
+      "multi_lora_up_(Tensor(a!) y, Tensor p, Tensor factor, Tensor table, Tensor scalings, "
+      "Tensor order, Tensor tiles, Tensor? weights, Tensor? dropout_p, Tensor? dropout_seed, "
+      "Tensor? column_scale, Tensor? bias, Tensor(b!)? out) -> ()");
+  m.def(
+      "multi_lora_grad(Tensor big, Tensor small, Tensor table, Tensor scalings, Tensor order, "
+      "Tensor bounds, Tensor? weights, Tensor? dropout_p, Tensor? dropout_seed, int rows, "
+      "ScalarType out_dtype) -> Tensor");
+  m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
+  m.impl("multi_lora_down", TORCH_BOX(&multi_lora_down));
+  m.impl("multi_lora_up_", TORCH_BOX(&multi_lora_up_));
+  m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));
+  m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
+}

@@ -1,0 +1,116 @@
+"""The multi-adapter linear, as the tools see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..kernels import multi_lora as launchers
+from ..kernels.multi_lora_tiles import multi_lora_tiles, tile_capacity
+from ..kernels.target import Target
+from ..stack import LoRAStack, Place
+from .registry import KernelWork, LaunchCase, OpFamily, Traced
+
+_BF16, _F32 = torch.bfloat16, torch.float32
+_DTYPES = {"bf16": (_BF16, _BF16), "bf16/f32": (_BF16, _F32), "f32": (_F32, _F32)}
+
+
+def _case(
+    M: int, R: int, dtypes: str, *, dora: bool = False, weighted: bool = False, dropout: bool = False
+) -> LaunchCase:
+    """The three kernels on a batch of 64 adapters of rank R, as forward and backward launch them."""
+    dtype, factor_dtype = _DTYPES[dtypes]
+
+    def run(target: Target) -> None:
+        def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device="meta")
+
+        width, adapters = 4096, 64
+        i32 = torch.int32
+        table, scalings, order = empty(adapters, 3, of=i32), empty(adapters, of=_F32), empty(M, of=i32)
+        bounds, tiles = empty(adapters + 2, of=i32), empty(tile_capacity(M, adapters), 3, of=i32)
+        x, factor = empty(M, width), empty(adapters * R, width, of=factor_dtype)
+        weights = empty(M, of=_F32) if weighted else None
+        p, seed = (empty(adapters, of=torch.float64), empty(of=torch.int64)) if dropout else (None, None)
+        scale, bias, out = (empty(adapters, width, of=_F32), empty(width), empty(M, width)) if dora else (None,) * 3
+        choice = multi_lora_tiles(target, tiles.shape[0], width, R, dtype)
+        down = launchers.multi_lora_down(x, factor, table, R, order, tiles, p, seed, choice)
+        launchers.multi_lora_up_(
+            x, down, factor, table, scalings, order, tiles, weights, p, seed, scale, bias, out, choice
+        )  # fmt: skip
+        grad = replace(choice, splits=1)
+        launchers.multi_lora_grad(
+            x, down[0], table, scalings, order, bounds, weights, p, seed, factor.shape[0], factor_dtype, grad
+        )
+
+    words = [f"multi M={M} R={R} {dtypes}"]
+    words += [word for word, on in (("dora", dora), ("weighted", weighted), ("dropout", dropout)) if on]
+    return LaunchCase(" ".join(words), run)
+
+
+def _cases() -> Iterator[LaunchCase]:
+    for dtypes in _DTYPES:
+        for M in (1, 64, 2048):
+            for R in (16, 64):
+                yield _case(M, R, dtypes)
+        yield _case(2048, 16, dtypes, dropout=True)
+    yield _case(2048, 64, "bf16", dropout=True)
+    yield _case(64, 16, "bf16", dora=True)
+    yield _case(64, 16, "bf16", weighted=True)
+
+
+_PLACES = (Place(0, 8, 2.0), Place(8, 3, 0.5), Place(11, 16, 1.0))
+
+
+def _traced_tensors(dtype: torch.dtype, factor_dtype: torch.dtype) -> object:
+    def tensors(device: str) -> tuple[Tensor, ...]:
+        x = torch.randn(48, 64, dtype=dtype, device=device, requires_grad=True)
+        weight = torch.randn(40, 64, dtype=dtype, device=device)
+        lora_a = torch.randn(27, 64, dtype=factor_dtype, device=device, requires_grad=True)
+        lora_b = torch.randn(27, 40, dtype=factor_dtype, device=device, requires_grad=True)
+        bias = torch.randn(40, dtype=dtype, device=device, requires_grad=True)
+        magnitude = torch.rand(1, 40, dtype=factor_dtype, device=device, requires_grad=True)
+        ids = torch.arange(48, device=device) % 4 - 1
+        seed = torch.full((), 7, dtype=torch.int64, device=device)
+        return x, weight, lora_a, lora_b, ids, bias, magnitude, seed
+
+    return tensors
+
+
+def _plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+    return functional.multi_lora_linear(x, weight, LoRAStack(lora_a, lora_b, _PLACES), ids)
+
+
+def _with_everything(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ids: Tensor,
+    bias: Tensor,
+    magnitude: Tensor,
+    seed: Tensor,
+) -> Tensor:
+    places = (_PLACES[0], _PLACES[1]._replace(magnitude=0), _PLACES[2])
+    stack = LoRAStack(lora_a, lora_b, places, magnitude)
+    return functional.multi_lora_linear(x, weight, stack, ids, bias, dropout_p=(0.0, 0.1, 0.2), dropout_seed=seed)
+
+
+FAMILY = OpFamily(
+    name="multi_lora",
+    ops=("multi_lora_linear",),
+    cases=_cases,
+    work={
+        "_multi_lora_down_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["max_rank"]),
+        "_multi_lora_up_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["max_rank"], in_place=("y_ptr",)),
+        "_multi_lora_grad_kernel": KernelWork(lambda a: 2.0 * a["big_ptr"].shape[0] * a["C"] * a["small_ptr"].shape[1]),
+    },
+    traced=(
+        Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
+        Traced("a DoRA adapter, bias, dropout each", _with_everything, _traced_tensors(_BF16, _F32)),  # type: ignore[arg-type]
+    ),
+)

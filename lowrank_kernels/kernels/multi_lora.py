@@ -1,0 +1,281 @@
+"""Triton kernels of many adapters on one batch, and their launchers.
+
+A factor holds the adapters' factors one after another along the rank, (ΣR, width) for A and B alike, so three kernels
+serve both directions: with ``down`` P = drop(x) Aᵀ and Q = dY B, with ``up`` y += s P Bᵀ and dX += drop'(s Q A), with
+``grad`` dA = s Qᵀ drop(x) and dB = s dYᵀ P. A program finds its adapter's rows of the factor in the table, by offset,
+and works at that adapter's own rank. Programs take their rows from the plan's tiles, through its order: no row is
+moved, and rows without an adapter cost nothing.
+
+Every kernel accumulates in float32 and rounds once; nothing is added by atomics. The grid depends on shapes alone, so
+that a captured graph replays with other ids and other ranks: programs without work return.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lora import _precision
+from .multi_lora_tiles import DOWN_COLUMNS, TILE_ROWS, MultiLoRATiles, multi_lora_tiles
+from .target import target_of
+from .tiles import cast, dot, dropout_keep_rows, load_tile, store_tile
+
+_NO_SPECIALIZE = ["M"]
+
+
+@triton.jit
+def _rows_of(order_ptr, first, last, ROWS: tl.constexpr):
+    """(row numbers, which of them there are) of the plan's entries first : last, ROWS of them."""
+    offs = first + tl.arange(0, ROWS)
+    mask = offs < last
+    return tl.load(order_ptr + offs, mask=mask, other=0).to(tl.int64), mask
+
+
+@triton.jit
+def _load_rows(ptr, rows, mask_rows, col0, num_cols, stride, COLS: tl.constexpr):
+    """Rows from anywhere, COLS columns from col0; zero where there are none, for they take part in dot products."""
+    cols = col0 + tl.arange(0, COLS)
+    mask = mask_rows[:, None] & (cols < num_cols)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, tile, rows, mask_rows, col0, num_cols, stride, COLS: tl.constexpr):
+    cols = col0 + tl.arange(0, COLS)
+    mask = mask_rows[:, None] & (cols < num_cols)[None, :]
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], cast(tile, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _multi_lora_down_kernel(
+    x_ptr, factor_ptr, table_ptr, order_ptr, tiles_ptr, threshold_ptr, keep_scale_ptr, seed_ptr, out_ptr,
+    M, C, max_rank, stride_xm, stride_fr, parts_per_program,
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[split, m, r] = Σ_c drop(x)[m, c] factor[start + r, c] / (1 - p) over the columns of one split, float32.
+
+    A split is ``parts_per_program`` parts of PART columns, each summed on its own and added in order: the same bits as
+    when every part is a split and ``up`` adds them. Grid: (tiles, splits, cdiv(max_rank, BLOCK_R)).
+    """
+    adapter = tl.load(tiles_ptr + 3 * tl.program_id(0))
+    split = tl.program_id(1)
+    r0 = tl.program_id(2) * BLOCK_R
+    rank = tl.load(table_ptr + 3 * adapter + 1, mask=adapter >= 0, other=0)
+    if r0 < rank:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        first = tl.load(tiles_ptr + 3 * tl.program_id(0) + 1)
+        count = tl.load(tiles_ptr + 3 * tl.program_id(0) + 2)
+        rows, mask_rows = _rows_of(order_ptr, first, first + count, BLOCK_M)
+        factor = factor_ptr + tl.load(table_ptr + 3 * adapter).to(tl.int64) * stride_fr
+        total = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        for part in range(split * parts_per_program, (split + 1) * parts_per_program):
+            acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+            for c0 in range(part * PART, min((part + 1) * PART, C), BLOCK_C):
+                x_tile = _load_rows(x_ptr, rows, mask_rows, c0, C, stride_xm, BLOCK_C)
+                if seed_ptr is not None:
+                    threshold = tl.load(threshold_ptr + adapter)
+                    keep = dropout_keep_rows(tl.load(seed_ptr), rows, c0, threshold, BLOCK_C)
+                    x_tile = cast(tl.where(keep, x_tile, 0.0), dtype)
+                f_tile = cast(load_tile(factor, r0, c0, rank, C, stride_fr, 1, BLOCK_R, BLOCK_C, False), dtype)
+                acc = dot(x_tile, f_tile.T, acc, PRECISION)
+            total += acc
+        if seed_ptr is not None:
+            total *= tl.load(keep_scale_ptr + adapter)
+        out = out_ptr + split.to(tl.int64) * M * max_rank
+        _store_rows(out, total, rows, mask_rows, r0, rank, max_rank, BLOCK_R)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _multi_lora_up_kernel(
+    y_ptr, p_ptr, factor_ptr, table_ptr, scalings_ptr, order_ptr, tiles_ptr, weights_ptr,
+    threshold_ptr, keep_scale_ptr, seed_ptr, scale_ptr, bias_ptr, out_ptr,
+    M, C, max_rank, splits, stride_fr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[m] += drop'(s w P[m] factor[own rows]) in place, y (M, C) contiguous; P is the sum of its splits, in order.
+
+    With a scale (the DoRA adapters' g, a row of C each): y keeps that sum u, out = g ∘ u + bias, for every row of the
+    batch; without an out, y becomes that. Grid: (tiles, cdiv(C, BLOCK_C)).
+    """
+    adapter = tl.load(tiles_ptr + 3 * tl.program_id(0))
+    count = tl.load(tiles_ptr + 3 * tl.program_id(0) + 2)
+    c0 = tl.program_id(1) * BLOCK_C
+    live = count > 0
+    if scale_ptr is None:
+        live = live & (adapter >= 0)
+    if live:
+        first = tl.load(tiles_ptr + 3 * tl.program_id(0) + 1)
+        rows, mask_rows = _rows_of(order_ptr, first, first + count, BLOCK_M)
+        there = adapter >= 0
+        rank = tl.load(table_ptr + 3 * adapter + 1, mask=there, other=0)
+        factor = factor_ptr + tl.load(table_ptr + 3 * adapter, mask=there, other=0).to(tl.int64) * stride_fr
+        acc = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            total = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+            p = p_ptr
+            for _ in range(splits):
+                total += _load_rows(p, rows, mask_rows, r0, rank, max_rank, BLOCK_R)
+                p += M.to(tl.int64) * max_rank
+            f_tile = cast(load_tile(factor, r0, c0, rank, C, stride_fr, 1, BLOCK_R, BLOCK_C, False), DTYPE)
+            acc = dot(cast(total, DTYPE), f_tile, acc, PRECISION)
+        scaling = tl.load(scalings_ptr + adapter, mask=there, other=0.0)
+        if seed_ptr is not None:
+            scaling *= tl.load(keep_scale_ptr + adapter, mask=there, other=0.0)
+        acc *= scaling
+        if weights_ptr is not None:
+            acc *= tl.load(weights_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+        if seed_ptr is not None:
+            threshold = tl.load(threshold_ptr + adapter, mask=there, other=0)
+            acc = tl.where(dropout_keep_rows(tl.load(seed_ptr), rows, c0, threshold, BLOCK_C), acc, 0.0)
+        acc += _load_rows(y_ptr, rows, mask_rows, c0, C, C, BLOCK_C).to(tl.float32)
+        target = y_ptr
+        if scale_ptr is not None:
+            if out_ptr is not None:
+                _store_rows(y_ptr, acc, rows, mask_rows, c0, C, C, BLOCK_C)
+                target = out_ptr
+            cols = c0 + tl.arange(0, BLOCK_C)
+            dora = tl.load(table_ptr + 3 * adapter + 2, mask=there, other=-1)
+            # Rows of LoRA adapters, and those without one, are not scaled.
+            scaled = (cols < C) & (dora >= 0)
+            acc *= tl.load(scale_ptr + dora.to(tl.int64) * C + cols, mask=scaled, other=1.0)[None, :]
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+        _store_rows(target, acc, rows, mask_rows, c0, C, C, BLOCK_C)
+
+
+@triton.jit
+def _multi_lora_grad_kernel(
+    big_ptr, small_ptr, table_ptr, scalings_ptr, order_ptr, bounds_ptr, weights_ptr,
+    threshold_ptr, keep_scale_ptr, seed_ptr, out_ptr,
+    C, stride_bm, stride_sm,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[start + r, c] = s Σ_m w small[m, r] drop(big)[m, c] over an adapter's rows, from the first to the last.
+
+    An adapter without rows gets zeros. Grid: (cdiv(C, BLOCK_C), adapters, cdiv(max_rank, BLOCK_R)).
+    """
+    c0 = tl.program_id(0) * BLOCK_C
+    adapter = tl.program_id(1)
+    r0 = tl.program_id(2) * BLOCK_R
+    rank = tl.load(table_ptr + 3 * adapter + 1)
+    if r0 < rank:
+        dtype: tl.constexpr = big_ptr.dtype.element_ty
+        first = tl.load(bounds_ptr + adapter)
+        last = tl.load(bounds_ptr + adapter + 1)
+        acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        for m0 in range(first, last, BLOCK_M):
+            rows, mask_rows = _rows_of(order_ptr, m0, last, BLOCK_M)
+            big = _load_rows(big_ptr, rows, mask_rows, c0, C, stride_bm, BLOCK_C)
+            if seed_ptr is not None:
+                threshold = tl.load(threshold_ptr + adapter)
+                big = cast(
+                    tl.where(dropout_keep_rows(tl.load(seed_ptr), rows, c0, threshold, BLOCK_C), big, 0.0), dtype
+                )
+            small = _load_rows(small_ptr, rows, mask_rows, r0, rank, stride_sm, BLOCK_R)
+            if weights_ptr is not None:
+                small = small.to(tl.float32) * tl.load(weights_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+            acc = dot(cast(small, dtype).T, big, acc, PRECISION)
+        scaling = tl.load(scalings_ptr + adapter)
+        if seed_ptr is not None:
+            scaling *= tl.load(keep_scale_ptr + adapter)
+        out = out_ptr + tl.load(table_ptr + 3 * adapter).to(tl.int64) * C
+        store_tile(out, acc * scaling, r0, c0, rank, C, C, 1, BLOCK_R, BLOCK_C, False)
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+def _dropout_arguments(
+    dropout_p: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(thresholds as int32 bit patterns, 1 / (1 - p), seed), a value an adapter; None: no dropout."""
+    if dropout_p is None:
+        return None, None, None
+    # int64 to int32 keeps the low bits, which is what a bit pattern is.
+    return (dropout_p * 2.0**32).to(torch.int64).to(torch.int32), (1.0 / (1.0 - dropout_p)).float(), seed
+
+
+def _tiles(operand: Tensor, tiles: int, max_rank: int) -> MultiLoRATiles:
+    return multi_lora_tiles(target_of(operand.device), tiles, operand.shape[1], max_rank, operand.dtype)
+
+
+def multi_lora_down(
+    x: Tensor, factor: Tensor, table: Tensor, max_rank: int, order: Tensor, tiles: Tensor,
+    dropout_p: Tensor | None, dropout_seed: Tensor | None, choice: MultiLoRATiles | None = None,
+) -> Tensor:  # fmt: skip
+    """P = drop(x) factorᵀ of each row's own adapter: (splits, M, max_rank) float32, to be summed over splits in order.
+
+    Zero past a row's rank. x (M, C) and factor (ΣR, C) with unit column stride; order (M,) and tiles (T, 3) of a plan.
+    """
+    M, C = x.shape
+    t = choice or _tiles(x, tiles.shape[0], max_rank)
+    out = x.new_zeros(t.splits, M, max_rank, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
+    parts = triton.cdiv(triton.cdiv(C, DOWN_COLUMNS), t.splits)
+    _multi_lora_down_kernel[(tiles.shape[0], t.splits, triton.cdiv(max_rank, t.BLOCK_R))](
+        x, factor, table, order, tiles, threshold, keep_scale, seed, out,
+        M, C, max_rank, x.stride(0), factor.stride(0), parts,
+        PART=DOWN_COLUMNS, BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_K, BLOCK_R=t.BLOCK_R, PRECISION=_precision(x.dtype),
+        **t.options,
+    )  # fmt: skip
+    return out
+
+
+def multi_lora_up_(
+    y: Tensor, p: Tensor, factor: Tensor, table: Tensor, scalings: Tensor, order: Tensor, tiles: Tensor,
+    weights: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
+    column_scale: Tensor | None, bias: Tensor | None, out: Tensor | None, choice: MultiLoRATiles | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """y += drop'(s w P factor), each row by its own adapter, in place; with ``column_scale`` see the kernel.
+
+    y (M, C) contiguous; p from :func:`multi_lora_down`; ``dtype``: what P and the factor are rounded to, y's unless y
+    is a wider sum.
+    """
+    splits, M, max_rank = p.shape
+    C = y.shape[1]
+    if y.numel() == 0:
+        return
+    t = choice or _tiles(y, tiles.shape[0], max_rank)
+    dtype = dtype or y.dtype
+    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
+    _multi_lora_up_kernel[(tiles.shape[0], triton.cdiv(C, t.BLOCK_C))](
+        y, p, factor, table, scalings, order, tiles, weights, threshold, keep_scale, seed, column_scale, bias, out,
+        M, C, max_rank, splits, factor.stride(0),
+        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, DTYPE=_TRITON[dtype], PRECISION=_precision(dtype),
+        **t.options,
+    )  # fmt: skip
+
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def multi_lora_grad(
+    big: Tensor, small: Tensor, table: Tensor, scalings: Tensor, order: Tensor, bounds: Tensor,
+    weights: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None, rows: int, out_dtype: torch.dtype,
+    choice: MultiLoRATiles | None = None,
+) -> Tensor:  # fmt: skip
+    """The factor's gradient (rows, C) in ``out_dtype``: s (w small)ᵀ drop(big) of each adapter over its rows.
+
+    big (M, C), small (M, max_rank), both with unit column stride; rows of the factor that no adapter has are zero.
+    """
+    C, max_rank = big.shape[1], small.shape[1]
+    out = big.new_zeros(rows, C, dtype=out_dtype)
+    if out.numel() == 0 or big.shape[0] == 0:
+        return out
+    t = choice or _tiles(big, 1, max_rank)
+    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
+    _multi_lora_grad_kernel[(triton.cdiv(C, t.BLOCK_C), table.shape[0], triton.cdiv(max_rank, t.BLOCK_R))](
+        big, small, table, scalings, order, bounds, weights, threshold, keep_scale, seed, out,
+        C, big.stride(0), small.stride(0),
+        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, PRECISION=_precision(big.dtype),
+        **t.options,
+    )  # fmt: skip
+    return out
+
+
+__all__ = ["multi_lora_down", "multi_lora_grad", "multi_lora_up_"]

@@ -1,0 +1,60 @@
+"""Tile choices of the kernels for many adapters: a pure function of shape, dtype and target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .target import Target
+
+TILE_ROWS = 32
+"""Rows of one adapter that a program takes, for every batch: one matrix instruction, and so one order of sums."""
+DOWN_COLUMNS = 1024
+"""A down-projection's sum is cut here, whether one program adds up the parts or several do."""
+
+
+def tile_capacity(rows: int, adapters: int) -> int:
+    """Tiles that a plan may need, whatever the ids are; as in csrc/batch_plan.h."""
+    return -(-rows // TILE_ROWS) + min(rows, adapters + 1)
+
+
+@dataclass(frozen=True)
+class MultiLoRATiles:
+    """BLOCK_R ranks, and BLOCK_K (reduction of the down-projection) or BLOCK_C (columns of the others) of the width.
+
+    ``splits``: programs that share a down-projection's reduction.
+    """
+
+    BLOCK_K: int
+    BLOCK_C: int
+    BLOCK_R: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the launch tells the compiler."""
+        registers = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **registers}
+
+
+@lru_cache(maxsize=4096)
+def multi_lora_tiles(target: Target, tiles: int, width: int, max_rank: int, dtype: torch.dtype) -> MultiLoRATiles:
+    """Tiles for a batch of ``tiles`` tiles and an operand of ``width`` columns.
+
+    Only the number of splits depends on the batch, and the sums are cut at the same columns with any.
+    """
+    wide = dtype == torch.float32
+    rank = 16 if wide or max_rank <= 16 else 32
+    parts = -(-width // DOWN_COLUMNS)
+    idle = tiles * -(-max_rank // rank) < target.num_sms
+    return MultiLoRATiles(
+        BLOCK_K=32 if wide else 64, BLOCK_C=64 if wide else 128, BLOCK_R=rank,
+        splits=parts if idle else 1, num_warps=4, num_stages=3,
+        # Left to itself the compiler spills a few words for an occupancy that these grids do not need.
+        max_registers=255 if target.arch.startswith("sm_") else None,
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""``lowrank_kernels::batch_plan``: which rows of a batch belong to which adapter; on the host or on the device."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.multi_lora_tiles import TILE_ROWS, tile_capacity
+from .library import define, no_double_backward
+
+_PLAN = "batch_plan(Tensor adapter_ids, int num_adapters) -> (Tensor, Tensor, Tensor)"
+
+
+class BatchPlan(NamedTuple):
+    """The rows of a batch, sorted by adapter; int32 on the device of the batch. Shapes depend on M, J and G alone.
+
+    Attributes:
+        adapter_ids: (M, J), -1 where there is none.
+        order: (J, M) row numbers, adapter by adapter, each adapter's in ascending order; rows without one last.
+        bounds: (J, G + 2): adapter i has order[bounds[i] : bounds[i + 1]]; the last range has the rows without one.
+        tiles: (J, T, 3): (adapter, first, count) of at most TILE_ROWS rows of one adapter; adapter -1 for rows without
+            one, count 0 for unused tiles, which come last.
+    """
+
+    adapter_ids: Tensor
+    order: Tensor
+    bounds: Tensor
+    tiles: Tensor
+
+
+@cache
+def _native() -> Any:
+    """The host planner; None where it is not built for this Python, or NumPy, which lends it memory, is missing."""
+    try:
+        importlib.import_module("numpy")
+        return importlib.import_module("lowrank_kernels._native").plan_batch
+    except (ImportError, AttributeError):
+        return None
+
+
+def _empty(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, choices = adapter_ids.shape
+    tiles = tile_capacity(rows, num_adapters)
+    options: Any = {"dtype": torch.int32, "device": adapter_ids.device}
+    return (
+        torch.empty(choices, rows, **options),
+        torch.empty(choices, num_adapters + 2, **options),
+        torch.empty(choices, tiles, 3, **options),
+    )
+
+
+def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _native() if adapter_ids.device.type == "cpu" else None
+    if plan is None:
+        return plan_on_device(adapter_ids, num_adapters)
+    order, bounds, tiles = _empty(adapter_ids, num_adapters)
+    for j in range(adapter_ids.shape[1]):
+        ids = adapter_ids[:, j].contiguous().numpy()
+        plan(ids, num_adapters, TILE_ROWS, order[j].numpy(), bounds[j].numpy(), tiles[j].view(-1).numpy())
+    return order, bounds, tiles
+
+
+def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same plan from tensor operations: no synchronisation, no shape that depends on the ids.
+
+    An id out of range is found by a device-side assertion.
+    """
+    order, bounds, tiles = [], [], []
+    device = adapter_ids.device
+    for ids in adapter_ids.unbind(1):
+        torch._assert_async(((ids >= -1) & (ids < num_adapters)).all(), "multi_lora_linear: an adapter id out of range")
+        key = torch.where(ids < 0, num_adapters, ids)
+        rows = key.argsort(stable=True)
+        edges = torch.searchsorted(key[rows], torch.arange(num_adapters + 2, device=device, dtype=key.dtype))
+        wanted = (edges.diff() + (TILE_ROWS - 1)) // TILE_ROWS
+        last = wanted.cumsum(0)
+        number = torch.arange(tile_capacity(ids.shape[0], num_adapters), device=device)
+        owner = torch.searchsorted(last, number, right=True)
+        used = owner <= num_adapters
+        owner = owner.clamp(max=num_adapters)
+        first = edges[owner] + (number - (last - wanted)[owner]) * TILE_ROWS
+        count = (edges[owner + 1] - first).clamp(max=TILE_ROWS)
+        tile = torch.stack([torch.where(owner < num_adapters, owner, -1), first, count], dim=1)
+        order.append(rows)
+        bounds.append(edges)
+        tiles.append(torch.where(used[:, None], tile, tile.new_tensor([-1, 0, 0])))
+    return tuple(torch.stack(part).to(torch.int32) for part in (order, bounds, tiles))  # type: ignore[return-value]
+
+
+define(_PLAN, _plan, _empty, **no_double_backward("batch_plan"))
+
+
+def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
+    """Sort the rows of a batch by adapter, once for all the linears that it goes through.
+
+    Args:
+        adapter_ids: (M,), or (M, J) for J adapters a row; integers from -1, for none, to ``num_adapters`` - 1. On the
+            CPU the host planner (C++) sorts them; elsewhere tensor operations do, without synchronising.
+
+    Raises:
+        TypeError: ids that are not integers.
+        ValueError: ids out of range (on the CPU; elsewhere a device-side assertion), another shape.
+    """
+    if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
+        said = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
+        raise TypeError(f"multi_lora_linear: expected adapter_ids to be a tensor of integers, got {said}")
+    if adapter_ids.dim() not in (1, 2):
+        raise ValueError(
+            f"multi_lora_linear: expected adapter_ids of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}"
+        )
+    ids = adapter_ids.to(torch.int32)
+    ids = ids if ids.dim() == 2 else ids[:, None]
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < -1 or high >= num_adapters:
+            raise ValueError(
+                f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}"
+            )
+    return BatchPlan(ids, *torch.ops.lowrank_kernels.batch_plan(ids, num_adapters))
+
+
+class BatchPlanner:
+    """Plans batches of one size again and again into the same memory: what a captured CUDA graph reads.
+
+    ``plan`` sorts on the host into a pinned buffer and sends it to the device in one copy, on the current stream,
+    without synchronising or allocating; the tensors that it returns are always the same. The host buffer is written
+    again by the next call: call it once per replay, after the previous copy is done (any synchronisation of a decoding
+    step, such as reading its token, is enough).
+
+    Args:
+        rows: M.  num_adapters: G.  device: of the batch.
+    """
+
+    def __init__(self, rows: int, num_adapters: int, device: torch.device | str = "cpu") -> None:
+        self.num_adapters = num_adapters
+        sizes = [rows, rows, num_adapters + 2, 3 * tile_capacity(rows, num_adapters)]
+        device = torch.device(device)
+        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = host.split(sizes)
+        self._buffers = (host, torch.empty_like(host, device=device, pin_memory=False))
+        self._views = [part.numpy() for part in self._host] if _native() else None
+        ids, order, bounds, tiles = self._buffers[1].split(sizes)
+        self._plan = BatchPlan(ids[:, None], order[None], bounds[None], tiles.view(1, -1, 3))
+
+    def plan(self, adapter_ids: Tensor) -> BatchPlan:
+        """The plan of ``adapter_ids``, (M,) int32 on the CPU.
+
+        Raises:
+            ValueError: ids of another size, or out of range.
+        """
+        ids, order, bounds, tiles = self._host
+        if adapter_ids.shape != ids.shape:
+            raise ValueError(f"BatchPlanner: expected {ids.numel()} ids, got shape {tuple(adapter_ids.shape)}")
+        ids.copy_(adapter_ids)
+        if self._views is not None:
+            _native()(self._views[0], self.num_adapters, TILE_ROWS, *self._views[1:])
+        else:
+            plan = plan_batch(ids, self.num_adapters)
+            for ours, theirs in zip((order, bounds, tiles), plan[1:], strict=True):
+                ours.copy_(theirs.reshape(-1))
+        host, device = self._buffers
+        device.copy_(host, non_blocking=True)
+        return self._plan

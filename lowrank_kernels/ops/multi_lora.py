@@ -1,0 +1,313 @@
+"""``lowrank_kernels::multi_lora_linear``: schema, checks, backends, fakes, autograd, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
+from .backend import resolve_backend
+from .library import define, no_double_backward, register_autocast, run_backward
+from .lora import few_rows, unit_columns
+
+_STACK = "Tensor table, Tensor scalings, int max_rank"
+_PLAN = "Tensor adapter_ids, Tensor order, Tensor bounds, Tensor tiles, Tensor? weights"
+_OPTIONS = "Tensor? norm, Tensor? column_scale, Tensor? dropout_p, Tensor? dropout_seed"
+_FORWARD = (
+    "multi_lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? magnitude, Tensor? bias, "
+    f"{_STACK}, {_PLAN}, {_OPTIONS}, bool save_p, bool save_u, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "multi_lora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+    f"Tensor? p, Tensor? u, {_STACK}, {_PLAN}, {_OPTIONS}, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+Needs = tuple[bool, bool, bool, bool, bool]
+"""Which of the gradients of (x, lora_a, lora_b, magnitude, bias) to compute."""
+
+
+def check_multi_lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None,
+    weights: Tensor | None, has_dora: bool,
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together.
+
+    ``adapter_ids`` and ``weights`` are (M, J), and M rows are in x.
+    """
+    op = "multi_lora_linear"
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"{op}: expected x of shape (..., K) = (..., {k}), got {tuple(x.shape)}")
+    if (lora_a.shape[1], lora_b.shape[1]) != (k, n):
+        raise ValueError(
+            f"{op}: expected a stack for (K, N) = ({k}, {n}), got one for ({lora_a.shape[1]}, {lora_b.shape[1]})"
+        )
+    rows = x.shape[:-1].numel()
+    if adapter_ids.shape[0] != rows:
+        raise ValueError(
+            f"{op}: expected adapter_ids of x's leading shape, {tuple(x.shape[:-1])}, {rows} rows in all, "
+            f"got {adapter_ids.shape[0]} rows"
+        )
+    if weights is not None and weights.shape != adapter_ids.shape:
+        raise ValueError(
+            f"{op}: expected weights of adapter_ids' shape (M, J) = {tuple(adapter_ids.shape)}, "
+            f"got {tuple(weights.shape)}"
+        )
+    if weights is not None and weights.requires_grad:
+        raise ValueError(f"{op}: expected weights that do not require grad; detach them")
+    if has_dora and (weights is not None or adapter_ids.shape[1] > 1):
+        raise ValueError(
+            f"{op}: expected one adapter a row, without weights, since the stack holds DoRA adapters, whose columns "
+            f"are scaled and do not add up; got (M, J) = {tuple(adapter_ids.shape)}"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
+    others = ("weight", weight), ("stack", lora_a), ("adapter_ids", adapter_ids), ("bias", bias), ("weights", weights)
+    for name, optional in others:
+        if optional is not None and optional.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
+            f"cast x, or run under torch.autocast"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: expected a frozen weight, got one that requires grad; "
+            f"call weight.requires_grad_(False), or train it with torch.nn.functional.linear"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- backends
+
+
+def _kernels(name: str) -> Any:
+    """Where ``multi_lora_down``, ``multi_lora_up_`` and ``multi_lora_grad`` of a backend are, with one signature."""
+    if name == "triton":
+        from ..kernels import multi_lora
+
+        return multi_lora
+    return torch.ops.lowrank_kernels
+
+
+def _summed(parts: Tensor) -> Tensor:
+    """A down-projection from its splits: (M, largest rank); the C++ one has no splits."""
+    return parts if parts.dim() == 2 else parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def _column(weights: Tensor | None, j: int) -> Tensor | None:
+    return None if weights is None else weights[:, j].contiguous()
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
+    table: Tensor, scalings: Tensor, max_rank: int,
+    adapter_ids: Tensor, order: Tensor, bounds: Tensor, tiles: Tensor, weights: Tensor | None,
+    norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
+    save_p: bool, save_u: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x2 = x.reshape(-1, x.shape[-1])
+    name = resolve_backend("multi_lora_linear", backend, x)
+    if name == "reference":
+        y, p, u = multi_lora_linear_ref(
+            x2, weight, lora_a, lora_b, table, scalings, adapter_ids, bias,
+            weights=weights, column_scale=column_scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        )  # fmt: skip
+        p = torch.nn.functional.pad(p, (0, max_rank - p.shape[-1]))
+    else:
+        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
+        if name == "cpu" and few_rows(x2, weight):
+            u = torch.ops.lowrank_kernels.linear_few_rows(x2, weight, own)
+        else:
+            u = torch.nn.functional.linear(x2, weight, own)
+        y = torch.empty_like(u) if save_u else u
+        p = x.new_empty(order.shape[0], x2.shape[0], max_rank) if save_p else x.new_empty(0)
+        if max_rank:
+            kernels = _kernels(name)
+            # Several corrections are added up in float32, so that the sum is rounded once.
+            total = u.float() if order.shape[0] > 1 else u
+            rounding = {} if name == "cpu" else {"dtype": x.dtype}
+            for j in range(order.shape[0]):
+                parts = kernels.multi_lora_down(
+                    x2, lora_a, table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
+                )
+                kernels.multi_lora_up_(
+                    total, parts, lora_b, table, scalings, order[j], tiles[j], _column(weights, j), None, None,
+                    column_scale, bias if column_scale is not None else None, y if save_u else None, **rounding,
+                )  # fmt: skip
+                if save_p:
+                    p[j] = _summed(parts)
+            if total is not u:
+                y = total.to(x.dtype)
+    return (
+        y.reshape(*x.shape[:-1], weight.shape[0]),
+        p if save_p else x.new_empty(0),
+        u if save_u else x.new_empty(0),
+    )
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, p: Tensor | None,
+    u: Tensor | None, table: Tensor, scalings: Tensor, max_rank: int,
+    adapter_ids: Tensor, order: Tensor, bounds: Tensor, tiles: Tensor, weights: Tensor | None,
+    norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
+    needs: Needs, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_a, need_b, need_m, need_bias = needs
+    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
+    x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
+    name = resolve_backend("multi_lora_linear", backend, grad_y)
+    if name == "reference":
+        grads: tuple[Tensor | None, ...] = multi_lora_linear_backward_ref(
+            dy, x2, weight, lora_a, lora_b, table, scalings, adapter_ids, p,
+            weights=weights, column_scale=column_scale, norm=norm, u=u,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
+        )  # fmt: skip
+    else:
+        du, grad_m = dy, None
+        if column_scale is not None:
+            du, grad_m = _dora_gradients(dy, u if need_m else None, table, adapter_ids, norm, column_scale)
+        grad_x = du @ weight if need_x else None
+        several = order.shape[0] > 1
+        total = grad_x.float() if grad_x is not None and several else grad_x
+        grad_a = torch.zeros_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
+        grad_b = torch.zeros_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
+        lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
+        for j in range(order.shape[0] if max_rank and dy.shape[0] else 0):
+            kernels, w = _kernels(name), _column(weights, j)
+            parts = None
+            if need_x or need_a:
+                parts = kernels.multi_lora_down(du, lora_b, table, max_rank, order[j], tiles[j], None, None)
+            if total is not None:
+                rounding = {} if name == "cpu" else {"dtype": dy.dtype}
+                kernels.multi_lora_up_(
+                    total, parts, lora_a, table, scalings, order[j], tiles[j], w, dropout_p, dropout_seed,
+                    None, None, None, **rounding,
+                )  # fmt: skip
+            if grad_a is not None:
+                assert parts is not None and x2 is not None
+                grad_a = _plus(grad_a, several, kernels.multi_lora_grad(
+                    x2, _summed(parts), table, scalings, order[j], bounds[j], w, dropout_p, dropout_seed,
+                    lora_a.shape[0], torch.float32 if several else lora_a.dtype,
+                ))  # fmt: skip
+            if grad_b is not None:
+                assert p is not None
+                grad_b = _plus(grad_b, several, kernels.multi_lora_grad(
+                    du, p[j], table, scalings, order[j], bounds[j], w, None, None,
+                    lora_b.shape[0], torch.float32 if several else lora_b.dtype,
+                ))  # fmt: skip
+        if several:
+            grad_x = None if total is None else total.to(dy.dtype)
+            grad_a = None if grad_a is None else grad_a.to(lora_a.dtype)
+            grad_b = None if grad_b is None else grad_b.to(lora_b.dtype)
+        grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
+    grad_x = grads[0]
+    if grad_x is not None:
+        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
+
+
+def _plus(total: Tensor, several: bool, more: Tensor) -> Tensor:
+    """What a choice of adapters adds to a gradient: the whole of it where there is one choice."""
+    return total + more if several else more
+
+
+def _dora_gradients(
+    dy: Tensor, u: Tensor | None, table: Tensor, adapter_ids: Tensor, norm: Tensor | None, column_scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(dU = g ∘ dY, and with u the magnitudes' gradient (Σ_m dY ∘ u) / n).
+
+    The sums are a product with the 0/1 matrix of which row is whose: in a fixed order, and without synchronising.
+    """
+    ids = adapter_ids[:, 0]
+    dora = torch.where(ids < 0, -1, table[ids.clamp(min=0), 2])
+    scale = torch.cat([column_scale, torch.ones_like(column_scale[:1])])[torch.where(dora < 0, len(column_scale), dora)]
+    du = (dy * scale).to(dy.dtype)
+    if u is None:
+        return du, None
+    assert norm is not None
+    owner = torch.arange(len(column_scale), device=dora.device)[:, None] == dora[None, :]
+    inner = owner.to(norm.dtype) @ (dy.to(norm.dtype) * u.to(norm.dtype))
+    return du, torch.where(norm > 0, inner / norm, 0.0)
+
+
+# ------------------------------------------------------------------------------------------- registration with torch
+
+
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, adapter_ids, order, bounds, tiles, weights,
+    norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend,
+):  # fmt: skip
+    rows, n = x.numel() // x.shape[-1], weight.shape[0]
+    return (
+        x.new_empty(*x.shape[:-1], n),
+        x.new_empty(order.shape[0], rows, max_rank) if save_p else x.new_empty(0),
+        x.new_empty(rows, n) if save_u else x.new_empty(0),
+    )
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, max_rank, adapter_ids, order, bounds, tiles, weights,
+    norm, column_scale, dropout_p, dropout_seed, needs, backend,
+):  # fmt: skip
+    n, k = weight.shape
+    shapes = (
+        grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+        grad_y.new_empty(0) if norm is None else torch.empty_like(norm), grad_y.new_empty(n),
+    )  # fmt: skip
+    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    (x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, ids, order, bounds, tiles, weights,
+     norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend) = inputs  # fmt: skip
+    _, p, u = output
+    ctx.mark_non_differentiable(p, u)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if lora_a.requires_grad else None, weight, lora_a, lora_b, p if save_p else None, u if save_u else None,
+        table, scalings, ids, order, bounds, tiles, weights, norm, column_scale, dropout_p, dropout_seed,
+    )  # fmt: skip
+    ctx.max_rank, ctx.backend = max_rank, backend
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.magnitude_dtype = None if magnitude is None else magnitude.dtype
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 21
+    x, weight, lora_a, lora_b, p, u, table, scalings, *rest = ctx.saved_tensors
+    need_x, _, need_a, need_b, need_m, need_bias = ctx.needs_input_grad[:6]
+    needs = (need_x, need_a, need_b, need_m, need_bias)
+    grads = run_backward(
+        torch.ops.lowrank_kernels.multi_lora_linear_backward.default,
+        grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, ctx.max_rank, *rest, needs, ctx.backend,
+    )  # fmt: skip
+    grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if grad_m is not None:
+        grad_m = grad_m.to(ctx.magnitude_dtype)
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, None, grad_a, grad_b, grad_m, grad_bias, *(None,) * 15
+
+
+def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
+    x, weight, lora_a, lora_b, magnitude, bias, *rest = args
+    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+    return x, weight, lora_a, lora_b, magnitude, bias, *rest
+
+
+define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+define(_BACKWARD, _backward, _backward_fake, **no_double_backward("multi_lora_linear"))
+register_autocast("multi_lora_linear", _autocast)

@@ -1,0 +1,137 @@
+"""The multi-adapter kernels in the interpreter: what a row may feel, splits, traffic, capacity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowrank_kernels as lk
+from lowrank_kernels.inspect.memory import record_memory
+from lowrank_kernels.kernels.multi_lora import multi_lora_down, multi_lora_grad, multi_lora_up_
+from lowrank_kernels.kernels.multi_lora_tiles import multi_lora_tiles
+from lowrank_kernels.kernels.target import TARGETS
+from lowrank_kernels.ops.batch_plan import BatchPlan, BatchPlanner
+from tests.problems.lora import BF16, F16, F32
+from tests.problems.multi_lora import POPULATIONS, RANKS, population
+
+K, N = 200, 136
+
+
+def _stack(ranks: tuple[int, ...] = RANKS, dtype: torch.dtype = F16, width: int = K) -> lk.LoRAStack:
+    generator = torch.Generator().manual_seed(1)
+    return lk.LoRAStack.from_factors(
+        ((torch.randn(r, width, generator=generator) / 14).to(dtype),
+         (torch.randn(N, r, generator=generator) / r**0.5).to(dtype), 0.5 + i / 8)
+        for i, r in enumerate(ranks)
+    )  # fmt: skip
+
+
+def _x(rows: int, dtype: torch.dtype = F16, width: int = K) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _correction(x: Tensor, stack: lk.LoRAStack, plan: BatchPlan, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """(P, s P Bᵀ), by the launchers."""
+    order, tiles = plan.order[0], plan.tiles[0]
+    target = TARGETS["interpreter"]
+    choice = multi_lora_tiles(target, tiles.shape[0], x.shape[1], stack.max_rank, x.dtype)
+    if splits is not None:
+        choice = replace(choice, splits=splits)
+    p = multi_lora_down(x, stack.lora_a, stack.table, stack.max_rank, order, tiles, None, None, choice)
+    y = torch.zeros(x.shape[0], N, dtype=x.dtype)
+    multi_lora_up_(y, p, stack.lora_b, stack.table, stack.scalings, order, tiles, None, None, None, None, None, None)
+    return p.sum(0), y
+
+
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_a_row_does_not_feel_its_batch(name: str) -> None:
+    """Bit for bit the same alone, in any batch, at any place in it."""
+    stack, x, ids = _stack(), _x(70), population(name, 70, len(RANKS))
+    together = _correction(x, stack, lk.plan_batch(ids, len(stack)))
+    turn = torch.randperm(70, generator=torch.Generator().manual_seed(5))
+    turned = _correction(x[turn], stack, lk.plan_batch(ids[turn], len(stack)))
+    for all_, permuted in zip(together, turned, strict=True):
+        assert torch.equal(permuted, all_[turn])
+    for row in (0, 41):
+        alone = _correction(x[row : row + 1], stack, lk.plan_batch(ids[row : row + 1], len(stack)))
+        assert all(torch.equal(one[0], all_[row]) for one, all_ in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_splits_change_no_bit(dtype: torch.dtype) -> None:
+    """A reduction over 2300 columns by one program, or by three whose parts are added in order."""
+    width = 2300
+    stack, x = _stack((3, 16, 40), dtype, width), _x(9, dtype, width)
+    plan = lk.plan_batch(population("mixed", 9, 3), 3)
+    one, three = (_correction(x, stack, plan, splits)[1] for splits in (1, 3))
+    assert torch.equal(one, three)
+
+
+def test_few_rows_split_and_many_do_not() -> None:
+    target = TARGETS["sm_90"]
+    assert multi_lora_tiles(target, 3, 4096, 16, BF16).splits == 4
+    assert multi_lora_tiles(target, 200, 4096, 16, BF16).splits == 1
+
+
+def test_rows_without_an_adapter_cost_nothing() -> None:
+    """Neither factor is read, and nothing is written but P's zeros."""
+    stack, x = _stack(), _x(40)
+    plan = lk.plan_batch(population("base", 40, len(RANKS)), len(stack))
+    with record_memory() as record:
+        _correction(x, stack, plan)
+    kernels = [launch for launch in record.launches if launch.name.startswith("multi_lora")]
+    assert len(kernels) == 2
+    for launch in kernels:
+        assert launch.tensors["factor_ptr"].read == 0
+        assert sum(t.written for t in launch.tensors.values()) == 0
+        assert launch.tensors.get("x_ptr", launch.tensors.get("y_ptr")).read == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["distinct", "mixed", "identical"])
+def test_each_adapter_is_read_once_at_its_own_rank(name: str) -> None:
+    stack, x, ids = _stack(), _x(24), population(name, 24, len(RANKS))
+    there = sorted(set(ids.tolist()) - {-1})
+    ranks = sum(stack.ranks[i] for i in there)
+    with record_memory() as record:
+        _correction(x, stack, lk.plan_batch(ids, len(stack)))
+    down, up = (launch for launch in record.launches if launch.name.startswith("multi_lora"))
+    assert down.tensors["factor_ptr"].read == ranks * K * 2
+    assert up.tensors["factor_ptr"].read == ranks * N * 2
+    assert down.tensors["out_ptr"].written == 4 * sum(stack.ranks[i] for i in ids.tolist() if i >= 0)
+    assert down.tensors["x_ptr"].read == 2 * K * int((ids >= 0).sum())
+
+
+def test_gradients_of_adapters_without_rows_are_zero() -> None:
+    stack, x = _stack((3, 16, 5)), _x(40)
+    plan = lk.plan_batch(torch.ones(40, dtype=torch.int64), 3)
+    small = torch.randn(40, 16)
+    grad = multi_lora_grad(
+        x, small, stack.table, stack.scalings, plan.order[0], plan.bounds[0], None, None, None, 24, F32
+    )
+    assert not grad[:3].any() and not grad[19:].any()
+    expected = 0.625 * small.to(F16).double().T @ x.double()
+    torch.testing.assert_close(grad[3:19].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_launch_serves_other_ids_and_other_ranks() -> None:
+    """What a captured graph does: the same tensors and the same grid, with other contents."""
+    stack, x = _stack((3, 16, 5)), _x(40)
+    table, scalings = stack.table.clone(), stack.scalings.clone()
+    planner = BatchPlanner(40, 3)
+    for name, ranks in (("mixed", (3, 16, 5)), ("identical", (16, 1, 2)), ("base", (1, 1, 1)), ("zipf", (2, 0, 16))):
+        now = _stack(tuple(max(r, 1) for r in ranks))
+        table.copy_(now.table)
+        table[:, 1] = torch.tensor(ranks)
+        ids = population(name, 40, 3)
+        plan = planner.plan(ids.int())
+        reused = lk.LoRAStack(now.lora_a, now.lora_b, stack.places, table_and_scalings=(table, scalings))
+        _, y = _correction(x, reused, plan)
+        for i, rank in enumerate(ranks):
+            start, mine = int(table[i, 0]), ids == i
+            a, b = (f[start : start + rank].double() for f in (now.lora_a, now.lora_b))
+            expected = float(scalings[i]) * x[mine].double() @ a.T @ b
+            torch.testing.assert_close(y[mine].double(), expected, rtol=1e-2, atol=1e-2)
+        assert not y[ids == -1].any()

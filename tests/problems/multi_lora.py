@@ -1,0 +1,141 @@
+"""Problems of the multi-adapter linear, and its plain-PyTorch form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import lowrank_kernels as lk
+from lowrank_kernels.reference import dropout_keep_mask_ref
+from lowrank_kernels.stack import Place
+
+from . import Problem
+from .lora import BF16, F16, F32, SEED
+
+RANKS = (1, 2, 3, 5, 7, 8, 16, 32, 64)
+
+
+def eager_multi_lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None = None,
+    magnitude: Tensor | None = None, weights: Tensor | None = None, *, places: Sequence[Place],
+    dropout_p: Sequence[float] | float = 0.0,
+) -> Tensor:  # fmt: skip
+    """What one would write with PyTorch alone: a loop over the adapters, every step rounded to x's dtype."""
+    ids = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[:, None]
+    ps = [dropout_p] * len(places) if isinstance(dropout_p, float) else dropout_p
+    base = x @ weight.T
+    y = base
+    for j in range(ids.shape[1]):
+        for i, (start, rank, scaling, dora) in enumerate(places):
+            mine = (ids[:, j] == i)[:, None]
+            a, b = (f[start : start + rank].to(x.dtype) for f in (lora_a, lora_b))
+            dropped = x
+            if ps[i]:
+                keep = dropout_keep_mask_ref(torch.tensor(SEED), *x.shape, ps[i])
+                dropped = torch.where(keep, x, 0) / (1.0 - ps[i])
+            correction = scaling * (dropped @ a.T @ b)
+            if weights is not None:
+                correction = weights[:, j : j + 1].to(x.dtype) * correction
+            if dora >= 0:
+                assert magnitude is not None
+                norm = (weight + scaling * (b.T @ a)).norm(dim=1).detach()
+                scale = magnitude[dora].to(x.dtype) / norm
+                y = torch.where(mine, scale * base + scale * correction, y)
+            else:
+                y = y + torch.where(mine, correction, 0)
+    return y if bias is None else y + bias
+
+
+def multi_lora_problem(
+    name: str, ids: Tensor, K: int, N: int, ranks: Sequence[int], dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None, *, dora: Sequence[int] = (), bias: bool = False, weighted: bool = False,
+    dropout_p: Sequence[float] | float = 0.0, seed: int = 0,
+) -> Problem:  # fmt: skip
+    """``ids`` (M,) or (M, J); ``dora``: which adapters have a magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    factor_dtype = factor_dtype or dtype
+    M, total = ids.shape[0], sum(ranks)
+
+    def random(*shape: int, scale: float = 1.0, of: torch.dtype = dtype, grad: bool = True) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(of).requires_grad_(grad)
+
+    places, start = [], 0
+    for i, rank in enumerate(ranks):
+        places.append(Place(start, rank, 0.5 + 0.25 * (i % 4), list(dora).index(i) if i in dora else -1))
+        start += rank
+    per_rank = torch.cat([torch.full((rank, 1), rank**-0.5) for rank in ranks]) if ranks else torch.zeros(0, 1)
+    lora_b = (per_rank * torch.randn(total, N, generator=generator)).to(factor_dtype).requires_grad_()
+    tensors = {
+        "x": random(M, K), "weight": random(N, K, scale=K**-0.5, grad=False),
+        "lora_a": random(total, K, scale=K**-0.5, of=factor_dtype), "lora_b": lora_b, "adapter_ids": ids,
+    }  # fmt: skip
+    if bias:
+        tensors["bias"] = random(N)
+    if dora:
+        tensors["magnitude"] = (0.5 + torch.rand(len(dora), N, generator=generator)).to(factor_dtype).requires_grad_()
+    if weighted:
+        tensors["weights"] = random(*ids.shape, of=F32, grad=False)
+
+    def run(t: dict[str, Tensor], backend: str) -> Tensor:
+        stack = lk.LoRAStack(t["lora_a"], t["lora_b"], places, t.get("magnitude"))
+        return lk.multi_lora_linear(
+            t["x"], t["weight"], stack, t["adapter_ids"], t.get("bias"), weights=t.get("weights"),
+            dropout_p=dropout_p, dropout_seed=SEED, backend=backend,
+        )  # fmt: skip
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return eager_multi_lora_linear(**t, places=places, dropout_p=dropout_p)
+
+    return Problem(f"multi_lora: {name}", tensors, run, eager)
+
+
+def population(name: str, rows: int, adapters: int, seed: int = 0) -> Tensor:
+    """Punica's populations, and the batches without adapters: (rows,) ids, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "identical":
+        ids = torch.zeros(rows, dtype=torch.int64)
+    elif name == "distinct":
+        ids = torch.arange(rows) % adapters
+    elif name == "uniform":
+        groups = max(1, int(rows**0.5 + 0.999))
+        ids = torch.arange(rows) % min(groups, adapters)
+    elif name == "zipf":
+        shares = 1.0 / torch.arange(1, adapters + 1) ** 1.5
+        ids = torch.multinomial(shares, rows, replacement=True, generator=generator)
+    elif name == "skewed":
+        ids = torch.ones(rows, dtype=torch.int64)
+        ids[:1] = 0
+    elif name == "base":
+        ids = torch.full((rows,), -1)
+    else:
+        assert name == "mixed"
+        ids = torch.randint(-1, adapters, (rows,), generator=generator)
+    return ids[torch.randperm(rows, generator=generator)]
+
+
+POPULATIONS = ("identical", "distinct", "uniform", "zipf", "skewed", "base", "mixed")
+
+
+def problems() -> Iterator[Problem]:
+    for dtype in (BF16, F16, F32):
+        yield multi_lora_problem(f"{dtype}", population("mixed", 70, 3), 136, 88, (5, 16, 8), dtype)
+    for name in POPULATIONS:
+        yield multi_lora_problem(f"{name}, all ranks", population(name, 40, len(RANKS)), 96, 72, RANKS, BF16, F32)
+    yield multi_lora_problem("long segments", population("skewed", 90, 2), 72, 80, (33, 7), F16, bias=True)
+    yield multi_lora_problem("odd sizes", population("mixed", 37, 4), 131, 77, (5, 1, 3, 16), F32, bias=True)
+    yield multi_lora_problem("wide", population("mixed", 6, 2), 1100, 40, (4, 2), BF16)
+    yield multi_lora_problem("rank 256", population("mixed", 9, 2), 64, 56, (256, 3), BF16)
+    dora = {"dora": (0, 2), "bias": True}
+    yield multi_lora_problem("DoRA among LoRA", population("mixed", 50, 4), 72, 80, (4, 8, 3, 16), BF16, F32, **dora)
+    yield multi_lora_problem("DoRA, float32", population("mixed", 50, 4), 66, 50, (4, 8, 3, 16), F32, dora=(1, 3))
+    several = torch.stack([population("mixed", 40, 3, seed) for seed in (1, 2, 3)], dim=1)
+    yield multi_lora_problem("several a row", several, 72, 80, (4, 8, 3), BF16, F32, bias=True)
+    yield multi_lora_problem("several a row, weighted", several, 66, 50, (4, 8, 3), F32, weighted=True)
+    yield multi_lora_problem("weighted", population("mixed", 40, 3)[:, None], 72, 80, (4, 8, 3), BF16, weighted=True)
+    yield multi_lora_problem("dropout each", population("mixed", 60, 3), 68, 80, (4, 8, 3), BF16, F32,
+                             dropout_p=(0.0, 0.25, 0.5))  # fmt: skip
+    yield multi_lora_problem("dropout, float32", several, 67, 45, (4, 8, 3), F32, dropout_p=0.3, weighted=True)
+    yield multi_lora_problem("one row", population("distinct", 1, 1), 136, 88, (16,), BF16)
+    yield multi_lora_problem("no row", torch.zeros(0, dtype=torch.int64), 136, 88, (16, 3), BF16, bias=True)
