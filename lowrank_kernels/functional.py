@@ -412,6 +412,21 @@ def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto
     return norm, scale
 
 
+def _dropout_of_each(dropout_p: float | Sequence[float], adapters: int) -> list[float]:
+    """A probability an adapter, or none at all where there is no dropout."""
+    if isinstance(dropout_p, (int, float)):
+        if dropout_p == 0.0:
+            return []
+        dropout_p = [dropout_p] * adapters
+    ps = [float(p) for p in dropout_p]
+    if len(ps) != adapters or not all(0.0 <= p < 1.0 for p in ps):
+        raise ValueError(
+            f"multi_lora_linear: expected 0 <= dropout_p < 1, for all adapters or for each of {adapters}, "
+            f"got {dropout_p}"
+        )
+    return ps if any(ps) else []
+
+
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -473,11 +488,7 @@ def multi_lora_linear(
     check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, plan.adapter_ids, bias, weights, stack.has_dora)
     if plan.bounds.shape[1] != len(stack) + 2:
         raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {plan.bounds.shape[1] - 2}")
-    ps = [float(dropout_p)] * len(stack) if isinstance(dropout_p, (int, float)) else [float(p) for p in dropout_p]
-    if len(ps) != len(stack) or not all(0.0 <= p < 1.0 for p in ps):
-        raise ValueError(
-            f"{op}: expected 0 <= dropout_p < 1, for all adapters or for each of {len(stack)}, got {dropout_p}"
-        )
+    ps = _dropout_of_each(dropout_p, len(stack))
     seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
     norm = scale = None
     if stack.has_dora:

@@ -34,6 +34,7 @@ class LoRAStack:
         table: (G, 3) int32: start, rank and row of ``magnitude`` (-1: LoRA) of each adapter; the kernels read it.
         scalings: (G,) float32, applied at run time, never folded into a factor.
         places: the same on the host.
+        max_rank: the largest R.
 
     Nothing is padded to a common rank: the factors take Σ R (K + N) elements. An id i < G whose adapter was removed has
     rank 0, and its rows get the base product alone. ``add`` and ``remove`` leave the other adapters where they are and
@@ -52,6 +53,7 @@ class LoRAStack:
         self.lora_a, self.lora_b, self.magnitude = lora_a, lora_b, magnitude
         self.places = tuple(places)
         self.table, self.scalings = table_and_scalings or self._tensors()
+        self.max_rank = max(self.ranks, default=0)
 
     # -------------------------------------------------------------------------------------------------- making
 
@@ -131,10 +133,6 @@ class LoRAStack:
     def offsets(self) -> tuple[int, ...]:
         """First row of each adapter."""
         return tuple(place.start for place in self.places)
-
-    @property
-    def max_rank(self) -> int:
-        return max(self.ranks, default=0)
 
     @property
     def has_dora(self) -> bool:
@@ -243,8 +241,7 @@ class LoRAStack:
         for row, i in enumerate(dora):
             places[i] = places[i]._replace(magnitude=row)
         self.lora_a, self.lora_b, self.magnitude = self.lora_a[index], self.lora_b[index], magnitude
-        self.places = tuple(places)
-        self.table, self.scalings = self._tensors()
+        self._place(places)
 
     def _gap(self, rank: int) -> int:
         """First row of the first run of ``rank`` free ones."""
@@ -258,8 +255,12 @@ class LoRAStack:
     def _set(self, adapter: int, place: Place) -> None:
         places = [*self.places, *[_NOWHERE] * (adapter + 1 - len(self.places))]
         places[adapter] = place
+        self._place(places)
+
+    def _place(self, places: Sequence[Place]) -> None:
         self.places = tuple(places)
         self.table, self.scalings = self._tensors()  # new ones, so that a snapshot keeps its own
+        self.max_rank = max(self.ranks, default=0)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         device = self.lora_a.device

@@ -8,8 +8,10 @@
 namespace lrk {
 namespace {
 
-constexpr int64_t kRanks = 8;                  // ranks of one down-projection task
-constexpr int64_t kUpColumns = 512;            // columns of one up-projection task
+constexpr int64_t kRanks = 8;           // ranks of one down-projection task
+constexpr int64_t kUpColumns = 2048;    // columns of one up-projection task,
+constexpr int64_t kUpFewColumns = 512;  // and with few tiles
+constexpr int64_t kUpFewTiles = 8;
 constexpr int64_t kGradColumns = 512;          // columns of one gradient task
 constexpr int64_t kGradRows = 32;              // reduction slice of a gradient
 constexpr int64_t kSerial = int64_t{1} << 17;  // multiply-adds below which one thread is enough
@@ -119,21 +121,22 @@ void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, con
                    const float* bias, const Matrix* scaled) {
   const KernelTable& kernels = runtime.kernels;
   const int64_t width = y.cols, ranks = largest_rank(adapters), tile_rows = tallest(batch);
-  const int64_t blocks = ceil_div(width, kUpColumns);
+  const int64_t task_columns = batch.tile_count < kUpFewTiles ? kUpFewColumns : kUpColumns;
+  const int64_t blocks = ceil_div(width, task_columns);
   const bool parallel = y.rows * width * (ranks + (scaled ? 1 : 0)) > kSerial;
   run(runtime, batch.tile_count * blocks, parallel, [&](int64_t begin, int64_t end) {
     Layout layout;
-    const size_t sum_at = layout.add<float>(tile_rows * kUpColumns);
+    const size_t sum_at = layout.add<float>(tile_rows * task_columns);
     const size_t p_at = layout.add<float>(tile_rows * ranks);
-    const size_t ones_at = layout.add<float>(kUpColumns);
+    const size_t ones_at = layout.add<float>(task_columns);
     TaskScratch scratch(layout.bytes());
     float* sum = at<float>(scratch.base(), sum_at);
     float* left = at<float>(scratch.base(), p_at);
     float* ones = at<float>(scratch.base(), ones_at);
-    std::fill(ones, ones + kUpColumns, 1.0f);
+    std::fill(ones, ones + task_columns, 1.0f);
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = batch.tiles[task / blocks];
-      const int64_t col = task % blocks * kUpColumns, cols = std::min(kUpColumns, width - col);
+      const int64_t col = task % blocks * task_columns, cols = std::min(task_columns, width - col);
       const Place place = tile.adapter < 0 ? Place{0, 0, -1} : adapters.places[tile.adapter];
       if (place.rank) {
         const AdapterDropout* dropout = dropout_of(adapters, tile.adapter);
@@ -144,13 +147,13 @@ void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, con
           stage(kernels, left + i * place.rank, p, row, 0, place.rank, place.rank, nullptr);
           for (int64_t r = 0; r < place.rank; ++r) left[i * place.rank + r] *= scale;
         }
-        kernels.mix_rows(sum, kUpColumns, left, place.rank, tile.count,
+        kernels.mix_rows(sum, task_columns, left, place.rank, tile.count,
                          element(factor, place.start, col), factor.dtype, factor.stride, place.rank,
                          cols);
         for (int64_t i = 0; i < tile.count; ++i) {
           const int64_t row = batch.order[tile.first + i];
-          kernels.add(element(y, row, col), y.dtype, y.stride, sum + i * kUpColumns, kUpColumns, 1,
-                      cols, dropout ? dropout->inverse_keep : 1.0f,
+          kernels.add(element(y, row, col), y.dtype, y.stride, sum + i * task_columns, task_columns,
+                      1, cols, dropout ? dropout->inverse_keep : 1.0f,
                       dropout ? &dropout->dropout : nullptr, row, col);
         }
       }

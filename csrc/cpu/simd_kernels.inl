@@ -680,7 +680,10 @@ LRK_INLINE void dot_tile(float* out, int64_t out_stride, const float* const* x, 
     for (int i = 0; i < Rows; ++i) left[i] = load(x[i] + k);
 #pragma GCC unroll 8
     for (int r = 0; r < Ranks; ++r) {
-      const VecF right = load(factor + r * factor_stride + k);
+      const T* at = factor + r * factor_stride + k;
+      // The rows after these come next, and no hardware guesses where a row a page away begins.
+      if ((k & (64 / sizeof(T) - 1)) == 0) __builtin_prefetch(at + Ranks * factor_stride, 0, 2);
+      const VecF right = load(at);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) acc[i][r] += left[i] * right;
     }
@@ -741,14 +744,17 @@ LRK_FN void dot_rows(float* out, int64_t out_stride, const float* const* x, int6
   }
 }
 
-// Rows x (Vecs registers) of the result; a factor's rows are far apart, so the next columns of each
-// are asked for while these are read.
+// Rows x (Vecs registers) of the result. The next adapter's rows lie after these: they are asked
+// for while these are read.
 template <int Rows, int Vecs, typename T>
 LRK_INLINE void mix_strip(float* out, int64_t out_stride, const float* p, int64_t p_stride,
                           const T* factor, int64_t factor_stride, int64_t rank) {
   VecF acc[Rows][Vecs] = {};
   for (int64_t r = 0; r < rank; ++r) {
     const T* line = factor + r * factor_stride;
+    for (int v = 0; v < Vecs * kWidth; v += 64 / sizeof(T)) {
+      __builtin_prefetch(line + rank * factor_stride + v, 0, 2);
+    }
     VecF right[Vecs];
 #pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) right[v] = load(line + v * kWidth);

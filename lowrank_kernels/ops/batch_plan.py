@@ -58,10 +58,18 @@ def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tenso
     if plan is None:
         return plan_on_device(adapter_ids, num_adapters)
     order, bounds, tiles = _empty(adapter_ids, num_adapters)
-    for j in range(adapter_ids.shape[1]):
-        ids = adapter_ids[:, j].contiguous().numpy()
-        plan(ids, num_adapters, TILE_ROWS, order[j].numpy(), bounds[j].numpy(), tiles[j].view(-1).numpy())
+    views = order.numpy(), bounds.numpy(), tiles.view(len(tiles), tiles.shape[1] * 3).numpy()
+    for ids, *buffers in zip(adapter_ids.T.contiguous().numpy(), *views, strict=True):
+        try:
+            plan(ids, num_adapters, TILE_ROWS, *buffers)
+        except ValueError:
+            raise _out_of_range(adapter_ids, num_adapters) from None
     return order, bounds, tiles
+
+
+def _out_of_range(adapter_ids: Tensor, num_adapters: int) -> ValueError:
+    low, high = (int(v) for v in adapter_ids.aminmax())
+    return ValueError(f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}")
 
 
 def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,12 +122,6 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
         )
     ids = adapter_ids.to(torch.int32)
     ids = ids if ids.dim() == 2 else ids[:, None]
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        low, high = (int(v) for v in ids.aminmax())
-        if low < -1 or high >= num_adapters:
-            raise ValueError(
-                f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}"
-            )
     return BatchPlan(ids, *torch.ops.lowrank_kernels.batch_plan(ids, num_adapters))
 
 
