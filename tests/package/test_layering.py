@@ -25,7 +25,7 @@ ALLOWED = {
     "merge": ({"ops"}, {"torch"}),
     "report": (set(), {"torch"}),
     "init": ({"nn", "functional", "merge"}, {"torch"}),
-    "nn": ({"functional", "init", "merge"}, {"torch"}),
+    "nn": ({"functional", "init", "merge", "stack"}, {"torch"}),
     "chain": ({"nn", "init", "merge"}, {"torch"}),
     "federated": ({"merge"}, {"torch"}),
     "optim": ({"nn", "functional"}, {"torch"}),

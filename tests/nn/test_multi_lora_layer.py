@@ -1,0 +1,151 @@
+"""MultiLoRALinear: the layer, the ids that reach it, merging, training of several adapters in one pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_kernels as lk
+from lowrank_kernels.nn import MultiLoRALinear, use_adapters
+
+K, N = 24, 18
+
+
+def make_layer(ranks=(4, 2, 7), dora=False, dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    layer = MultiLoRALinear.from_linear(nn.Linear(K, N, dtype=dtype), ranks, dora=dora, **settings)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn_like(layer.lora_B))
+    return layer
+
+
+def test_starts_as_the_wrapped_layer():
+    linear = nn.Linear(K, N)
+    for dora in (False, True):
+        layer = MultiLoRALinear.from_linear(linear, (2, 5), dora=dora)
+        x, ids = torch.randn(6, K), torch.tensor([0, 1, -1, 1, 0, 0])
+        torch.testing.assert_close(layer(x, ids), linear(x))
+    assert layer.weight is linear.weight and not layer.weight.requires_grad
+    assert layer.lora_A.shape == (7, K) and layer.lora_B.shape == (7, N) and layer.lora_magnitude.shape == (2, N)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_each_row_is_what_its_adapter_alone_gives(dora):
+    layer, x = make_layer(dora=dora), torch.randn(9, K)
+    ids = torch.tensor([0, 1, 2, -1, 2, 1, 0, -1, 2])
+    y = layer(x, ids)
+    for i, rank in enumerate((4, 2, 7)):
+        alone = (lk.nn.DoRALinear if dora else lk.nn.LoRALinear)(nn.Linear(K, N), rank)
+        with torch.no_grad():
+            alone.base_layer.weight.copy_(layer.weight)
+            alone.base_layer.bias.copy_(layer.bias)
+            a, b, _, m = layer.stack.factors(i)
+            alone.lora_A.weight.copy_(a)
+            alone.lora_B.weight.copy_(b)
+            if dora:
+                alone.lora_magnitude_vector.copy_(m)
+        torch.testing.assert_close(y[ids == i], alone(x)[ids == i], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[ids == -1], layer.base_layer(x[ids == -1]))
+
+
+def test_ids_of_the_context():
+    layer, x = make_layer(), torch.randn(3, 5, K)
+    ids = torch.tensor([2, -1, 0])
+    with use_adapters(ids):
+        y = layer(x)
+        beams = layer(x.repeat_interleave(2, dim=0))
+        one_token = layer(x[:, :1])
+    expected = layer(x, ids[:, None].expand(3, 5))
+    assert torch.equal(y, expected) and torch.equal(beams, y.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(one_token, expected[:, :1])
+    assert torch.equal(layer(x), layer.base_layer(x))  # outside of it
+    with use_adapters([0, 0, 0]), use_adapters(ids):
+        assert torch.equal(layer(x), y)
+
+
+def test_ids_that_do_not_fit():
+    layer, x = make_layer(), torch.randn(3, 5, K)
+    with use_adapters([0, 1]), pytest.raises(ValueError, match=r"expected a multiple of 2 rows.*got 15"):
+        layer(x)
+    with use_adapters([0, 3, 0]), pytest.raises(ValueError, match="expected adapter_ids from -1 to 2, got 0 to 3"):
+        layer(x)
+    with pytest.raises(ValueError, match="use_adapters: expected one integer a sequence"), use_adapters([0.5]):
+        pass
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_one_adapter_and_back(dora):
+    layer, x = make_layer(dora=dora), torch.randn(6, K)
+    before = layer.weight.detach().clone()
+    expected = layer(x, torch.full((6,), 1))
+    layer.merge_(1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert layer.merge_(1).merged and layer.merged_adapter == 1
+    with pytest.raises(ValueError, match="adapter 1 is merged"):
+        layer.merge_(0)
+    layer.unmerge_()
+    assert torch.equal(layer.weight, before) and not layer.merged
+    with pytest.raises(ValueError, match="expected an adapter of 3, got 3"):
+        layer.merge_(3)
+    layer.weight_shared_with = ("head",)
+    with pytest.raises(ValueError, match="this weight is also that of head"):
+        layer.merge_(0)
+
+
+def test_state_dict_comes_back():
+    layer, other = make_layer(dora=True), make_layer(dora=True)
+    state = layer.state_dict()
+    assert set(state) == {"lora_A", "lora_B", "lora_magnitude", "base_layer.weight", "base_layer.bias"}
+    other.load_state_dict(state)
+    x, ids = torch.randn(4, K), torch.tensor([0, 1, 2, -1])
+    assert torch.equal(layer(x, ids), other(x, ids))
+
+
+def test_dropout_in_training_alone():
+    layer, x, ids = make_layer(dropout=(0.0, 0.5, 0.5)), torch.randn(4, K), torch.tensor([0, 1, 2, -1])
+    assert torch.equal(layer.eval()(x, ids), layer(x, ids))
+    layer.train()
+    first, second = layer(x, ids), layer(x, ids)
+    assert torch.equal(first[[0, 3]], second[[0, 3]]) and not torch.equal(first[1], second[1])
+
+
+def test_bad_settings():
+    linear = nn.Linear(K, N)
+    with pytest.raises(ValueError, match=r"MultiLoRALinear: expected a stack for \(K, N\) = \(24, 18\)"):
+        MultiLoRALinear(linear, lk.LoRAStack.empty(K, N + 1))
+    with pytest.raises(ValueError, match="MultiLoRALinear: expected 0 <= dropout < 1"):
+        MultiLoRALinear.from_linear(linear, (2, 3), dropout=(0.1,))
+    with pytest.raises(ValueError, match="MultiLoRALinear: expected r to be an integer"):
+        MultiLoRALinear.from_linear(linear, (2, 0))
+    with pytest.raises(TypeError, match=r"cannot be wrapped: not an nn\.Linear"):
+        MultiLoRALinear(nn.Identity(), lk.LoRAStack.empty(K, N))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_together_is_training_one_after_another(dora):
+    """Three adapters, ten AdamW steps: in one batch, and each alone on its own rows."""
+    torch.manual_seed(3)
+    x, target = torch.randn(3, 8, K).double(), torch.randn(3, 8, N).double()
+    together, apart = make_layer(dora=dora, dtype=torch.float64), make_layer(dora=dora, dtype=torch.float64)
+
+    def train(layer, batches):
+        optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            of_step = []
+            for ids in batches:
+                with use_adapters(ids):
+                    wrong = layer(x[ids]) - target[ids]
+                    each = wrong.square().mean(dim=(1, 2))
+                    each.sum().backward()
+                of_step += each.tolist()
+            losses.append(of_step)
+            optimizer.step()
+        return torch.tensor(losses)
+
+    first = train(together, [[0, 1, 2]])
+    second = train(apart, [[0], [1], [2]])
+    assert (first[-1] < first[0]).all()
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
