@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import chain, federated, init, integrations, nn, optim, smt
+from . import chain, federated, init, integrations, nn, optim, serving, smt
 from .adapt import adapt, plan_adaptation
 from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig
@@ -53,6 +53,7 @@ __all__ = [
     "plan_batch",
     "save_adapter",
     "save_lora_ga_adapter",
+    "serving",
     "smt",
     "stack_column_scale",
     "unmerge_dora_",

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -238,18 +238,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     The model is exactly as before after every one of these.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r}")
-    config = _read_config(_inside(folder, CONFIG_FILE))
-    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
-        raise ValueError(
-            f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
-            f"code when read; load it with PEFT if you trust it, and save it again"
-        )
-    plan = plan_adaptation(model, config)
-    base = _base_parameters(model, plan)
-    tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
-
+    config, _, tensors = read_adapter(model, folder)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else None
     report = adapt(model, replace(config, init="zero", dtype=dtype))
     try:
@@ -264,6 +253,32 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     trains, total = count_parameters(model)
     method = "DoRA" if isinstance(config, DoRAConfig) else "LoRA"
     return Report(f"{folder.name}: {method}", report.replaced, report.skipped, trains, total, _undo=report._undo)
+
+
+class AdapterFile(NamedTuple):
+    """What an adapter's folder says, checked against a model: its settings, its targets there, its tensors by the names
+    that the parameters of the adapted model have."""
+
+    config: LoRAConfig
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFile:
+    """Read and check a folder as :func:`load_adapter` does, and raise as it does; the model is not touched."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r}")
+    config = _read_config(_inside(folder, CONFIG_FILE))
+    if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
+            f"code when read; load it with PEFT if you trust it, and save it again"
+        )
+    plan = plan_adaptation(model, config)
+    base = _base_parameters(model, plan)
+    tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
+    return AdapterFile(config, plan, tensors)
 
 
 def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:

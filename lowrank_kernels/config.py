@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,11 @@ class LoRAConfig(AdapterConfig):
             train=self.train,
             dtype=self.dtype,
         )
+
+    def scaling_of(self, name: str) -> float:
+        """s of the module at path ``name``."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
     def unused(self, names: Sequence[str]) -> list[str]:
         return [

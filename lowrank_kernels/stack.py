@@ -184,7 +184,7 @@ class LoRAStack:
         adapter = next((i for i, r in enumerate(ranks) if r == 0), len(ranks)) if at is None else at
         if adapter < 0 or (adapter < len(ranks) and ranks[adapter]):
             raise ValueError(f"LoRAStack.add: expected at to be a free id, got {at}")
-        start = self._gap(rank)
+        start = self.first_gap(rank)
         self.reserve(start + rank)
         self.lora_a[start : start + rank] = lora_a
         self.lora_b[start : start + rank] = lora_b.T
@@ -213,6 +213,11 @@ class LoRAStack:
         if not 0 <= adapter < len(self) or not self.places[adapter].rank:
             raise ValueError(f"LoRAStack.remove: expected the id of an adapter, got {adapter}")
         self._set(adapter, _NOWHERE)
+
+    def extend(self, ids: int) -> None:
+        """Have ``ids`` ids in all, or more: the new ones are free."""
+        if ids > len(self):
+            self._place([*self.places, *[_NOWHERE] * (ids - len(self))])
 
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows of rank in all; adapters keep their places."""
@@ -243,8 +248,8 @@ class LoRAStack:
         self.lora_a, self.lora_b, self.magnitude = self.lora_a[index], self.lora_b[index], magnitude
         self._place(places)
 
-    def _gap(self, rank: int) -> int:
-        """First row of the first run of ``rank`` free ones."""
+    def first_gap(self, rank: int) -> int:
+        """First row of the first run of ``rank`` free ones; it may reach past the end."""
         start = 0
         for place in sorted(p for p in self.places if p.rank):
             if place.start - start >= rank:
@@ -253,7 +258,7 @@ class LoRAStack:
         return start
 
     def _set(self, adapter: int, place: Place) -> None:
-        places = [*self.places, *[_NOWHERE] * (adapter + 1 - len(self.places))]
+        places = [*self.places, *[_NOWHERE] * (adapter + 1 - len(self))]
         places[adapter] = place
         self._place(places)
 

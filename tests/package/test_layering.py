@@ -36,6 +36,7 @@ ALLOWED = {
         {"adapt", "checkpoint", "config", "functional", "nn", "report"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
+    "serving": ({"checkpoint", "config", "functional", "nn", "stack"}, {"torch"}),
     "integrations": (None, None),
     "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),

@@ -1,0 +1,467 @@
+"""``AdapterBank``: PEFT adapters over one model, loaded, evicted and mixed in a batch while it serves."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import AdapterFile, read_adapter
+from ..config import DoRAConfig
+from ..functional import dora_column_scale, multi_lora_linear
+from ..nn.multi_lora import SequenceBatch
+from ..stack import LoRAStack
+
+_current: ContextVar[_Batch | None] = ContextVar("lowrank_kernels_bank_batch", default=None)
+
+
+class _Part(NamedTuple):
+    """An adapter on one linear: its factors as in a file of PEFT's, and what follows from them and the weight."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+    column_scale: Tensor | None = None
+    bias: Tensor | None = None  # s · lora_bias
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
+
+
+@dataclass
+class _Adapter:
+    """What the bank knows of an adapter. Guarded by the bank's lock."""
+
+    name: str
+    folder: Path
+    nbytes: int
+    parts: Mapping[str, _Part] | None  # the host's copy
+    pinned: bool
+    slot: int | None = None  # its id in every stack; None: evicted
+    batches: int = 0  # that use it now
+    used: int = 0  # when it was last asked for
+    retired: bool = False  # unloaded or replaced, and kept for the batches that started with it
+
+
+class _Served(NamedTuple):
+    """The adapters of one linear as a batch sees them: never changed, only replaced."""
+
+    stack: LoRAStack
+    norm_and_scale: tuple[Tensor, Tensor] | None
+    biases: Mapping[int, Tensor]
+
+
+@dataclass
+class _Batch:
+    """A batch in flight: the adapters that it started with."""
+
+    bank: AdapterBank
+    sequences: SequenceBatch
+    ids: frozenset[int]
+    served: Mapping[str, _Served]
+    bias_tables: dict[str, Tensor] = field(default_factory=dict)
+
+    def linear(self, name: str, base: nn.Linear, x: Tensor) -> Tensor:
+        served = self.served.get(name)
+        if served is None or not any(served.stack.places[i].rank for i in self.ids):
+            return base(x)
+        plan = self.sequences.plan(x)
+        y = multi_lora_linear(x, base.weight, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
+        if any(i in served.biases for i in self.ids):
+            if name not in self.bias_tables:
+                rows = [served.biases.get(i) for i in range(self.sequences.num_adapters)]
+                zero = y.new_zeros(y.shape[-1])
+                self.bias_tables[name] = torch.stack([zero if b is None else b.to(y.dtype) for b in (*rows, None)])
+            y = y + self.bias_tables[name][plan.adapter_ids[:, 0]].view_as(y)  # id -1 is the last row, of zeros
+        return y
+
+
+class BankLinear(nn.Module):
+    """A linear of a model with a bank: ``base_layer``, and in a batch of the bank each row's adapter."""
+
+    def __init__(self, base_layer: nn.Linear, bank: AdapterBank, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._bank, self._name = (bank,), name  # in a tuple: no module of this one's
+        self.training = base_layer.training
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = _current.get()
+        if batch is None or batch.bank is not self._bank[0]:
+            return self.base_layer(x)
+        return batch.linear(self._name, self.base_layer, x)
+
+
+class AdapterBank:
+    """Many PEFT adapters on one frozen model, mixed freely in a batch.
+
+    ``bank.load("a", folder)``, then ``with bank.batch(["a", None, "b"]): model.generate(...)``: sequence 0 with adapter
+    a, sequence 1 with the base alone, sequence 2 with b. Outside of a batch the model is the base model.
+
+    Args:
+        model: any module with nn.Linears, such as one of ``transformers``; changed in place: linears that an adapter
+            targets become :class:`BankLinear`, whose weight is the linear's own. ``close`` puts them back.
+        budget_bytes: of adapters on the model's device; None: no limit. The least recently used ones without a batch
+            are evicted to stay within it, and come back when a batch names them.
+        host_bytes: of copies on the host, from which evicted adapters come back; None: no limit. Beyond it the least
+            recently used copies are dropped, and such an adapter is read from its folder again.
+
+    Adapters may be LoRA, rsLoRA and DoRA of any ranks, with rank and alpha patterns and lora_bias, on different linears
+    each. A folder is checked whole before anything changes; see ``lk.load_adapter`` for what is refused, and how.
+    Factors take the dtype of the weight they belong to. Wrapped linears are frozen.
+
+    Every method may be called from any thread, while batches run. A batch keeps the adapters it started with, whatever
+    is loaded, replaced, evicted or unloaded meanwhile; their memory is freed after its end. Reading and checking a
+    folder blocks no batch: only the copy of its factors into the stacks does.
+    """
+
+    def __init__(self, model: nn.Module, budget_bytes: int | None = None, *, host_bytes: int | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"AdapterBank: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        for name, limit in (("budget_bytes", budget_bytes), ("host_bytes", host_bytes)):
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+                raise ValueError(f"AdapterBank: expected {name} to be 0 or more, or None, got {limit!r}")
+        self.model, self.budget_bytes, self.host_bytes = model, budget_bytes, host_bytes
+        # The module tree as adapters' settings name it; parameters and buffers are the model's own.
+        kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self._plain = copy.deepcopy(model, kept)
+        self._lock = threading.RLock()
+        self._clock = itertools.count(1)
+        self._adapters: dict[str, _Adapter] = {}
+        self._slots: list[_Adapter | None] = []
+        self._stacks: dict[str, LoRAStack] = {}
+        self._served: Mapping[str, _Served] = MappingProxyType({})
+        self._wrapped: dict[str, BankLinear] = {}
+        self._required_grad: dict[str, list[nn.Parameter]] = {}
+        self._loader: ThreadPoolExecutor | None = None
+
+    # ------------------------------------------------------------------------------------------------- adapters
+
+    def load(
+        self, name: str, folder: str | os.PathLike[str], *, pin: bool = False, wait: bool = True
+    ) -> Future[None] | None:
+        """Read a PEFT folder and serve it as ``name``; an adapter of that name is replaced, in one step.
+
+        Args:
+            pin: never evict it.
+            wait: False returns a future at once, and a thread of the bank's own loads the adapter.
+
+        Raises (or the future does):
+            ValueError, TypeError: as ``lk.load_adapter`` for a folder that cannot be served here; a name that is not a
+                string with something in it; an adapter larger than the budget, or than what pins and running batches
+                leave of it. The bank is then as it was.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"AdapterBank.load: expected a name, got {name!r}")
+        if not wait:
+            with self._lock:
+                if self._loader is None:
+                    self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-bank")
+                return self._loader.submit(self._load, name, Path(folder), pin)
+        self._load(name, Path(folder), pin)
+        return None
+
+    def _load(self, name: str, folder: Path, pin: bool) -> None:
+        parts = self._read(folder)
+        adapter = _Adapter(name, folder, sum(part.nbytes for part in parts.values()), parts, pin)
+        with self._lock:
+            old = self._adapters.get(name)
+            self._bring_in(adapter, parts, instead_of=old)
+            self._adapters[name] = adapter
+            if old is not None:
+                self._retire(old)
+            self._trim_host()
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; batches that started with it finish with it.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        with self._lock:
+            self._retire(self._known(name))
+            del self._adapters[name]
+
+    def names(self) -> list[str]:
+        """Of all adapters, on the device or evicted, in the order of loading."""
+        with self._lock:
+            return list(self._adapters)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Never evict an adapter, or do again. An evicted one comes back."""
+        with self._lock:
+            adapter = self._known(name)
+            if pinned:
+                self._make_resident(adapter)
+            adapter.pinned = pinned
+
+    def resident(self) -> list[str]:
+        """Names of the adapters on the device, the least recently used first."""
+        with self._lock:
+            there = [a for a in self._adapters.values() if a.slot is not None]
+            return [a.name for a in sorted(there, key=lambda a: a.used)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the adapters on the device, those included that only a running batch still uses."""
+        with self._lock:
+            return sum(a.nbytes for a in self._slots if a is not None)
+
+    # --------------------------------------------------------------------------------------------------- batches
+
+    @contextmanager
+    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Context in which sequence b of the model's batch runs with adapter ``names[b]``, None for the base alone.
+
+        The model may see a multiple of the sequences (beams, samples): copies of one lie together. The context belongs
+        to the thread (and its asyncio task). Contexts of one bank may nest; the inner one counts.
+
+        Raises:
+            ValueError: a name that the bank does not know; adapters that together do not fit the budget.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        with self._lock:
+            wanted = [None if name is None else self._known(name) for name in names]
+            adapters = list({id(a): a for a in wanted if a is not None}.values())
+            for adapter in adapters:  # counted first, so that bringing one in does not evict another
+                adapter.batches += 1
+            try:
+                for adapter in adapters:
+                    self._make_resident(adapter)
+                    adapter.used = next(self._clock)
+            except BaseException:
+                self._leave(adapters)
+                raise
+            ids = [-1 if a is None else a.slot for a in wanted]
+            sequences = SequenceBatch(torch.tensor(ids, dtype=torch.int32), len(self._slots))
+            batch = _Batch(self, sequences, frozenset(i for i in ids if i is not None and i >= 0), self._served)
+        token = _current.set(batch)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            with self._lock:
+                self._leave(adapters)
+
+    def _leave(self, adapters: Sequence[_Adapter]) -> None:
+        for adapter in adapters:
+            adapter.batches -= 1
+            if adapter.retired and not adapter.batches:
+                self._take_out(adapter)
+
+    def close(self) -> None:
+        """Put the model back as it was, and forget every adapter. Waits for loading, not for batches."""
+        if self._loader is not None:
+            self._loader.shutdown(cancel_futures=True)
+        with self._lock:
+            for name, wrapped in self._wrapped.items():
+                parent, _, child = name.rpartition(".")
+                wrapped.base_layer.train(wrapped.training)
+                self.model.get_submodule(parent)._modules[child] = wrapped.base_layer
+                for p in self._required_grad[name]:
+                    p.requires_grad_()
+            self._wrapped, self._adapters, self._slots, self._stacks = {}, {}, [], {}
+            self._served, self._loader = MappingProxyType({}), None
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        with self._lock:
+            return (
+                f"AdapterBank({type(self.model).__name__}, adapters={len(self._adapters)}, "
+                f"resident={len(self.resident())}, bytes={self.nbytes}, budget_bytes={self.budget_bytes})"
+            )
+
+    # ------------------------------------------------------------------------------------------------- off the lock
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _read(self, folder: Path) -> dict[str, _Part]:
+        """An adapter's parts by linear, on the host: everything that can fail, before anything changes."""
+        file = read_adapter(self._plain, folder)
+        if file.config.bias != "none":
+            raise ValueError(
+                f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
+                f"a batch share; a bank cannot serve it"
+            )
+        return {name: _part(name, linear, file) for name, linear in file.plan.targets.items()}
+
+    # ---------------------------------------------------------------------------------------------- under the lock
+
+    def _known(self, name: str) -> _Adapter:
+        if name not in self._adapters:
+            there = ", ".join(list(self._adapters)[:8]) or "none"
+            raise ValueError(f"AdapterBank: expected the name of an adapter, got {name!r}; there are: {there}")
+        return self._adapters[name]
+
+    def _make_resident(self, adapter: _Adapter) -> None:
+        if adapter.slot is None:
+            if adapter.parts is None:
+                adapter.parts = self._read(adapter.folder)
+            self._bring_in(adapter, adapter.parts)
+            self._trim_host()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bring_in(self, adapter: _Adapter, parts: Mapping[str, _Part], instead_of: _Adapter | None = None) -> None:
+        """Give an adapter a slot and copy its parts into the stacks; evicts others for it. Raises before it changes."""
+        self._make_room(adapter, instead_of)
+        for name in parts:
+            self._wrap(name)
+        slot = next((i for i, a in enumerate(self._slots) if a is None), len(self._slots))
+        if slot == len(self._slots):
+            self._slots.append(None)
+        adapter.slot, adapter.used = slot, next(self._clock)
+        self._slots[slot] = adapter
+        try:
+            for name, part in parts.items():
+                self._stack(name, part, slot)
+        except BaseException:
+            self._take_out(adapter)
+            raise
+        self._publish(parts)
+
+    def _stack(self, name: str, part: _Part, slot: int) -> None:
+        weight, rank = self._wrapped[name].weight, part.lora_a.shape[0]
+        if name not in self._stacks:
+            n, k = weight.shape
+            self._stacks[name] = LoRAStack.empty(k, n, dtype=weight.dtype, device=weight.device)
+        stack = self._stacks[name]
+        rows = stack.lora_a.shape[0]
+        if rows - sum(stack.ranks) >= rank and stack.first_gap(rank) + rank > rows:
+            stack.compact()  # makes new tensors: running batches keep theirs
+        magnitude = None if part.magnitude is None else part.magnitude.to(weight.device)
+        stack.add(part.lora_a.to(weight.device), part.lora_b.to(weight.device), part.scaling, magnitude, at=slot)
+
+    def _make_room(self, adapter: _Adapter, instead_of: _Adapter | None) -> None:
+        """Evict the least recently used until ``adapter`` fits; nothing is evicted where it cannot."""
+        if self.budget_bytes is None:
+            return
+        over = self.nbytes + adapter.nbytes - self.budget_bytes
+        idle = [a for a in self._slots if a is not None and not (a.pinned or a.batches or a.retired)]
+        idle.sort(key=lambda a: (a is not instead_of, a.used))
+        if over > sum(a.nbytes for a in idle):
+            raise ValueError(
+                f"AdapterBank: expected room for {adapter.name!r} of {adapter.nbytes} bytes within the budget of "
+                f"{self.budget_bytes}, but adapters that are pinned or in a running batch leave "
+                f"{self.budget_bytes - self.nbytes + sum(a.nbytes for a in idle)}"
+            )
+        for victim in idle:
+            if over <= 0:
+                break
+            over -= victim.nbytes
+            self._take_out(victim)
+
+    def _take_out(self, adapter: _Adapter) -> None:
+        """Free an adapter's slot and its rows of the stacks; no batch uses it."""
+        if adapter.slot is None:
+            return
+        slot, adapter.slot = adapter.slot, None
+        changed = [name for name, stack in self._stacks.items() if slot < len(stack) and stack.ranks[slot]]
+        for name in changed:
+            self._stacks[name].remove(slot)
+        self._slots[slot] = None
+        self._publish(changed)
+
+    def _retire(self, adapter: _Adapter) -> None:
+        adapter.retired = True
+        if not adapter.batches:
+            self._take_out(adapter)
+
+    def _wrap(self, name: str) -> None:
+        if name not in self._wrapped:
+            parent, _, child = name.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            linear: Any = owner._modules[child]
+            self._required_grad[name] = [p for p in linear.parameters() if p.requires_grad]
+            self._wrapped[name] = BankLinear(linear.requires_grad_(False), self, name)
+            owner._modules[child] = self._wrapped[name]
+
+    def _publish(self, changed: Sequence[str] | Mapping[str, Any]) -> None:
+        """Show new batches the stacks as they are now: one assignment."""
+        served = dict(self._served)
+        for name, stack in self._stacks.items():
+            if name in changed or len(stack) < len(self._slots):
+                stack.extend(len(self._slots))
+                served[name] = self._snapshot(name, stack)
+        self._served = MappingProxyType(served)
+
+    def _snapshot(self, name: str, stack: LoRAStack) -> _Served:
+        parts = {i: a.parts[name] for i, a in enumerate(self._slots) if a and a.parts and name in a.parts}
+        norm_and_scale = None
+        if stack.has_dora:
+            assert stack.magnitude is not None
+            norm = torch.zeros(stack.magnitude.shape, dtype=torch.float32, device=stack.magnitude.device)
+            norm_and_scale = norm, torch.zeros_like(norm)
+            for i, part in parts.items():
+                if part.norm is not None and part.column_scale is not None:
+                    row = stack.places[i].magnitude
+                    norm_and_scale[0][row], norm_and_scale[1][row] = part.norm, part.column_scale
+        biases = {i: part.bias.to(stack.lora_b.device) for i, part in parts.items() if part.bias is not None}
+        return _Served(stack.snapshot(), norm_and_scale, MappingProxyType(biases))
+
+    def _trim_host(self) -> None:
+        """Drop the least recently used host copies of evicted adapters beyond ``host_bytes``."""
+        if self.host_bytes is None:
+            return
+        held = sorted((a for a in self._adapters.values() if a.parts and a.slot is None), key=lambda a: a.used)
+        over = sum(a.nbytes for a in held) - self.host_bytes
+        for adapter in held:
+            if over <= 0:
+                break
+            over -= adapter.nbytes
+            adapter.parts = None
+
+
+def _part(name: str, linear: nn.Linear, file: AdapterFile) -> _Part:
+    """An adapter on one linear, in its weight's dtype; DoRA's norm from the tensors as they were saved."""
+    config, tensors, dtype = file.config, file.tensors, linear.weight.dtype
+    lora_a, lora_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+    scaling = config.scaling_of(name)
+    bias = tensors.get(f"{name}.lora_B.bias")
+    part = _Part(lora_a.to(dtype), lora_b.to(dtype), scaling, bias=None if bias is None else scaling * bias)
+    if not isinstance(config, DoRAConfig):
+        return part
+    magnitude, device = tensors[f"{name}.lora_magnitude_vector"], linear.weight.device
+    norm, scale, _ = dora_column_scale(
+        linear.weight.detach(), lora_a.to(device), lora_b.to(device), magnitude.to(device), scaling=scaling
+    )
+    return part._replace(magnitude=magnitude.to(dtype), norm=norm.float().cpu(), column_scale=scale.float().cpu())
+
+
+__all__ = ["AdapterBank", "BankLinear"]

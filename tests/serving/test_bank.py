@@ -1,0 +1,399 @@
+"""AdapterBank: every row as its adapter alone, loading and evicting, failing closed, many threads."""
+
+import json
+import shutil
+import struct
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowrank_kernels as lk
+from lowrank_kernels.serving import AdapterBank
+from lowrank_kernels.serving.bank import BankLinear
+from tests.serving.tiny_model import KINDS, make_model, write_adapter
+
+MIXED = ["lora", None, "dora", "rslora", "patterns", "lora", "everywhere", "bias", None, "rank 16"]
+
+
+def make_tokens(rows, length=9):
+    return (torch.arange(rows * length).reshape(rows, length) * 7 + 3) % 64
+
+
+def assert_rows_are_right(logits, names, tokens, alone):
+    for row, name in enumerate(names):
+        expected = alone(name, tokens[row : row + 1])[0]
+        assert (logits[row] - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), (row, name)
+
+
+@pytest.fixture
+def bank(model, folders):
+    with AdapterBank(model) as bank:
+        for name, folder in folders.items():
+            bank.load(name, folder)
+        yield bank
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+@torch.no_grad()
+def test_every_row_is_its_adapter_alone(bank, alone):
+    tokens = make_tokens(len(MIXED))
+    with bank.batch(MIXED):
+        logits = bank.model(tokens).logits
+    assert_rows_are_right(logits, MIXED, tokens, alone)
+
+
+@torch.no_grad()
+def test_outside_of_a_batch_the_model_is_the_base(bank):
+    tokens = make_tokens(3)
+    expected = make_model()(tokens).logits
+    assert torch.equal(bank.model(tokens).logits, expected)
+    with bank.batch([None, None, None]):
+        assert torch.equal(bank.model(tokens).logits, expected)
+
+
+def test_generation_with_prompts_of_different_lengths(bank, alone, folders):
+    names = ["lora", None, "dora", "everywhere"]
+    tokens, lengths = make_tokens(4), (9, 5, 7, 3)
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with bank.batch(names):
+        together = bank.model.generate(tokens * mask, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        alone(name, tokens[:1])  # makes the model
+        one = make_model() if name is None else alone.models[name]
+        expected = one.generate(input_ids=tokens[row : row + 1, -lengths[row] :], **options)
+        assert together[row, -6:].tolist() == expected[0, -6:].tolist()
+
+
+def test_several_samples_of_a_prompt(bank, alone):
+    names, tokens = ["lora", "dora"], make_tokens(2)
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    with bank.batch(names):
+        together = bank.model.generate(tokens, **options)
+    for row, name in enumerate(names):
+        alone(name, tokens[:1])
+        expected = alone.models[name].generate(input_ids=tokens[row : row + 1], **options)
+        assert together[row].tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(folders, alone, dtype):
+    tokens = make_tokens(len(MIXED))
+    with AdapterBank(make_model(dtype)) as bank:
+        for name, folder in folders.items():
+            bank.load(name, folder)
+        with bank.batch(MIXED):
+            logits = bank.model(tokens).logits
+    for row, name in enumerate(MIXED):
+        expected = alone(name, tokens[row : row + 1])[0]
+        assert (logits[row].float() - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_bad_names(bank):
+    with pytest.raises(ValueError, match="expected the name of an adapter, got 'nobody'; there are: lora, rslora"):
+        bank.batch(["lora", "nobody"]).__enter__()
+    with bank.batch(["lora", None]), pytest.raises(ValueError, match="expected a multiple of 2 rows"):
+        bank.model(make_tokens(1, 5))
+    assert all(a.batches == 0 for a in bank._adapters.values())
+
+
+def test_gradients_do_not_reach_the_weights(bank):
+    with bank.batch(["lora"]):
+        bank.model(make_tokens(1)).logits.sum().backward()
+    assert bank.model.model.layers[0].self_attn.q_proj.weight.grad is None
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_only_targeted_linears_are_wrapped_and_close_puts_them_back(model, folders):
+    before = {name: (type(m), id(m)) for name, m in model.named_modules()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    bank = AdapterBank(model)
+    bank.load("lora", folders["lora"])
+    wrapped = {name for name, m in model.named_modules() if isinstance(m, BankLinear)}
+    assert wrapped == {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}
+    bank.close()
+    assert {name: (type(m), id(m)) for name, m in model.named_modules()} == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+
+
+@torch.no_grad()
+def test_loading_unloading_and_replacing(bank, alone, folders):
+    tokens = make_tokens(1)
+    bank.load("lora", folders["dora"])
+    with bank.batch(["lora"]):
+        assert_rows_are_right(bank.model(tokens).logits, ["dora"], tokens, alone)
+    bank.unload("lora")
+    assert "lora" not in bank.names() and bank.names()[0] == "rslora"
+    with pytest.raises(ValueError, match="got 'lora'"):
+        bank.unload("lora")
+    assert bank.nbytes == sum(a.nbytes for a in bank._adapters.values())
+
+
+@torch.no_grad()
+def test_a_batch_keeps_the_adapters_it_started_with(bank, alone, folders):
+    """Unloaded, replaced and crowded out in the middle of a batch."""
+    names, tokens = ["lora", "dora", "bias"], make_tokens(3)
+    with bank.batch(names):
+        bank.unload("lora")
+        bank.load("dora", folders["everywhere"])
+        bank.unload("bias")
+        for i in range(6):
+            bank.load(f"more {i}", folders["rank 16"])
+        assert_rows_are_right(bank.model(tokens).logits, names, tokens, alone)
+        with bank.batch(["dora", None, "more 3"]):
+            assert_rows_are_right(bank.model(tokens).logits, ["everywhere", None, "rank 16"], tokens, alone)
+        assert_rows_are_right(bank.model(tokens).logits, names, tokens, alone)
+    assert sum(a is not None for a in bank._slots) == len(bank.names())
+
+
+def test_loading_in_the_background(model, folders):
+    bank = AdapterBank(model)
+    waiting = [bank.load(name, folder, wait=False) for name, folder in folders.items()]
+    assert [future.result(timeout=60) for future in waiting] == [None] * len(waiting)
+    assert bank.names() == list(folders)
+    failing = bank.load("nothing", folders["lora"] / "nowhere", wait=False)
+    with pytest.raises(ValueError, match="expected a folder"):
+        failing.result(timeout=60)
+    assert bank.names() == list(folders)
+    bank.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- budget
+
+
+def bytes_of(folder, model):
+    with AdapterBank(model) as bank:
+        bank.load("one", folder)
+        return bank.nbytes
+
+
+@torch.no_grad()
+def test_the_least_recently_used_goes_and_comes_back(model, folders, alone):
+    size = bytes_of(folders["lora"], model)
+    tokens = make_tokens(1)
+    with AdapterBank(model, budget_bytes=3 * size) as bank:
+        for name in "abc":
+            bank.load(name, folders["lora"])
+        with bank.batch(["a"]):
+            pass
+        bank.load("d", folders["lora"])
+        assert bank.resident() == ["c", "a", "d"] and bank.names() == list("abcd") and bank.nbytes == 3 * size
+        with bank.batch(["b"]):
+            assert_rows_are_right(bank.model(tokens).logits, ["lora"], tokens, alone)
+        assert bank.resident() == ["a", "d", "b"]
+        rows = [stack.lora_a.shape[0] for stack in bank._stacks.values()]
+        assert set(rows) == {3 * 4}  # gaps are used again
+
+
+def test_pins_and_running_batches_are_not_evicted(model, folders):
+    size = bytes_of(folders["lora"], model)
+    with AdapterBank(model, budget_bytes=2 * size) as bank:
+        bank.load("pinned", folders["lora"], pin=True)
+        bank.load("busy", folders["lora"])
+        with bank.batch(["busy"]):
+            with pytest.raises(ValueError, match=r"expected room for 'more'.*pinned or in a running batch leave 0"):
+                bank.load("more", folders["lora"])
+            assert bank.names() == ["pinned", "busy"]
+        bank.load("more", folders["lora"])
+        assert bank.resident() == ["pinned", "more"]
+        with pytest.raises(ValueError, match="expected room for 'busy'"), bank.batch(["pinned", "more", "busy"]):
+            pass
+        bank.pin("pinned", False)
+        bank.pin("busy")
+        assert bank.resident() == ["more", "busy"]
+        with pytest.raises(ValueError, match="expected room for 'large'"):
+            bank.load("large", folders["rank 16"])
+
+
+def test_replacing_within_the_budget(model, folders):
+    size = bytes_of(folders["lora"], model)
+    with AdapterBank(model, budget_bytes=size) as bank:
+        bank.load("a", folders["lora"])
+        bank.load("a", folders["lora"])
+        assert bank.resident() == ["a"]
+
+
+@torch.no_grad()
+def test_without_a_copy_on_the_host_the_folder_is_read_again(model, folders, alone):
+    size = bytes_of(folders["lora"], model)
+    tokens = make_tokens(1)
+    with AdapterBank(model, budget_bytes=size, host_bytes=0) as bank:
+        bank.load("a", folders["lora"])
+        bank.load("b", folders["lora"])
+        assert bank._adapters["a"].parts is None and bank._adapters["b"].parts is not None
+        with bank.batch(["a"]):
+            assert_rows_are_right(bank.model(tokens).logits, ["lora"], tokens, alone)
+
+
+# ----------------------------------------------------------------------------------------------------- fails closed
+
+
+def broken(kind, source, folder):
+    """A copy of an adapter's folder with one thing wrong."""
+    shutil.copytree(source, folder)
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    settings, tensors = json.loads(config.read_text()), load_file(weights)
+    first = sorted(tensors)[0]
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "header":
+        weights.write_bytes(struct.pack("<Q", 2**60) + weights.read_bytes()[8:])
+    elif kind == "json":
+        config.write_text("{")
+    elif kind == "method":
+        config.write_text(json.dumps({**settings, "peft_type": "LOHA"}))
+    elif kind == "feature":
+        config.write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
+    elif kind == "biases":
+        config.write_text(json.dumps({**settings, "bias": "lora_only", "target_modules": ["down_proj"]}))
+        tensors = {k: v for k, v in tensors.items() if "down_proj" in k}
+        save_file(tensors, weights)
+    elif kind == "nan":
+        tensors[first][0, 0] = float("nan")
+        save_file(tensors, weights)
+    elif kind == "integers":
+        tensors[first] = tensors[first].long()
+        save_file(tensors, weights)
+    elif kind == "another model":
+        save_file({k: torch.zeros(v.shape[0] + 1, v.shape[1]) for k, v in tensors.items()}, weights)
+    elif kind == "missing":
+        del tensors[first]
+        save_file(tensors, weights)
+    return folder
+
+
+FAULTS = [
+    ("no weights", "expected adapter_model.safetensors"),
+    ("truncated", "safetensors"),
+    ("header", "expected .* to start with a safetensors header"),
+    ("json", "to hold JSON"),
+    ("method", "expected an adapter of peft_type 'LORA', got 'LOHA'"),
+    ("feature", "uses settings that are not supported: modules_to_save"),
+    ("biases", "trains biases of the base"),
+    ("nan", "found NaN or Inf"),
+    ("integers", "expected .* of F32, BF16, F16, F64, got I64"),
+    ("another model", "expected .* of shape"),
+    ("missing", "missing: base_model"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), FAULTS)
+@torch.no_grad()
+def test_a_bad_folder_changes_nothing(kind, message, bank, folders, alone, tmp_path):
+    source = folders["rslora"]
+    bank.load("rslora", source)
+    tokens, names = make_tokens(2), ["rslora", "lora"]
+    before = bank.names(), bank.nbytes, bank._served
+    with pytest.raises((ValueError, TypeError), match=message):
+        bank.load("rslora", broken(kind, source, tmp_path / "bad"))
+    assert (bank.names(), bank.nbytes, bank._served) == before
+    with bank.batch(names):
+        assert_rows_are_right(bank.model(tokens).logits, names, tokens, alone)
+
+
+def test_bad_arguments(model):
+    with pytest.raises(TypeError, match=r"AdapterBank: expected model to be a torch\.nn\.Module"):
+        AdapterBank(None)
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="AdapterBank: expected budget_bytes"):
+            AdapterBank(model, bad)
+    with pytest.raises(ValueError, match=r"AdapterBank\.load: expected a name"):
+        AdapterBank(model).load("", "folder")
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+
+@torch.no_grad()
+def test_many_clients_loads_unloads_and_evictions(folders, alone, tmp_path):
+    """Four clients run mixed batches while two threads load, replace, unload and fail; no row is ever another's."""
+    model = make_model()
+    kinds = list(KINDS)
+    budget = int(1.8 * sum(bytes_of(folders[kind], make_model()) for kind in kinds))
+    bad = broken("truncated", folders["lora"], tmp_path / "bad")
+    bank = AdapterBank(model, budget)
+    names = [f"{kind}/{i}" for i in range(3) for kind in kinds]
+    for name in names:
+        bank.load(name, folders[name.split("/")[0]])
+    tokens = make_tokens(4, 5)
+    expected = {kind: [alone(kind, tokens[row : row + 1])[0] for row in range(4)] for kind in [*kinds, None]}
+    stop, wrong, served = threading.Event(), [], [0]
+
+    def client(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            while not stop.is_set():
+                picks = torch.randint(-1, len(names), (4,), generator=generator).tolist()
+                asked = [None if i < 0 else names[i] for i in picks]
+                try:
+                    with bank.batch(asked):
+                        logits = model(tokens).logits
+                except ValueError as error:  # unloaded just now, or no room beside the other batches
+                    if "expected the name" not in str(error) and "expected room" not in str(error):
+                        wrong.append(repr(error))
+                    continue
+                except Exception as error:
+                    wrong.append(repr(error))
+                    continue
+                for row, name in enumerate(asked):
+                    right = expected[None if name is None else name.split("/")[0]][row]
+                    if (logits[row] - right).abs().max() > 1e-5 * right.abs().max():
+                        wrong.append((row, name))
+                served[0] += 1
+
+    def operator(seed):
+        generator = torch.Generator().manual_seed(seed)
+        while not stop.is_set():
+            name = names[int(torch.randint(len(names), (), generator=generator))]
+            draw = float(torch.rand((), generator=generator))
+            try:
+                if draw < 0.2:
+                    bank.load(name, bad)
+                elif draw < 0.5:
+                    bank.unload(name)
+                else:
+                    bank.load(name, folders[name.split("/")[0]])
+            except ValueError as error:
+                if not any(words in str(error) for words in ("safetensors", "expected the name", "expected room")):
+                    wrong.append(repr(error))
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    threads += [threading.Thread(target=operator, args=(10 + i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not wrong, wrong[:3]
+    assert served[0] > 20
+    assert all(a is None or a.batches == 0 for a in bank._slots) and bank.nbytes <= budget
+    assert {a.name for a in bank._slots if a} == set(bank.resident())
+
+
+def test_the_plan_of_a_batch_is_made_once(bank, monkeypatch):
+    from lowrank_kernels.nn import multi_lora
+
+    made = []
+    monkeypatch.setattr(multi_lora, "plan_batch", lambda *a: made.append(a) or lk.plan_batch(*a))
+    with torch.no_grad(), bank.batch(["lora", "dora"]):
+        bank.model(make_tokens(2))
+    assert len(made) == 1
+
+
+def test_an_adapter_of_more_layers_is_refused(bank, tmp_path):
+    folder = write_adapter(tmp_path / "one", r=2, target_modules=["gate_proj"], layers_to_transform=[0])
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        bank.load("one", folder)
