@@ -268,9 +268,9 @@ Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& tab
   return out;
 }
 
-// x weight^T + bias for the few rows where the extension's product beats the library's.
-Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const char* op = "linear_few_rows";
+// x weight^T + bias, for the rows where the extension's product beats the library's.
+Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "frozen_linear";
   const lrk::Matrix input = matrix(op, "x", x), w = matrix(op, "weight", weight);
   STD_TORCH_CHECK(w.cols == input.cols, op, ": expected weight of ", input.cols,
                   " columns like x, got ", w.cols);
@@ -290,8 +290,8 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optiona
   epilogue.bias = biases.empty() ? nullptr : biases.data();
   const lrk::Matrix none{nullptr, input.dtype, input.rows, 0, 0};
   const lrk::Matrix no_factor{nullptr, input.dtype, w.rows, 0, 0};
-  lrk::lora_linear_few_rows(runtime(), matrix(op, "y", y), none, input, w, no_factor, nullptr, 1.0f,
-                            epilogue);
+  lrk::lora_linear(runtime(), matrix(op, "y", y), none, input, w, no_factor, nullptr, 1.0f,
+                   epilogue);
   return y;
 }
 
@@ -309,12 +309,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "multi_lora_grad(Tensor big, Tensor small, Tensor table, Tensor scalings, Tensor order, "
       "Tensor bounds, Tensor? weights, Tensor? dropout_p, Tensor? dropout_seed, int rows, "
       "ScalarType out_dtype) -> Tensor");
-  m.def("linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("multi_lora_down", TORCH_BOX(&multi_lora_down));
   m.impl("multi_lora_up_", TORCH_BOX(&multi_lora_up_));
   m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));
-  m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
+  m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast, run_backward
-from .lora import few_rows, unit_columns
+from .lora import own_product, unit_columns
 
 _STACK = "Tensor table, Tensor scalings, int max_rank"
 _PLAN = "Tensor adapter_ids, Tensor order, Tensor bounds, Tensor tiles, Tensor? weights"
@@ -126,8 +126,8 @@ def _forward(
     else:
         x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
         own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
-        if name == "cpu" and few_rows(x2, weight):
-            u = torch.ops.lowrank_kernels.linear_few_rows(x2, weight, own)
+        if name == "cpu" and own_product(x2, weight):
+            u = torch.ops.lowrank_kernels.frozen_linear(x2, weight, own)
         else:
             u = torch.nn.functional.linear(x2, weight, own)
         y = torch.empty_like(u) if save_u else u
