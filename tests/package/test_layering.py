@@ -37,6 +37,7 @@ ALLOWED = {
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
     "serving": ({"checkpoint", "config", "functional", "nn", "stack"}, {"torch"}),
+    "bench": (None, {"torch"}),
     "integrations": (None, None),
     "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),

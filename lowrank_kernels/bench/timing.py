@@ -1,0 +1,88 @@
+"""Times of calls that take turns, and the two roofs of a machine, measured."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen of one call.
+
+    Attributes:
+        median: seconds.
+        spread: half the range between the quartiles over the median: a difference below it means nothing.
+        count: how often it ran.
+    """
+
+    median: float
+    spread: float
+    count: int
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, Sample]:
+    """Time calls that take turns in a fresh random order each round, until the time is up (at least 7 rounds).
+
+    Turns, so that whatever else the machine does falls on all of them; random, so that none always finds in the caches
+    what the same other one left. On a GPU by events, each call alone on the stream.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    once = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    for call in [*calls.values()] * 2:
+        call()
+    order, names = random.Random(0), list(calls)
+    end = time.perf_counter() + seconds
+    while len(times[names[0]]) < 7 or time.perf_counter() < end:
+        order.shuffle(names)
+        for name in names:
+            times[name].append(once(calls[name]))
+    return {name: _sample(values) for name, values in times.items()}
+
+
+def _sample(values: list[float]) -> Sample:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return Sample(middle, (high - low) / 2 / middle, len(values))
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a machine reaches: bytes a second of a copy (read plus written), and FLOPs a second of a square product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """The least time that moving so many bytes and doing so many FLOPs takes, when both go on at once."""
+        return max(nbytes / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def measure_roofs(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> Roofs:
+    """The best of a copy of 256 MiB and of a 2048-wide product (8192 on a GPU) in this dtype; never a datasheet."""
+    size = 8192 if device.type == "cuda" else 2048
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    samples = interleaved({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, seconds, device)
+    return Roofs(2 * source.numel() / samples["copy"].median, 2 * size**3 / samples["product"].median)

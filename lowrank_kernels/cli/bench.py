@@ -1,0 +1,170 @@
+"""`lrk bench`: what each op costs here, beside plain PyTorch, PEFT's sequence of calls, and the frozen layer alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .doctor import Row, print_table
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROVIDERS = ("floor", "plain", "peft", "compile", "ours")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("bench", help=__doc__, description=__doc__)
+    parser.add_argument("--op", action="append", help="an op; may be given again (default: all)")
+    parser.add_argument(
+        "--shapes", action="append", metavar="M=16,K=2048,...", help="instead of the op's own; may repeat"
+    )
+    parser.add_argument(
+        "--providers", default="floor,plain,peft,ours", help=f"of {','.join(_PROVIDERS)} (default without compile)"
+    )
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of float32,bfloat16,float16")
+    parser.add_argument("--modes", default="inference,training", help="of inference,training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: torch's)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of timing a row of the table (default 1.5)")
+    parser.add_argument(
+        "--budget", type=float, default=600.0, help="seconds in all; what does not fit is said (default 600)"
+    )
+    parser.add_argument("--csv", type=Path, help="write every row with its conditions")
+    parser.add_argument("--json", type=Path, help="the same as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the cost over the floor, a panel an op")
+
+
+def _choice(option: str, given: str, known: Any) -> list[str]:
+    names = given.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return names
+
+
+def _shape(words: str, like: dict[str, int], op: str) -> dict[str, int]:
+    try:
+        shape = {k: int(v) for k, _, v in (pair.partition("=") for pair in words.split(","))}
+    except ValueError:
+        shape = {}
+    if set(shape) != set(like) or min(shape.values(), default=0) < 1:
+        raise ValueError(
+            f"--shapes: expected {','.join(f'{k}={v}' for k, v in like.items())} or the like for {op}, got {words}"
+        )
+    return shape
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..bench import OPS, Problem, measure, measure_roofs, write_csv
+    from ..bench.run import conditions
+
+    providers = _choice("--providers", args.providers, _PROVIDERS)
+    dtypes = [_DTYPES[name] for name in _choice("--dtypes", args.dtypes, _DTYPES)]
+    modes = _choice("--modes", args.modes, ("inference", "training"))
+    ops = [OPS[name] for name in _choice("--op", ",".join(args.op or OPS), OPS)]
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    problems = []
+    for bench in ops:
+        own = bench.gpu_shapes if device.type == "cuda" else bench.shapes
+        shapes = [_shape(words, dict(own[0]), bench.name) for words in args.shapes] if args.shapes else own
+        for shape in shapes:
+            for dtype in dtypes:
+                problems += [
+                    (bench, Problem(shape, dtype, mode == "training"))
+                    for mode in modes if mode == "inference" or bench.trained
+                ]  # fmt: skip
+    start = time.monotonic()
+    roofs = {dtype: measure_roofs(dtype, device) for dtype in dtypes}
+    for dtype, roof in roofs.items():
+        copied, product = f"{roof.bytes_per_s / 1e9:.1f} GB/s copied", f"{roof.flops_per_s / 1e12:.3g} TFLOP/s"
+        print(f"measured roofs, {str(dtype).removeprefix('torch.')}: {copied}, {product}")
+    rows, left = [], 0
+    for bench, problem in tqdm(problems, unit="problem", disable=None, file=sys.stderr):
+        if time.monotonic() - start > args.budget:
+            left += 1
+            continue
+        rows += measure(bench, problem, providers, args.seconds, device, roofs[problem.dtype])
+    _print(rows)
+    where = conditions(device, "lrk " + " ".join(sys.argv[1:]))
+    print("\n" + ", ".join(f"{k} {v}" for k, v in where.items() if v))
+    if args.csv:
+        write_csv(args.csv, rows, where)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"conditions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    if args.plot:
+        _plot(args.plot, rows, where)
+    if left:
+        print(f"{left} of {len(problems)} problems did not fit into {args.budget:g} s; see --budget", file=sys.stderr)
+    return 1 if any(row.provider == "ours" and row.reason for row in rows) else 0
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}" if value < 1000 else f"{value:.0f}"
+
+
+def _print(rows: list[Any]) -> None:
+    table: list[Row] = [
+        ("op", "shape", "dtype", "mode", "provider", "us", "spread", "/ floor", "/ roof", "error / plain's", "")
+    ]
+    for r in rows:
+        spread = "-" if r.spread is None else f"±{r.spread:.0%}"
+        figures = (_number(r.median_us), spread, _number(r.over_floor), _number(r.over_roof), _number(r.error))
+        table.append((r.op, r.shape, r.dtype, r.mode, r.provider, *figures, r.reason))
+    print_table(table, indent="")
+
+
+def _plot(path: Path, rows: list[Any], where: dict[str, str]) -> None:
+    """Bars of the median over the floor's (1: no cost), with the spread; a panel an op and mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    panels = list(dict.fromkeys((r.op, r.mode) for r in rows if r.over_floor is not None))
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(7.5 * columns, 3.6 * lines), squeeze=False)
+    colours = {"floor": "0.6", "plain": "tab:blue", "peft": "tab:orange", "compile": "tab:purple", "ours": "tab:green"}
+    for axes, (op, mode) in zip(grid.flat, panels, strict=False):
+        some = [r for r in rows if (r.op, r.mode) == (op, mode) and r.over_floor is not None]
+        groups = list(dict.fromkeys((r.shape, r.dtype) for r in some))
+        names = [n for n in _PROVIDERS if any(r.provider == n for r in some)]
+        for offset, name in enumerate(names):
+            mine = {(r.shape, r.dtype): r for r in some if r.provider == name}
+            places = [i + (offset + 0.5) / len(names) * 0.8 - 0.4 for i, g in enumerate(groups) if g in mine]
+            values = [mine[g] for g in groups if g in mine]
+            axes.barh(
+                places, [r.over_floor for r in values], 0.8 / len(names), label=name, color=colours[name],
+                xerr=[r.over_floor * r.spread for r in values], error_kw={"linewidth": 0.8},
+            )  # fmt: skip
+        axes.set_yticks(range(len(groups)), [f"{shape}\n{dtype}" for shape, dtype in groups], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        floor = "the frozen linear" if any(r.provider == "floor" for r in some) else "plain PyTorch"
+        if op == "block_sparse_weight_grad":
+            floor = "the dense gradient"
+        axes.set_xlabel(f"time over {floor} (less is better)")
+        axes.set_title(op if [o for o, _ in panels].count(op) == 1 else f"{op}, {mode}", fontsize=10)
+        axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(1.0, 0.0))
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"{where['device']}, torch {where['torch']}, commit {where['commit']}, {where['date']}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,105 @@
+"""`lrk bench`: every op at small sizes, wrong and failing providers, what is written."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lowrank_kernels.bench import OPS, Problem, Roofs, interleaved, measure
+from lowrank_kernels.cli import main
+
+CPU = torch.device("cpu")
+SMALL = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32}
+
+
+def problem(op: str, dtype: torch.dtype = torch.float32, training: bool = False) -> Problem:
+    return Problem({name: SMALL[name] for name in OPS[op].shapes[0]}, dtype, training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("op", "training"), [(name, training) for name in OPS for training in {False, bool(OPS[name].trained)}]
+)
+def test_every_op_and_provider_is_right_and_timed(op, dtype, training):
+    providers = tuple(OPS[op].providers)
+    rows = measure(OPS[op], problem(op, dtype, training), providers, 0.0, CPU, Roofs(1e10, 1e11))
+    assert [row.provider for row in rows] == list(providers)
+    for row in rows:
+        assert not row.reason, row
+        assert row.median_us > 0 and row.spread >= 0 and row.over_floor > 0
+        assert (row.over_roof is None) == training
+        assert (row.error is None) == (row.provider == "floor")
+
+
+def test_what_is_wrong_or_fails_is_a_row_without_a_figure():
+    def fails(inputs):
+        raise NotImplementedError("not on this device")
+
+    bench = OPS["lora_linear"]
+    bench = dataclasses.replace(
+        bench, providers={**bench.providers, "peft": fails, "ours": lambda i: bench.providers["plain"](i) * 1.01}
+    )
+    rows = {row.provider: row for row in measure(bench, problem("lora_linear"), bench.providers, 0.0, CPU)}
+    assert rows["ours"].reason == "wrong: not timed" and rows["ours"].median_us is None and rows["ours"].error > 3
+    assert rows["peft"].reason == "NotImplementedError: not on this device" and rows["peft"].median_us is None
+    assert rows["plain"].median_us > 0
+
+
+def test_a_result_that_is_not_finite_is_wrong():
+    bench = OPS["lora_linear"]
+    bench = dataclasses.replace(
+        bench, providers={**bench.providers, "ours": lambda i: bench.providers["plain"](i) * float("nan")}
+    )
+    (row,) = measure(bench, problem("lora_linear"), ["ours"], 0.0, CPU)
+    assert row.reason == "wrong: not timed"
+
+
+def test_bytes_are_those_of_the_operands_once():
+    for op in ("lora_linear", "dora_weight_norm"):
+        bench, p = OPS[op], problem(op)
+        inputs = bench.make(p.shape, p.dtype, CPU)
+        names = ("x", "weight", "lora_a", "lora_b") if op == "lora_linear" else ("weight", "lora_a", "lora_b")
+        result = bench.providers["ours"](inputs)
+        assert bench.nbytes(p.shape, 4) == sum(inputs[n].nbytes for n in names) + result.nbytes
+
+
+def test_turns_are_taken_and_sampled():
+    seen = []
+    samples = interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 0.0, CPU)
+    assert samples["a"].count == samples["b"].count >= 7 and seen.count("a") == seen.count("b")
+    turns = [tuple(seen[i : i + 2]) for i in range(4, len(seen), 2)]
+    assert {("a", "b"), ("b", "a")} == set(turns)
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    files = {kind: tmp_path / f"rows.{kind}" for kind in ("csv", "json", "png")}
+    arguments = ["--op", "merge_lora_", "--op", "dora_weight_norm", "--dtypes", "float32", "--seconds", "0"]
+    arguments += ["--shapes", "K=64,N=96,R=4", "--shapes", "K=65,N=9,R=70"]
+    arguments += ["--csv", str(files["csv"]), "--json", str(files["json"]), "--plot", str(files["png"])]
+    assert main(["bench", *arguments, "--modes", "inference"]) == 0
+    out = capsys.readouterr().out
+    with files["csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (2 + 3)
+    assert {"device", "torch", "commit", "command", "date"} <= rows[0].keys() and rows[0]["torch"] == torch.__version__
+    assert len(json.loads(files["json"].read_text())["rows"]) == len(rows)
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert out.count("merge_lora_") >= 4 and "measured roofs, float32" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "lora"], "--op: expected some of lora_linear"),
+        (["--providers", "unsloth"], "--providers: expected some of floor"),
+        (["--op", "lora_linear", "--shapes", "M=1,K=2"], "--shapes: expected M=16,K=2048,N=2048,R=16 or the like"),
+        (["--op", "lora_linear", "--shapes", "M=0,K=2,N=2,R=2"], "or the like for lora_linear, got M=0,K=2,N=2,R=2"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
