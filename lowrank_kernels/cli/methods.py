@@ -56,7 +56,7 @@ METHODS = {
     "cola": Method(chain=cola),
     "lora-ga": Method(from_gradients=True, learning_rate=1e-3),
     "lora-plus": Method(optimizer=lora_plus, learning_rate=5e-4),
-    "lora-pro": Method(optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr), learning_rate=1.0),
+    "lora-pro": Method(optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr), learning_rate=1e-2),
     "lora-rite": Method(optimizer=lambda model, lr: LoRARITE(factor_groups(model), lr=lr), learning_rate=5e-4),
     "smt": Method(optimizer=lambda model, lr: BlockAdamW(model, lr=lr), learning_rate=3e-4, blocks=True),
 }

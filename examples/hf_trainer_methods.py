@@ -1,0 +1,107 @@
+"""Every method under Hugging Face's Trainer: `python examples/hf_trainer_methods.py [--method NAME] [--model NAME]`.
+
+Trainer is given the optimizer and the schedule; that is all that the methods need. A chain rides on the optimizer, and
+its state is in the optimizer's, so `resume_from_checkpoint` resumes it. Without --model it trains a two-layer Llama of
+random weights to continue a repeating sequence, in seconds on a CPU; with "smollm2" or a folder, a real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+
+import lowrank_kernels as lk
+from lowrank_kernels.chain import cola, rac_lora
+from lowrank_kernels.init import estimate_gradients, lora_ga_
+from lowrank_kernels.optim import LoRAPro, LoRARITE, factor_groups, lora_plus
+
+METHODS = ("lora", "dora", "rac-lora", "cola", "lora-ga", "lora-plus", "lora-pro", "lora-rite")
+TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
+
+
+def base_model(name: str | None) -> nn.Module:
+    if name:
+        from lowrank_kernels.integrations.transformers import load_language_model
+
+        return load_language_model(name, torch.float32)[0]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Counting up from a random start, over and over."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(24) + index) % 8 + 8 * (index % 4)
+        return {"input_ids": ids, "labels": ids}
+
+
+def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.optim.Optimizer:
+    """Adapt the model and make its optimizer: the whole difference between the methods."""
+    one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
+    config = (lk.DoRAConfig if method == "dora" else lk.LoRAConfig)(r=8, alpha=16, target_modules=TARGETS, **one_sided)
+    if method == "lora-ga":
+        batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
+        linears = lk.plan_adaptation(model, config).targets
+        gradients = estimate_gradients(model, batches, lambda m, batch: m(**batch).loss, linears)
+    print(lk.adapt(model, config))
+    if method == "lora-ga":
+        lora_ga_(model, gradients)
+    if method == "lora-plus":
+        return lora_plus(model, lr=2e-3)
+    if method == "lora-pro":
+        return LoRAPro(factor_groups(model), lr=0.5)
+    if method == "lora-rite":
+        return LoRARITE(factor_groups(model), lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if method in ("rac-lora", "cola"):
+        (rac_lora if method == "rac-lora" else cola)(model, optimizer, steps_per_link=max(1, steps // 4), warmup=2)
+    return optimizer
+
+
+def train(method: str, model_name: str | None = None, steps: int = 40) -> tuple[float, float]:
+    """(loss before, loss after)."""
+    model, data = base_model(model_name), Sequences(256)
+    optimizer = setup(model, method, data, steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=8, per_device_eval_batch_size=8, max_steps=steps, logging_steps=10,
+            report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, train_dataset=data, eval_dataset=Sequences(32), optimizers=(optimizer, schedule)
+        )  # fmt: skip
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        return before, trainer.evaluate()["eval_loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=METHODS, help="default: all of them")
+    parser.add_argument("--model", help="'smollm2' or a folder that transformers wrote")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    for method in (args.method,) if args.method else METHODS:
+        before, after = train(method, args.model, args.steps)
+        print(f"{method}: loss {before:.3f} -> {after:.3f}")
+
+
+if __name__ == "__main__":
+    main()
