@@ -3,9 +3,9 @@
     python benchmarks/methods/smollm2_first_steps.py
 
 Every method gets the same grid of three rates, a factor 4 apart, around its default; the best by the mean loss of the
-last five steps on seed 0 is run on two more seeds. All methods see the same batches. Scaled to
-a shared CPU: 16 steps of 3 short functions, where the papers' figures show hundreds of steps of large batches. The CSV grows run by run, and a
-run that is in it is not repeated.
+last five steps on seed 0 is run on two more seeds. All methods see the same batches. Scaled to a shared CPU: 16 steps
+of 3 short functions, where the papers' figures show hundreds of steps of large batches. The CSV grows run by run, and
+a run that is in it is not repeated.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""What each method costs beyond plain LoRA: time of a step, memory of forward and backward, optimizer state, extras.
+
+    python benchmarks/methods/costs.py
+
+Four decoder layers of SmolLM2's shape with random weights, all seven linears adapted at R = 16, 8 × 64 tokens, float32.
+The methods take turns within each round; times are ratios of medians to plain LoRA's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from plots import RESULTS
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lowrank_kernels as lk
+from lowrank_kernels.chain import Chain
+from lowrank_kernels.cli.methods import METHODS, TARGETS
+from lowrank_kernels.cli.training import peak_allocated
+from lowrank_kernels.init import estimate_gradients, lora_ga_
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cost_over_frozen import conditions
+
+COMPARED = ("lora", "rac-lora", "cola", "lora-plus", "lora-pro", "lora-rite")
+R = 16
+
+
+class Trainee:
+    def __init__(self, method: str) -> None:
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+                num_key_value_heads=3,
+            )
+        )  # fmt: skip
+        row = METHODS[method]
+        lk.adapt(self.model, lk.LoRAConfig(r=R, alpha=2 * R, target_modules=TARGETS, **row.settings))
+        self.optimizer = row.optimizer(self.model, 1e-5)
+        self.chain = row.chain(self.model, self.optimizer, 10**6) if row.chain else None
+        self.ids = torch.randint(0, 1024, (8, 64))
+
+    def forward_backward(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+
+    def step(self) -> None:
+        self.forward_backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        tensors = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def seconds(function) -> float:  # type: ignore[no-untyped-def]
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    trainees = {method: Trainee(method) for method in COMPARED}
+    for trainee in trainees.values():
+        trainee.step()
+    times: dict[str, list[float]] = {method: [] for method in COMPARED}
+    for _ in range(args.rounds):
+        for method, trainee in trainees.items():
+            times[method].append(seconds(trainee.step))
+    medians = {method: statistics.median(values) for method, values in times.items()}
+    rows = []
+    for method, trainee in trainees.items():
+        peak = peak_allocated(trainee.forward_backward, torch.device("cpu"))
+        trainee.optimizer.zero_grad()
+        rows.append({
+            "method": method, "step over LoRA": f"{medians[method] / medians['lora']:.2f}",
+            "peak MiB": f"{peak / 2**20:.0f}", "optimizer state MiB": f"{trainee.state_bytes() / 2**20:.1f}",
+        })  # fmt: skip
+    extras = {}
+    for method in ("rac-lora", "cola"):
+        chain = trainees[method].chain
+        assert isinstance(chain, Chain)
+        extras[f"{method}: a link over a step"] = (
+            statistics.median(seconds(chain.next_link) for _ in range(5)) / medians["lora"]
+        )
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(trainees["lora"].model.config)
+    config = lk.LoRAConfig(r=R, target_modules=TARGETS)
+    linears, ids = lk.plan_adaptation(plain, config).targets, trainees["lora"].ids
+    found: dict[str, torch.Tensor] = {}
+
+    def estimate() -> None:
+        found.update(estimate_gradients(plain, [ids], lambda m, batch: m(input_ids=batch, labels=batch).loss, linears))
+
+    extras["lora-ga: a gradient batch over a step"] = (
+        statistics.median(seconds(estimate) for _ in range(3)) / medians["lora"]
+    )
+    lk.adapt(plain, config)
+    extras["lora-ga: the 28 SVDs over a step"] = seconds(lambda: lora_ga_(plain, found)) / medians["lora"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / "costs.csv").open("w", newline="") as file:
+        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+    result = {
+        "conditions": conditions(),
+        "rows": rows,
+        "extras": {name: round(value, 2) for name, value in extras.items()},
+    }
+    (RESULTS / "costs.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
