@@ -3,8 +3,8 @@
     python benchmarks/methods/smollm2_first_steps.py
 
 Every method gets the same grid of three rates, a factor 4 apart, around its default; the best by the mean loss of the
-last five steps on seed 0 is run on two more seeds. All methods see the same batches. Scaled to a shared CPU: 16 steps
-of 3 short functions, where the papers' figures show hundreds of steps of large batches. The CSV grows run by run, and
+last five steps on seed 0 is run on two more seeds. All methods see the same batches. Scaled to a shared CPU: 10 steps
+of 2 short functions, where the papers' figures show hundreds of steps of large batches. The CSV grows run by run, and
 a run that is in it is not repeated.
 """
 
@@ -90,12 +90,12 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--characters", type=int, default=250)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--gradient-batches", type=int, default=8)
+    parser.add_argument("--gradient-batches", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

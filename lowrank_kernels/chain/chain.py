@@ -28,8 +28,9 @@ class Chain:
         seed: of all draws, with the link and the layer; torch's own generators are not touched.
         warmup: over the first so many steps of each later link the rate rises linearly to the schedule's.
         rounding: of W's update: "nearest", or "stochastic" for bfloat16 weights.
-        one_sided: refuse layers that train both factors (True), or one (False).
         master: keep W in float32 beside a half-precision W, 4 N K bytes a layer, and merge into that.
+        one_sided: refuse layers that train both factors (True), or one (False).
+        name: who an error is of.
 
     Attributes:
         link: how many merges there were.
@@ -57,6 +58,8 @@ class Chain:
             raise ValueError(f"{name}: expected init to be one of kaiming, gaussian, orthonormal, got {init!r}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"{name}: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        if master and rounding != "nearest":
+            raise ValueError(f"{name}: expected rounding='nearest' with master=True, which is rounded from alone")
         for path, layer in self.layers.items():
             one = not (layer.lora_A.weight.requires_grad and layer.lora_B.weight.requires_grad)
             if one_sided is not None and one is not one_sided:
@@ -67,7 +70,7 @@ class Chain:
                 raise ValueError(
                     f"{name}: expected a rank of at most {side} for orthonormal samples, got {layer.r} in {path}"
                 )
-            if rounding == "stochastic" and not master and layer.weight.dtype != torch.bfloat16:
+            if rounding == "stochastic" and layer.weight.dtype != torch.bfloat16:
                 raise ValueError(
                     f"{name}: expected bfloat16 weights for stochastic rounding, got {layer.weight.dtype} in {path}"
                 )
@@ -116,10 +119,9 @@ class Chain:
         for index, (path, layer) in enumerate(self.layers.items()):
             a, b = factors[path]
             target = self.master.get(path, layer.weight)
-            rounding = "nearest" if path in self.master else self.rounding
             merge_lora_(
-                target, a, b, scaling=layer.scaling, rounding=rounding,
-                seed=self._seed(index) if rounding == "stochastic" else None, check_finite=False,
+                target, a, b,
+                scaling=layer.scaling, rounding=self.rounding, seed=self._seed(index), check_finite=False,
             )  # fmt: skip
             if target is not layer.weight:
                 layer.weight.copy_(target)

@@ -270,6 +270,7 @@ MESSAGES: list[tuple[Callable[[], object], str]] = [
     (lambda: start(small_model("b"), init="zero"), "init to be one of kaiming, gaussian, orthonormal, got 'zero'"),
     (lambda: start(small_model("b"), rounding="up"), "rounding to be one of"),
     (lambda: start(small_model("b"), rounding="stochastic"), "bfloat16 weights for stochastic rounding"),
+    (lambda: start(small_model("b", BF16), rounding="stochastic", master=True), "'nearest' with master=True"),
     (lambda: start(matrix_model(torch.zeros(3, 5), "b", 7, "kaiming")), "rank of at most 5 for orthonormal"),
 ]
 
