@@ -110,13 +110,17 @@ class Run:
         _synchronize(batch["input_ids"].device)
         start = time.perf_counter()
         loss = self.forward_backward(batch)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"{self.name}: expected a finite loss and gradient, got {loss} and a norm of {norm} at step "
+                f"{len(self.losses) + 1}, which was not taken; lower the learning rate"
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         _synchronize(batch["input_ids"].device)
         self.seconds.append(time.perf_counter() - start)
-        if not math.isfinite(loss):
-            raise ValueError(f"{self.name}: the loss is {loss} at step {len(self.losses) + 1}; lower the learning rate")
         self.losses.append(loss)
         return loss
 

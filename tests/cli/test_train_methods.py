@@ -105,6 +105,23 @@ def test_chains_over_bfloat16(more: list[str]) -> None:
     assert command("rac-lora", "--dtype", "bfloat16", *more) == 0
 
 
+@pytest.mark.parametrize("method", ["lora", "rac-lora", "lora-rite"])
+def test_a_gradient_that_is_not_finite_moves_nothing(method: str) -> None:
+    from lowrank_kernels.cli import training as loop
+
+    model = tiny_model(torch.float32)
+    settings = METHODS[method].settings
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=("q_proj",), **settings))
+    run = loop.Run(method, model, 1e-2, 10, METHODS[method].optimizer)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.lora_B.weight.register_hook(lambda g: g * float("nan"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = loop.encode(Tokenizer(), [docstrings.Example("t", "f", "def f", "abab")], "cpu")
+    with pytest.raises(ValueError, match=f"{method}: expected a finite loss and gradient, got .* at step 1, which was"):
+        run.step(batch)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "state.pt"
     assert command("lora", "--checkpoint", str(state), "--stop-after", "1") == 0
