@@ -111,17 +111,21 @@ def main() -> None:
             print(*key, f"{last_steps(runs[key]):.4f}", flush=True)
         return runs[key]
 
-    curves = {}
+    best: dict[str, float] = {}
     for method in COMPARED:
         rates = [factor * METHODS[method].learning_rate for factor in GRID]
-        best = min(rates, key=lambda lr, m=method: last_steps(losses_of((m, lr, 0))))  # type: ignore[misc]
-        curves[f"{method}, lr {best:g}"] = [losses_of((method, best, seed)) for seed in range(args.seeds)]
+        best[method] = min(rates, key=lambda lr, m=method: last_steps(losses_of((m, lr, 0))))  # type: ignore[misc]
+    curves = {
+        f"{method}, lr {lr:g}": [losses_of((method, lr, seed)) for seed in range(args.seeds)]
+        for method, lr in best.items()
+    }
     for name, seeds in curves.items():
         finals = [last_steps(losses) for losses in seeds]
-        print(f"{name:26} {statistics.fmean(finals):.3f} ± {statistics.stdev(finals):.3f}")
+        spread = f" ± {statistics.stdev(finals):.3f}" if len(finals) > 1 else ""
+        print(f"{name:26} {statistics.fmean(finals):.3f}{spread}")
     lines_with_spread(
         curves, RESULTS / "smollm2_first_steps.png", "optimizer step", "training loss (nats a token)",
-        f"SmolLM2-135M, R = {args.rank}, {args.batch_size} functions a step, {args.seeds} seeds",
+        f"SmolLM2-135M, R = {args.rank}, {args.batch_size} functions a step, {args.seeds} seed(s)",
     )  # fmt: skip
 
 
