@@ -63,10 +63,90 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def smt_gradient() -> str:
+    """The table of `benchmarks/smt_gradient.py`."""
+    found = json.loads((RESULTS / "cpu_smt_gradient.json").read_text())
+    c, rows = found["conditions"], found["rows"]
+    lines = [
+        f"Time of the gradients of chosen blocks over that of the dense weight gradient, "
+        f"{rows[0]['tokens']} tokens, K = N = {rows[0]['K']},",
+        f"x and dY given; medians, interleaved. {c['device']}; torch {c['torch']}, commit {c['commit']}, {c['date']}.",
+        "Repeat: `python benchmarks/smt_gradient.py`.",
+        "",
+        "| dtype | blocks | dense | ours | gather and `bmm` |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, other = (100 * row["over_dense"][name] for name in ("ours", "gather and bmm"))
+        blocks = f"{row['blocks']} of {row['block']}×{row['block']}"
+        lines.append(f"| {row['dtype']} | {blocks} | {row['dense_ms']:.0f} ms | {ours:.1f}% | {other:.1f}% |")
+    return "\n".join(lines)
+
+
+def smt_training() -> str:
+    """The table of `benchmarks/smt_training.py`, memory and time."""
+    memory, times = (json.loads((RESULTS / f"cpu_smt_{what}.json").read_text()) for what in ("memory", "time"))
+    c, s = memory["conditions"], memory["settings"]
+    seconds = {row["method"]: f"{row['seconds']:.2f}" for row in times["rows"]}
+    lines = [
+        f"SmolLM2-135M, float32, sequence {s['sequence']}, batch {s['batch']}, gradient checkpointing in all; "
+        f"SMT with {100 * s['budget']:.2f}% of all",
+        f"parameters in blocks of {s['block_size']}. The peak is torch's allocator's: model, optimizer and what a step "
+        f"allocates beyond; the",
+        "resident set holds Python and the libraries as well, and what loading the model took. Seconds a step are "
+        "medians, taking turns.",
+        f"{c['device']}; torch {c['torch']}, commit {c['commit']}, {c['date']}. Repeat: `python "
+        f"benchmarks/smt_training.py memory`, and `time`.",
+        "",
+        "| | trainable | optimizer MiB | peak MiB | of full | resident MiB | of full | s a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in memory["rows"]:
+        optimizer, peak, resident = (row[f"{name}_bytes"] / 2**20 for name in ("optimizer", "peak", "resident"))
+        lines.append(
+            f"| {row['method']} | {row['trainable']:,} | {optimizer:.1f} | {peak:.0f} | {row['peak_over_full']:.2f} | "
+            f"{resident:.0f} | {row['resident_over_full']:.2f} | {seconds.get(row['method'], '')} |"
+        )
+    return "\n".join(lines)
+
+
+def smt_demo_task() -> str:
+    """The table of `benchmarks/smt_demo_task.py`."""
+    path = RESULTS / "cpu_smt_demo_task.json"
+    if not path.exists():
+        return "Losses of SMT, LoRA, DoRA and full fine-tuning side by side: `python benchmarks/smt_demo_task.py`."
+    found = json.loads(path.read_text())
+    c, s = found["conditions"], found["settings"]
+    lines = [
+        f"The demo's task, {s['steps']} steps of {s['batch_size']} functions, LoRA and DoRA of rank {s['rank']}, "
+        f"SMT with as many parameters in blocks of {s['block_size']}",
+        f"(chosen by {s['warmup_steps']} batches without updates); loss in nats a target token on "
+        f"{s['held_out']} held-out functions, {found['before']:.3f} before, mean and",
+        f"standard deviation of {s['seeds']} seeds. {c['device']}; torch {c['torch']}, "
+        f"commit {c['commit']}, {c['date']}. Repeat:",
+        f"`python benchmarks/smt_demo_task.py --steps {s['steps']} --batch-size {s['batch_size']} --warmup-steps "
+        f"{s['warmup_steps']} --held-out {s['held_out']} --seeds {s['seeds']}`.",
+        "",
+        "| | trainable | rate | held-out loss | each seed |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        each = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        lines.append(
+            f"| {row['method']} | {row['trainable']:,} | {row['rate']:g} | {row['mean']:.3f} ± "
+            f"{row['standard_deviation']:.3f} | {each} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = (cost_over_frozen, demo, smt_gradient, smt_training, smt_demo_task)
+
+
 def main() -> None:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
-        for name, render in (("cost_over_frozen", cost_over_frozen), ("demo", demo)):
+        for render in TABLES:
+            name = render.__name__
             pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
             if re.search(pattern, text, re.S):
                 table = render()
