@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
         report = lk.adapt(adapted[method], adapter_config(method, args))
         print(f"{method}: {len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
     ours = adapted["lora"]
-    twin = _peft_twin(model, ours, args)
     # As many blocks as come nearest to LoRA's trainable parameters from below.
     blocks = sum(p.numel() for p in ours.parameters() if p.requires_grad) // args.block_size**2
     picture = args.output / "blocks.png"
@@ -116,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     selection.plot(picture)
     adapted["smt"] = copy.deepcopy(model)
     lk.adapt(adapted["smt"], lk.SMTConfig(selection=selection))
+    twin = _peft_twin(model, ours, args)  # last: it changes the model in place
     rate = {name: args.learning_rate or row.learning_rate for name, row in METHODS.items()}
     runs = [
         loop.Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
