@@ -56,9 +56,10 @@ def main() -> None:
     parser.set_defaults(held_out=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sweep", action="store_true", help="compare rates on a seed that the table does not use")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     task = load_task(args)
     runs = []
     for seed in [1000] if args.sweep else range(args.seeds):

@@ -155,8 +155,10 @@ def _block_grad(
 ) -> Tensor:
     """dW_b from x (M, K) and dY (M, N)."""
     name = resolve_backend(op, backend, x)
-    if name == "reference" or dtype == torch.float64:
+    if name == "reference":
         return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)
+    if dtype == torch.float64:  # float64 blocks over a narrower weight: kernels sum in float32
+        return _block_grad(x, grad_y, block_index, size, torch.float32, op, name).to(dtype)
     x, grad_y, block_index = unit_columns(x), unit_columns(grad_y), block_index.contiguous()
     if name == "cpu":
         out = x.new_empty(len(block_index), *size, dtype=dtype)
@@ -226,7 +228,12 @@ def _adamw(
 ) -> None:  # fmt: skip
     name = resolve_backend("block_adamw_", backend, blocks)
     grad, block_index = grad.contiguous(), block_index.contiguous()
-    if name == "cpu" and weight.stride(1) != 1:
+    if name == "cpu" and weight.shape[1] > 1 and weight.stride(1) != 1:
+        if backend == "cpu":
+            raise ValueError(
+                f"block_adamw_: expected a weight with adjacent columns (stride 1) for backend 'cpu', got strides "
+                f"{weight.stride()}; use backend='auto'"
+            )
         name = "reference"
     if name == "reference":
         block_adamw_ref_(

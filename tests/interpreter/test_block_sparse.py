@@ -31,6 +31,10 @@ def test_launches_and_bytes(dtype: torch.dtype) -> None:
     first = record.launches[0].tensors
     assert first["x_ptr"].read == M * 2 * 32 * dtype.itemsize
     assert first["dy_ptr"].read == M * 3 * 32 * dtype.itemsize
+    odd = torch.tensor([(0, 0), (1, 2)], dtype=torch.int32)
+    with record_memory() as record:  # tiles of 64 over blocks of 48: no byte of the neighbours
+        lk.block_sparse_weight_grad(x, grad_y, odd, 48, backend="triton")
+    assert record.launches[0].tensors["x_ptr"].read == M * 2 * 48 * dtype.itemsize, record.table()
     many = torch.tensor([(i, j) for i in range(6) for j in range(8)], dtype=torch.int32)
     with record_memory() as record:
         lk.block_sparse_weight_grad(x, grad_y, many, 32, backend="triton")

@@ -178,6 +178,19 @@ def test_optimizer_state_is_float32_and_survives_saving():
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_transposed_weight_and_wider_blocks(dtype):
+    """The same steps as on a contiguous weight; float64 blocks over a float32 weight."""
+    layers = [make(dtype=torch.float32) for _ in range(2)]
+    layers[1].base_layer.weight.data = layers[1].base_layer.weight.data.T.contiguous().T
+    layers = [BlockSparseLinear(one.base_layer, SOME, 16, dtype=dtype) for one in layers]
+    assert layers[1].base_layer.weight.stride(1) != 1
+    for one in layers:
+        train(one, BlockAdamW(one, lr=1e-2), 5)
+        assert one.blocks.grad is None and one.blocks.dtype == dtype
+    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=1e-5, atol=1e-5)
+
+
 def test_scheduler_and_closure():
     layer = make()
     optimizer = BlockAdamW(layer, lr=1.0)
