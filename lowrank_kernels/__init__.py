@@ -3,7 +3,7 @@
 from . import chain, federated, init, integrations, nn, optim, serving, smt
 from .adapt import adapt, plan_adaptation
 from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
-from .config import AdapterConfig, DoRAConfig, LoRAConfig
+from .config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from .functional import (
     BatchPlan,
     block_sparse_linear,
@@ -29,6 +29,7 @@ __all__ = [
     "DoRAConfig",
     "LoRAConfig",
     "LoRAStack",
+    "MultiLoRAConfig",
     "Report",
     "SMTConfig",
     "__version__",

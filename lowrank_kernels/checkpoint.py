@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import Plan, adapt, config_of, plan_adaptation
-from .config import DoRAConfig, LoRAConfig
+from .config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
+from .nn.multi_lora import MultiLoRALinear
 from .report import Report, count_parameters
 
 CONFIG_FILE = "adapter_config.json"
@@ -58,6 +59,7 @@ def save_adapter(
     base_model_name: str | None = None,
     task_type: str | None = None,
     config: LoRAConfig | None = None,
+    adapter: int | None = None,
 ) -> Path:
     """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
 
@@ -67,6 +69,7 @@ def save_adapter(
         base_model_name: for PEFT's ``base_model_name_or_path``.
         task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it.
         config: for a model whose LoRALinears were put in by hand.
+        adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
     Returns:
         The folder.
@@ -79,9 +82,9 @@ def save_adapter(
             a value that is not finite (nothing is written then).
         ImportError: safetensors is not installed.
     """
-    from safetensors.torch import save_file
-
     config = config or config_of(model)  # type: ignore[assignment]
+    if isinstance(config, MultiLoRAConfig):
+        return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
@@ -92,6 +95,31 @@ def save_adapter(
         )
     _check_layers_follow(config, layers)
     parameters = _adapter_parameters(model, config, list(layers))
+    return _write_adapter(config, parameters, folder, base_model_name, task_type)
+
+
+def _one_of_many(
+    model: nn.Module, config: MultiLoRAConfig, adapter: int | None
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The settings and the tensors, by PEFT's names, of one adapter of a model that has several."""
+    if adapter is None or not 0 <= adapter < len(config.ranks):
+        raise ValueError(f"save_adapter: expected adapter to name one of {len(config.ranks)}, got {adapter}")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MultiLoRALinear):
+            lora_a, lora_b, _, magnitude = layer.stack.factors(adapter)
+            tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
+            if magnitude is not None:
+                tensors[f"{name}.lora_magnitude_vector"] = magnitude
+    return config.of_adapter(adapter), tensors
+
+
+def _write_adapter(
+    config: LoRAConfig, parameters: Mapping[str, Tensor], folder: str | os.PathLike[str],
+    base_model_name: str | None, task_type: str | None,
+) -> Path:  # fmt: skip
+    from safetensors.torch import save_file
+
     tensors = {PREFIX + name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:

@@ -14,6 +14,7 @@ from torch import nn
 from .init.factors import INITS
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear, check_lora_settings
+from .nn.multi_lora import MultiLoRALinear
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -195,6 +196,60 @@ class DoRAConfig(LoRAConfig):
             dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLoRAConfig(AdapterConfig):
+    """Linears become :class:`~lowrank_kernels.nn.MultiLoRALinear`: an adapter of each rank, trained in one batch.
+
+    ``with lk.nn.use_adapters(ids)`` says which adapter each sequence has; ``lk.save_adapter(model, folder, adapter=i)``
+    writes one of them.
+
+    Args:
+        ranks: R of each adapter.
+        alpha, rslora, dora, init, dtype: as for ``LoRALinear``, of all adapters.
+        dropout: of all adapters, or one each.
+        (and those of :class:`AdapterConfig`; ``bias`` is "none": the adapters would share it)
+    """
+
+    ranks: Sequence[int]
+    alpha: float = 16.0
+    dropout: float | Sequence[float] = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        each = [self.dropout] * len(self.ranks) if isinstance(self.dropout, (int, float)) else list(self.dropout)
+        if not self.ranks or len(each) != len(self.ranks):
+            raise ValueError(
+                f"MultiLoRAConfig: expected a rank, and a dropout, an adapter, got {len(self.ranks)} and {len(each)}"
+            )
+        if self.bias != "none":
+            raise ValueError(f"MultiLoRAConfig: expected bias to be 'none', got {self.bias!r}")
+        for i in range(len(self.ranks)):
+            self.of_adapter(i)
+
+    def of_adapter(self, adapter: int) -> LoRAConfig:
+        """The settings of one adapter by itself."""
+        dropout = self.dropout if isinstance(self.dropout, (int, float)) else self.dropout[adapter]
+        kind = DoRAConfig if self.dora else LoRAConfig
+        return kind(
+            target_modules=self.target_modules, exclude_modules=self.exclude_modules, r=self.ranks[adapter],
+            alpha=self.alpha, dropout=dropout, rslora=self.rslora, init=self.init, dtype=self.dtype,
+        )  # fmt: skip
+
+    def rank_of(self, name: str) -> int:
+        return sum(self.ranks)
+
+    def layer(self, name: str, linear: nn.Linear) -> MultiLoRALinear:
+        return MultiLoRALinear.from_linear(
+            linear, self.ranks, alpha=self.alpha, rslora=self.rslora, dora=self.dora,
+            dropout=self.dropout, init=self.init, dtype=self.dtype,
+        )  # fmt: skip
 
 
 def names_match(wanted: str | Sequence[str], name: str) -> bool:
