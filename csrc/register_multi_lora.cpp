@@ -242,6 +242,43 @@ void multi_lora_up_(Tensor y, const Tensor& p, const Tensor& factor, const Tenso
                      biases.empty() ? nullptr : biases.data(), &scaled);
 }
 
+// The whole correction in one call, from ids to sum: y[m] += s B A x[m]. Nothing is changed where
+// an id is out of range.
+void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+                     const Tensor& table, const Tensor& scalings, const Tensor& ids) {
+  const char* op = "multi_lora_add_";
+  const lrk::Matrix input = matrix(op, "x", x), a = matrix(op, "lora_a", lora_a);
+  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+  STD_TORCH_CHECK(a.cols == input.cols && a.rows == b.rows, op, ": expected lora_a of shape (",
+                  b.rows, ", ", input.cols, "), got ", shape_of(lora_a));
+  const lrk::Matrix sum = target(op, "y", y, input.rows, b.cols);
+  const AdaptersArgument adapters =
+      adapters_argument(op, table, scalings, a.rows, std::nullopt, std::nullopt);
+  const int64_t rows = input.rows, count = adapters.value.count;
+  const int32_t* id = values<int32_t>(op, "ids", ids, ScalarType::Int, rows);
+
+  // Kept between calls: a fresh block would cost more than what is planned in it.
+  static thread_local std::vector<int32_t> order, bounds;
+  static thread_local std::vector<lrk::Tile> tiles;
+  static thread_local std::vector<float> p;
+  constexpr int64_t kTileRows = 32;
+  const int64_t capacity = lrk::tile_capacity(rows, count, kTileRows);
+  order.resize(static_cast<size_t>(rows));
+  bounds.resize(static_cast<size_t>(count + 2));
+  tiles.resize(static_cast<size_t>(capacity));
+  const int64_t used = lrk::plan_batch(id, rows, count, kTileRows, order.data(), bounds.data(),
+                                       tiles.data(), capacity);
+  STD_TORCH_CHECK(used >= 0, op, ": expected ids from -1 to ", count - 1, ", got another in row ",
+                  -1 - used);
+  const int64_t rank = adapters.max_rank;
+  if (rank == 0 || rows == 0) return;
+  p.resize(static_cast<size_t>(rows * rank));
+  const lrk::Matrix down{p.data(), lrk::Dtype::kFloat32, rows, rank, rank};
+  const lrk::Batch batch{order.data(), bounds.data(), tiles.data(), used, nullptr};
+  lrk::multi_lora_down(runtime(), down, input, a, adapters.value, batch);
+  lrk::multi_lora_up(runtime(), sum, down, b, adapters.value, batch, nullptr, nullptr, nullptr);
+}
+
 Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& table,
                        const Tensor& scalings, const Tensor& order, const Tensor& bounds,
                        const std::optional<Tensor>& weights, const std::optional<Tensor>& dropout_p,
@@ -309,6 +346,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "multi_lora_grad(Tensor big, Tensor small, Tensor table, Tensor scalings, Tensor order, "
       "Tensor bounds, Tensor? weights, Tensor? dropout_p, Tensor? dropout_seed, int rows, "
       "ScalarType out_dtype) -> Tensor");
+  m.def(
+      "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor table, "
+      "Tensor scalings, Tensor ids) -> ()");
   m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
@@ -316,5 +356,6 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("multi_lora_down", TORCH_BOX(&multi_lora_down));
   m.impl("multi_lora_up_", TORCH_BOX(&multi_lora_up_));
   m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));
+  m.impl("multi_lora_add_", TORCH_BOX(&multi_lora_add_));
   m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ops.backend import BACKENDS
-from .ops.batch_plan import BatchPlan, plan_batch
+from .ops.batch_plan import BatchPlan, as_ids, plan_batch
 from .ops.block_sparse import (
     check_block_adamw,
     check_block_index,
@@ -21,7 +21,7 @@ from .ops.block_sparse import (
 )
 from .ops.dora import check_dora_linear, check_dora_weight_norm
 from .ops.lora import check_lora_linear
-from .ops.multi_lora import check_multi_lora_linear
+from .ops.multi_lora import check_multi_lora_linear, may_stay_unplanned
 from .stack import LoRAStack
 
 
@@ -481,12 +481,14 @@ def multi_lora_linear(
         raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected x to be a tensor, got {type(x).__name__}")
-    plan = adapter_ids
-    if not isinstance(plan, BatchPlan):
-        same = isinstance(plan, Tensor) and plan.shape == x.shape[:-1]
-        plan = plan_batch(plan.reshape(-1) if same else plan, len(stack))
-    check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, plan.adapter_ids, bias, weights, stack.has_dora)
-    if plan.bounds.shape[1] != len(stack) + 2:
+    plan = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
+    if plan is not None:
+        ids = plan.adapter_ids
+    else:
+        given: Any = adapter_ids
+        ids = as_ids(given.reshape(-1) if isinstance(given, Tensor) and given.shape == x.shape[:-1] else given)
+    check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, ids, bias, weights, stack.has_dora)
+    if plan is not None and plan.bounds.shape[1] != len(stack) + 2:
         raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {plan.bounds.shape[1] - 2}")
     ps = _dropout_of_each(dropout_p, len(stack))
     seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
@@ -496,9 +498,15 @@ def multi_lora_linear(
             stack_column_scale(weight.detach(), stack, backend=backend) if norm_and_scale is None else norm_and_scale
         )
     magnitude, grad = stack.magnitude, torch.is_grad_enabled()
+    if plan is None:
+        records = grad and any(t is not None and t.requires_grad for t in (x, stack.lora_a, stack.lora_b, bias))
+        plain = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
+        if not (plain and may_stay_unplanned(x, ids, backend)):
+            plan = plan_batch(ids, len(stack))
     y, _, _ = torch.ops.lowrank_kernels.multi_lora_linear(
         x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank,
-        *plan, None if weights is None else weights.to(torch.float32), norm, scale,
+        ids, *(plan[1:] if plan is not None else (None,) * 3),
+        None if weights is None else weights.to(torch.float32), norm, scale,
         None if seed is None else torch.tensor(ps, dtype=torch.float64, device=x.device), seed,
         grad and stack.lora_b.requires_grad, grad and magnitude is not None and magnitude.requires_grad, backend,
     )  # fmt: skip

@@ -63,13 +63,16 @@ def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tenso
         try:
             plan(ids, num_adapters, TILE_ROWS, *buffers)
         except ValueError:
-            raise _out_of_range(adapter_ids, num_adapters) from None
+            check_range(adapter_ids, num_adapters)
+            raise
     return order, bounds, tiles
 
 
-def _out_of_range(adapter_ids: Tensor, num_adapters: int) -> ValueError:
+def check_range(adapter_ids: Tensor, num_adapters: int) -> None:
+    """Raise ValueError for ids that no adapter has."""
     low, high = (int(v) for v in adapter_ids.aminmax())
-    return ValueError(f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}")
+    if low < -1 or high >= num_adapters:
+        raise ValueError(f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}")
 
 
 def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +116,12 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
         TypeError: ids that are not integers.
         ValueError: ids out of range (on the CPU; elsewhere a device-side assertion), another shape.
     """
+    ids = as_ids(adapter_ids)
+    return BatchPlan(ids, *torch.ops.lowrank_kernels.batch_plan(ids, num_adapters))
+
+
+def as_ids(adapter_ids: Tensor) -> Tensor:
+    """(M, J) int32, whatever integers they are and with a J or without."""
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
         said = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
         raise TypeError(f"multi_lora_linear: expected adapter_ids to be a tensor of integers, got {said}")
@@ -121,8 +130,7 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
             f"multi_lora_linear: expected adapter_ids of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}"
         )
     ids = adapter_ids.to(torch.int32)
-    ids = ids if ids.dim() == 2 else ids[:, None]
-    return BatchPlan(ids, *torch.ops.lowrank_kernels.batch_plan(ids, num_adapters))
+    return ids if ids.dim() == 2 else ids[:, None]
 
 
 class BatchPlanner:

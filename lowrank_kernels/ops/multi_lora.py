@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 from .backend import resolve_backend
+from .batch_plan import check_range
 from .library import define, no_double_backward, register_autocast, run_backward
 from .lora import own_product, unit_columns
 
 _STACK = "Tensor table, Tensor scalings, int max_rank"
-_PLAN = "Tensor adapter_ids, Tensor order, Tensor bounds, Tensor tiles, Tensor? weights"
+_PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
 _OPTIONS = "Tensor? norm, Tensor? column_scale, Tensor? dropout_p, Tensor? dropout_seed"
 _FORWARD = (
     "multi_lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? magnitude, Tensor? bias, "
@@ -111,7 +112,7 @@ def _column(weights: Tensor | None, j: int) -> Tensor | None:
 def _forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
     table: Tensor, scalings: Tensor, max_rank: int,
-    adapter_ids: Tensor, order: Tensor, bounds: Tensor, tiles: Tensor, weights: Tensor | None,
+    adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
     norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
     save_p: bool, save_u: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -130,6 +131,9 @@ def _forward(
             u = torch.ops.lowrank_kernels.frozen_linear(x2, weight, own)
         else:
             u = torch.nn.functional.linear(x2, weight, own)
+        if order is None or tiles is None:
+            _add_unplanned(u, x2, lora_a, lora_b, table, scalings, adapter_ids)
+            return u.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0), x.new_empty(0)
         y = torch.empty_like(u) if save_u else u
         p = x.new_empty(order.shape[0], x2.shape[0], max_rank) if save_p else x.new_empty(0)
         if max_rank:
@@ -156,10 +160,26 @@ def _forward(
     )
 
 
+def may_stay_unplanned(x: Tensor, adapter_ids: Tensor, backend: str) -> bool:
+    """Whether plain corrections of these rows need no plan beforehand: the C++ kernels then plan as they run."""
+    return adapter_ids.shape[1] == 1 and resolve_backend("multi_lora_linear", backend, x) == "cpu"
+
+
+def _add_unplanned(
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, adapter_ids: Tensor
+) -> None:
+    """y += s P Bᵀ in one call of the extension, from ids to sum."""
+    try:
+        torch.ops.lowrank_kernels.multi_lora_add_(y, x, lora_a, lora_b, table, scalings, adapter_ids)
+    except RuntimeError:
+        check_range(adapter_ids, len(table))
+        raise
+
+
 def _backward(
     grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, p: Tensor | None,
     u: Tensor | None, table: Tensor, scalings: Tensor, max_rank: int,
-    adapter_ids: Tensor, order: Tensor, bounds: Tensor, tiles: Tensor, weights: Tensor | None,
+    adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
     norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
     needs: Needs, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -174,6 +194,7 @@ def _backward(
             dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
         )  # fmt: skip
     else:
+        assert order is not None and bounds is not None and tiles is not None  # what may train was planned
         du, grad_m = dy, None
         if column_scale is not None:
             du, grad_m = _dora_gradients(dy, u if need_m else None, table, adapter_ids, norm, column_scale)
