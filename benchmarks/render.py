@@ -22,8 +22,8 @@ def cost_over_frozen() -> str:
     c, rows = found["conditions"], found["rows"]
     shape = f"K = N = {rows[0]['K']}, R = {rows[0]['R']}"
     lines = [
-        f"Time over that of the frozen `nn.Linear` alone (1.00: the correction is free); {shape}, medians, all columns",
-        f"interleaved in one run. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
+        f"Time over that of the frozen `nn.Linear` alone (1.00: the correction is free); {shape}, medians; each call",
+        f"takes turns with the frozen linear. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
         f"{c['date']}.",
         "Repeat: `python benchmarks/cost_over_frozen.py`.",
         "",

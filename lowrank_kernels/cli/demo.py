@@ -23,13 +23,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
 
 
-def _peft_twin(model: Any, ours: Any, args: argparse.Namespace) -> Any:
-    """PEFT's LoRA on a copy of the same base, started from our factors."""
+def peft_twin(model: Any, ours: Any, args: argparse.Namespace, dora: bool = False) -> Any:
+    """PEFT's LoRA or DoRA in ``model``, which it changes in place, started from our factors."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, use_rslora=args.rslora,
-        target_modules=list(TARGETS), task_type="CAUSAL_LM",
+        target_modules=list(TARGETS), task_type="CAUSAL_LM", use_dora=dora,
     )  # fmt: skip
     twin = get_peft_model(model, config)
     mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     selection.plot(picture)
     adapted["smt"] = copy.deepcopy(model)
     lk.adapt(adapted["smt"], lk.SMTConfig(selection=selection))
-    twin = _peft_twin(model, ours, args)  # last: it changes the model in place
+    twin = peft_twin(model, ours, args)  # last: it changes the model in place
     rate = {name: args.learning_rate or row.learning_rate for name, row in METHODS.items()}
     runs = [
         loop.Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
