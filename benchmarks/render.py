@@ -23,8 +23,8 @@ def cost_over_frozen() -> str:
     shape = f"K = N = {rows[0]['K']}, R = {rows[0]['R']}"
     lines = [
         f"Time over that of the frozen `nn.Linear` alone (1.00: the correction is free); {shape}, medians; each call",
-        f"takes turns with the frozen linear. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
-        f"{c['date']}.",
+        f"takes turns with the frozen linear. {c['device']}; torch {c['torch']}, Python {c['python']}, ",
+        f"commit {c['commit']}, {c['date']}.",
         "Repeat: `python benchmarks/cost_over_frozen.py`.",
         "",
         "| dtype, tokens, mode | LoRA, ours | LoRA, PEFT's calls | DoRA, ours | DoRA, PEFT's calls |",
