@@ -36,7 +36,8 @@ def peft_twin(model: Any, ours: Any, args: argparse.Namespace, dora: bool = Fals
     theirs = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in theirs.items():
-            parameter.copy_(mine[name.removeprefix("base_model.model.").replace(".default.", ".")])
+            own = name.removeprefix("base_model.model.").replace(".default.", ".")
+            parameter.copy_(mine[own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")])
     return twin
 
 
