@@ -139,7 +139,49 @@ def smt_demo_task() -> str:
     return "\n".join(lines)
 
 
-TABLES = (cost_over_frozen, demo, smt_gradient, smt_training, smt_demo_task)
+def many_adapters() -> str:
+    """The rows of `benchmarks/many_adapters.py` with the most rows, and the plot of all."""
+    found = json.loads((RESULTS / "many_adapters.json").read_text())
+    c, rows = found["conditions"], found["rows"]
+    most = max(row["rows"] for row in rows)
+    lines = [
+        f"Time over that of the base product alone; {most} rows, K = N = {rows[0]['K']}, R = {rows[0]['R']}, medians,",
+        f"caches swept before each call. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
+        f"{c['date']}.",
+        "Repeat: `python benchmarks/many_adapters.py`.",
+        "",
+        "| dtype, population | ours | gathered `bmm` | loop | PEFT's mixed batch |",
+        "|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["rows"] == most):
+        cells = [f"{row['over_base'][name]:.2f}" for name in ("ours", "bmm", "loop", "peft")]
+        lines.append(f"| {row['dtype']}, {row['population']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "![all batch sizes](images/many_adapters.png)"])
+
+
+def train_many_adapters() -> str:
+    """The table of `benchmarks/train_many_adapters.py`."""
+    found = json.loads((RESULTS / "train_many_adapters.json").read_text())
+    c, rows = found["conditions"], found["rows"]
+    lines = [
+        f"SmolLM2-135M, float32, {rows[0]['adapters']} adapters of rank {rows[0]['R']} on every linear, one sequence "
+        f"each; seconds a step of all of them.",
+        f"{c['device']}; torch {c['torch']}, commit {c['commit']}, {c['date']}. "
+        f"Repeat: `python benchmarks/train_many_adapters.py`.",
+        "",
+        "| tokens an adapter | in one batch | one after another | ratio | losses differ by |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        s = row["seconds"]
+        lines.append(
+            f"| {row['tokens']} | {s['together']:.2f} | {s['apart']:.2f} | {row['ratio']:.2f} | "
+            f"{row['largest_relative_loss_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = (cost_over_frozen, demo, smt_gradient, smt_training, smt_demo_task, many_adapters, train_many_adapters)
 
 
 def main() -> None:

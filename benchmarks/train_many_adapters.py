@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[16, 64, 256])
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps after the first; 0: the first alone")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -97,7 +97,7 @@ def main() -> None:
             for name, call in steps.items():
                 start = time.perf_counter()
                 losses[name] = call()
-                if step:
+                if step or not args.rounds:  # 0: one step, the first
                     times[name].append(time.perf_counter() - start)
             apart_now = losses["apart"]
             difference = max(difference, *(abs(a - b) / b for a, b in zip(losses["together"], apart_now, strict=True)))
