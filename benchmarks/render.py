@@ -146,7 +146,7 @@ def many_adapters() -> str:
     most = max(row["rows"] for row in rows)
     lines = [
         f"Time over that of the base product alone; {most} rows, K = N = {rows[0]['K']}, R = {rows[0]['R']}, medians,",
-        f"caches swept before each call. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
+        f"caches swept before each. {c['device']}; torch {c['torch']}, Python {c['python']}, commit {c['commit']}, "
         f"{c['date']}.",
         "Repeat: `python benchmarks/many_adapters.py`.",
         "",
