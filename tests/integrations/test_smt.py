@@ -217,23 +217,22 @@ def test_heat_map_and_picture(tmp_path):
     assert "9 blocks of 16×16 (2,304 elements)" in str(selection)
 
 
-def test_what_the_train_command_selects(llama, tokens, monkeypatch, tmp_path):
+def test_what_the_train_command_selects(llama, tokens, tmp_path):
     from argparse import Namespace
 
-    from lowrank_kernels.cli import training
-    from lowrank_kernels.cli.smt import smt_config
+    from lowrank_kernels.cli.smt import select_blocks
 
     model = llama()
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    monkeypatch.setattr(training, "batches", lambda *_: iter([batch] * 9))
-    args = Namespace(warmup_steps=2, batch_size=2, seed=0, device="cpu", block_size=16, budget=0.05)
-    picture = tmp_path / "blocks.png"
-    selection = smt_config(model, None, [], args, ("q_proj", "up_proj"), picture=picture).selection
+    args = Namespace(warmup_steps=2, block_size=16, budget=0.05)
+    selection = select_blocks(model, iter([batch] * 9), args, ("q_proj", "up_proj"))
     assert len(selection) == int(0.05 * sum(p.numel() for p in model.parameters()) / 256) > 0
-    assert all(name.endswith(("q_proj", "up_proj")) for name in selection.blocks) and picture.exists()
-    assert len(smt_config(model, None, [], args, ("q_proj",), blocks=3).selection) == 3
+    assert all(name.endswith(("q_proj", "up_proj")) for name in selection.blocks)
+    selection.plot(tmp_path / "blocks.png")
+    assert (tmp_path / "blocks.png").exists()
+    assert len(select_blocks(model, iter([batch] * 9), args, ("q_proj",), blocks=3)) == 3
     with pytest.raises(ValueError, match="--warmup-steps: expected at least 1, got 0"):
-        smt_config(model, None, [], Namespace(**{**vars(args), "warmup_steps": 0}), ("q_proj",))
+        select_blocks(model, iter([batch]), Namespace(**{**vars(args), "warmup_steps": 0}), ("q_proj",))
 
 
 # -------------------------------------------------------------------------------------------------------- conversion
