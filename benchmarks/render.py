@@ -7,6 +7,7 @@ Text between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->` is replaced.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -181,7 +182,71 @@ def train_many_adapters() -> str:
     return "\n".join(lines)
 
 
-TABLES = (cost_over_frozen, demo, smt_gradient, smt_training, smt_demo_task, many_adapters, train_many_adapters)
+def dora_demo_task() -> str:
+    """The result of `benchmarks/dora_demo_task.py`."""
+    found = json.loads((RESULTS / "dora_demo_task.json").read_text())
+    c, after = found["conditions"], found["after"]
+    return "\n".join(
+        [
+            f"The demo's task (SmolLM2-135M, float32, rank {found['rank']}), {found['steps']} steps of "
+            f"{found['batch_size']} functions from the same factors: held-out loss",
+            f"{found['before']:.4f} before, {after['ours']:.4f} after with ours, {after['PEFT']:.4f} with PEFT's "
+            f"DoRA; the training losses differ by at most {found['curve_difference']:.0e}.",
+            f"{c['device']}; torch {c['torch']}, commit {c['commit']}, {c['date']}. "
+            f"Repeat: `python benchmarks/dora_demo_task.py`.",
+        ]
+    )
+
+
+def _ratio_and_spread(row: dict[str, str]) -> tuple[float, float]:
+    ratio = float(row["over_floor"])
+    return ratio, ratio * float(row["spread"])
+
+
+def bench() -> str:
+    """The table of `lrk bench`, from its CSV."""
+    with (RESULTS / "cpu_bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    c = rows[0]
+    others = ("plain", "peft", "ours")
+    lines = [
+        "Time over the floor (over plain PyTorch where the op has none), ± spread. "
+        f"{c['device']}; torch {c['torch']}, Python {c['python']},",
+        f"commit {c['commit']}, {c['date']}. Repeat: `{c['command']}`.",
+        "",
+        "![the same as bars](images/bench.png)",
+        "",
+        "| op, shape | dtype | mode | floor, µs | " + " | ".join(others) + " |",
+        "|---|---|---|---|" + "---|" * len(others),
+    ]
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault((row["op"], row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
+    for (op, shape, dtype, mode), found in cases.items():
+        cells = [
+            "" if name not in found else found[name]["reason"]
+            or "{:.2f} ± {:.2f}".format(*_ratio_and_spread(found[name]))
+            for name in others
+        ]  # fmt: skip
+        floor = f"{float(found['floor']['median_us']):.0f}" if "floor" in found else ""
+        lines.append(f"| `{op}` {shape} | {dtype} | {mode} | {floor} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = (
+    cost_over_frozen, demo, bench, dora_demo_task, smt_gradient, smt_training, smt_demo_task,
+    many_adapters, train_many_adapters,
+)  # fmt: skip
+    cost_over_frozen,
+    demo,
+    bench,
+    dora_demo_task,
+    smt_gradient,
+    smt_training,
+    smt_demo_task,
+    many_adapters,
+    train_many_adapters,
+)
 
 
 def main() -> None:
