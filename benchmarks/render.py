@@ -234,19 +234,9 @@ def bench() -> str:
 
 
 TABLES = (
-    cost_over_frozen, demo, bench, dora_demo_task, smt_gradient, smt_training, smt_demo_task,
-    many_adapters, train_many_adapters,
-)  # fmt: skip
-    cost_over_frozen,
-    demo,
-    bench,
-    dora_demo_task,
-    smt_gradient,
-    smt_training,
-    smt_demo_task,
-    many_adapters,
+    cost_over_frozen, demo, bench, dora_demo_task, smt_gradient, smt_training, smt_demo_task, many_adapters,
     train_many_adapters,
-)
+)  # fmt: skip
 
 
 def main() -> None:
