@@ -7,10 +7,12 @@ Text between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->` is replaced.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
+
+from lowrank_kernels.bench.plot import draw
+from lowrank_kernels.bench.run import Row, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -198,16 +200,16 @@ def dora_demo_task() -> str:
     )
 
 
-def _ratio_and_spread(row: dict[str, str]) -> tuple[float, float]:
-    ratio = float(row["over_floor"])
-    return ratio, ratio * float(row["spread"])
+def _ratio_and_spread(row: Row) -> str:
+    if row.over_floor is None or row.spread is None:
+        return row.reason
+    return f"{row.over_floor:.2f} ± {row.over_floor * row.spread:.2f}"
 
 
 def bench() -> str:
-    """The table of `lrk bench`, from its CSV."""
-    with (RESULTS / "cpu_bench.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    c = rows[0]
+    """The table and the plot of `lrk bench`, from its CSV."""
+    rows, c = read_csv(RESULTS / "cpu_bench.csv")
+    draw(ROOT / "docs" / "images" / "bench.png", rows, c)
     others = ("plain", "peft", "ours")
     lines = [
         "Time over the floor (over plain PyTorch where the op has none), ± spread. "
@@ -219,16 +221,12 @@ def bench() -> str:
         "| op, shape | dtype | mode | floor, µs | " + " | ".join(others) + " |",
         "|---|---|---|---|" + "---|" * len(others),
     ]
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault((row["op"], row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
+        cases.setdefault((row.op, row.shape, row.dtype, row.mode), {})[row.provider] = row
     for (op, shape, dtype, mode), found in cases.items():
-        cells = [
-            "" if name not in found else found[name]["reason"]
-            or "{:.2f} ± {:.2f}".format(*_ratio_and_spread(found[name]))
-            for name in others
-        ]  # fmt: skip
-        floor = f"{float(found['floor']['median_us']):.0f}" if "floor" in found else ""
+        cells = [_ratio_and_spread(found[name]) if name in found else "" for name in others]
+        floor = f"{found['floor'].median_us:.0f}" if "floor" in found else ""
         lines.append(f"| `{op}` {shape} | {dtype} | {mode} | {floor} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

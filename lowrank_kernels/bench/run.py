@@ -17,6 +17,7 @@ from torch import Tensor
 from .cases import Bench, Inputs, Problem, Provider
 from .timing import Roofs, Sample, interleaved
 
+PROVIDERS = ("floor", "plain", "peft", "compile", "ours")
 COMPILED = "compile"
 """The provider that is torch.compile of "plain"; asked for by name, since compiling takes longer than measuring."""
 
@@ -187,3 +188,16 @@ def write_csv(path: Path, rows: Iterable[Row], where: dict[str, str]) -> None:
         for row in rows:
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(values | where)
+
+
+def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """What :func:`write_csv` wrote: rows, and the conditions of the first."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    words = {"op", "shape", "dtype", "mode", "provider", "reason"}
+    own = Row.__dataclass_fields__
+    rows = [
+        Row(**{k: v if k in words else float(v) if v else None for k, v in line.items() if k in own})  # type: ignore[arg-type]
+        for line in lines
+    ]
+    return rows, {k: v for k, v in lines[0].items() if k not in own}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..bench.run import PROVIDERS
 from .doctor import Row, print_table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PROVIDERS = ("floor", "plain", "peft", "compile", "ours")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "--shapes", action="append", metavar="M=16,K=2048,...", help="instead of the op's own; may repeat"
     )
     parser.add_argument(
-        "--providers", default="floor,plain,peft,ours", help=f"of {','.join(_PROVIDERS)} (default without compile)"
+        "--providers", default="floor,plain,peft,ours", help=f"of {','.join(PROVIDERS)} (default without compile)"
     )
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of float32,bfloat16,float16")
     parser.add_argument("--modes", default="inference,training", help="of inference,training")
@@ -65,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..bench import OPS, Problem, measure, measure_roofs, write_csv
+    from ..bench.plot import draw
     from ..bench.run import conditions
 
-    providers = _choice("--providers", args.providers, _PROVIDERS)
+    providers = _choice("--providers", args.providers, PROVIDERS)
     dtypes = [_DTYPES[name] for name in _choice("--dtypes", args.dtypes, _DTYPES)]
     modes = _choice("--modes", args.modes, ("inference", "training"))
     ops = [OPS[name] for name in _choice("--op", ",".join(args.op or OPS), OPS)]
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"conditions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if args.plot:
-        _plot(args.plot, rows, where)
+        draw(args.plot, rows, where)
     if left:
         print(f"{left} of {len(problems)} problems did not fit into {args.budget:g} s; see --budget", file=sys.stderr)
     return 1 if any(row.provider == "ours" and row.reason for row in rows) else 0
@@ -122,49 +122,3 @@ def _print(rows: list[Any]) -> None:
         figures = (_number(r.median_us), spread, _number(r.over_floor), _number(r.over_roof), _number(r.error))
         table.append((r.op, r.shape, r.dtype, r.mode, r.provider, *figures, r.reason))
     print_table(table, indent="")
-
-
-def _plot(path: Path, rows: list[Any], where: dict[str, str]) -> None:
-    """Bars of the median over the floor's (1: no cost), with the spread; a panel an op and mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    panels = list(dict.fromkeys((r.op, r.mode) for r in rows if r.over_floor is not None))
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(7.5 * columns, 3.6 * lines), squeeze=False)
-    colours = {"floor": "0.6", "plain": "tab:blue", "peft": "tab:orange", "compile": "tab:purple", "ours": "tab:green"}
-    for axes, (op, mode) in zip(grid.flat, panels, strict=False):
-        some = [r for r in rows if (r.op, r.mode) == (op, mode) and r.over_floor is not None]
-        groups = list(dict.fromkeys((r.shape, r.dtype) for r in some))
-        names = [n for n in _PROVIDERS if any(r.provider == n for r in some)]
-        for offset, name in enumerate(names):
-            mine = {(r.shape, r.dtype): r for r in some if r.provider == name}
-            places = [i + (offset + 0.5) / len(names) * 0.8 - 0.4 for i, g in enumerate(groups) if g in mine]
-            values = [mine[g] for g in groups if g in mine]
-            axes.barh(
-                places, [r.over_floor for r in values], 0.8 / len(names), label=name, color=colours[name],
-                xerr=[r.over_floor * r.spread for r in values], error_kw={"linewidth": 0.8},
-            )  # fmt: skip
-        axes.set_yticks(range(len(groups)), [f"{shape}\n{dtype}" for shape, dtype in groups], fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        floor = "the frozen linear" if any(r.provider == "floor" for r in some) else "plain PyTorch"
-        if op == "block_sparse_weight_grad":
-            floor = "the dense gradient"
-        axes.set_xlabel(f"time over {floor} (less is better)")
-        axes.set_title(op if [o for o, _ in panels].count(op) == 1 else f"{op}, {mode}", fontsize=10)
-        axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(1.0, 0.0))
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{where['device']}, torch {where['torch']}, commit {where['commit']}, {where['date']}", fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowrank_kernels.bench import OPS, Problem, Roofs, interleaved, measure
+from lowrank_kernels.bench.run import read_csv
 from lowrank_kernels.cli import main
 
 CPU = torch.device("cpu")
@@ -86,6 +87,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (2 + 3)
     assert {"device", "torch", "commit", "command", "date"} <= rows[0].keys() and rows[0]["torch"] == torch.__version__
+    again, where = read_csv(files["csv"])
+    assert [r.provider for r in again] == [r["provider"] for r in rows] and where["torch"] == torch.__version__
+    assert all(r.median_us > 0 for r in again)
     assert len(json.loads(files["json"].read_text())["rows"]) == len(rows)
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     assert out.count("merge_lora_") >= 4 and "measured roofs, float32" in out
