@@ -73,11 +73,10 @@ def _extension_rows() -> Iterator[Row]:
 
 def _path(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """(what `auto` runs, why)."""
-    from ..ops.backend import why_not
+    from ..ops.backend import automatic
 
-    preferred = "triton" if device_type == "cuda" else "cpu"
-    reason = why_not(op, preferred, device_type, dtype)
-    return (preferred, "the kernels for such tensors") if reason is None else ("reference", reason)
+    path, reason = automatic(op, device_type, dtype)
+    return path, reason or "the kernels for such tensors"
 
 
 def _path_rows(ops: tuple[str, ...]) -> Iterator[Row]:

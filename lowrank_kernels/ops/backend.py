@@ -27,6 +27,10 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# Ops with a CUDA C++ kernel, which "auto" prefers to Triton's where it was compiled.
+_CUDA_CPP = ("dora_weight_norm",)
+
+
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """The reason why a backend cannot run an op on such tensors; None when it can."""
     if backend == "reference":
@@ -45,7 +49,11 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         if device_type not in ("cpu", "cuda"):
             return f"it takes CUDA tensors, and these are on {device_type}"
         return None
-    return f"{op} has no CUDA C++ kernel; use backend='triton'"
+    if op not in _CUDA_CPP:
+        return f"{op} has no CUDA C++ kernel; use backend='triton'"
+    if device_type != "cuda":
+        return f"it takes CUDA tensors, and these are on {device_type}"
+    return _extension.why_no_cuda() or None
 
 
 @cache
@@ -54,26 +62,31 @@ def _say_once(message: str) -> None:
 
 
 @cache
-def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
-    preferred = "triton" if device_type == "cuda" else "cpu"
-    reason = why_not(op, preferred, device_type, dtype)
-    if reason is None:
-        return preferred
-    _say_once(f"{op}: backend 'auto' runs 'reference' here instead of '{preferred}': {reason}")
-    return "reference"
+def automatic(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """(what "auto" runs, why not what it would rather run; None where it runs that)."""
+    candidates = ("cpu",) if device_type != "cuda" else ("cuda", "triton") if op in _CUDA_CPP else ("triton",)
+    reasons = [why_not(op, backend, device_type, dtype) for backend in candidates]
+    for backend, reason in zip(candidates, reasons, strict=True):
+        if reason is None:
+            return backend, reasons[0]
+    return "reference", reasons[-1]
 
 
 def resolve_backend(op: str, backend: str, x: Tensor) -> str:
     """The backend that runs ``op`` on tensors like ``x``.
 
-    "auto" takes Triton for CUDA tensors and C++ for CPU tensors, and falls back to "reference" with one log line.
+    "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors; it falls back to
+    "reference" with one log line.
     A named backend is taken or refused.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot run, with the reason.
     """
     if backend == "auto":
-        return _automatic(op, x.device.type, x.dtype)
+        name, reason = automatic(op, x.device.type, x.dtype)
+        if name == "reference":
+            _say_once(f"{op}: backend 'auto' runs 'reference' here: {reason}")
+        return name
     if backend not in BACKENDS:
         raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = why_not(op, backend, x.device.type, x.dtype)

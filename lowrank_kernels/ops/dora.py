@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
 from ..reference.dora import (
     dora_column_scale_ref,
     dora_linear_backward_ref,
@@ -68,27 +67,11 @@ def check_dora_weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, weigh
 # --------------------------------------------------------------------------------------------------------------- norm
 
 
-def _norm_backend(backend: str, weight: Tensor) -> str:
-    """The C++ extension serves both devices under the names "cpu" and "cuda"; Triton where CUDA was not compiled."""
-    on_gpu = weight.device.type == "cuda"
-    if backend == "cuda" or (backend == "auto" and on_gpu):
-        if on_gpu and _extension.has_cuda():
-            return "cpp"
-        if backend == "cuda":
-            raise ValueError(
-                f"dora_weight_norm: backend 'cuda' cannot run here: {_extension.why_no_cuda()}"
-                if on_gpu
-                else f"dora_weight_norm: backend 'cuda' cannot run here: the weight is on {weight.device}"
-            )
-    name = resolve_backend("dora_weight_norm", backend, weight)
-    return "cpp" if name == "cpu" else name
-
-
 def _norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     weight_sq_norm: Tensor | None, magnitude: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    name = _norm_backend(backend, weight)
+    name = resolve_backend("dora_weight_norm", backend, weight)
     if name == "reference":
         norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
         if weight_sq_norm is None:

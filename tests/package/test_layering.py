@@ -37,7 +37,7 @@ ALLOWED = {
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
     "serving": ({"checkpoint", "config", "functional", "nn", "stack"}, {"torch"}),
-    "bench": (None, {"torch"}),
+    "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
     "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),
