@@ -35,7 +35,7 @@ bench: venv
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds
 
 gpu-check: venv
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry --results runs/gpu-check)
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info lowrank_kernels/*.so

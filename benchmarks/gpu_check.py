@@ -1,168 +1,216 @@
 """What only a machine with a GPU can tell: correctness at full size, determinism, graph capture, and times.
 
-    python benchmarks/gpu_check.py [--json FILE]
+    python benchmarks/gpu_check.py [--dry] [--seconds S] [--results FOLDER]
 
 Exit code 0 when everything held, 1 when something did not, 2 where there is no CUDA device (nothing is checked then).
+With --dry the whole script runs on a CPU, at small sizes, so that it is known to run before a GPU is at hand; what it
+then writes says nothing about one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import lowrank_kernels as lk
+from lowrank_kernels.bench import OPS, Problem, Roofs, Row, interleaved, measure, measure_roofs, write_csv
+from lowrank_kernels.bench.run import conditions
 from lowrank_kernels.kernels import lora as launchers
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
 
-SHAPES = [
-    (m, k, n) for k, n in ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)) for m in (1, 16, 64, 2048, 8192)
-]
 STRATEGIES = ("fused", "two_kernel", "library")
+CHECKED = {"M": (1, 70, 2048), "K": (4096, 1000, 2048), "N": (4096, 1352, 4096), "R": (16, 7, 256), "G": (1, 5, 64),
+           "blocks": (3, 7, 41), "size": (64, 16, 128)}  # fmt: skip
+"""The sizes of three problems: one token, odd widths, a large one."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    def normal(*shape: int, scale: float, of: torch.dtype) -> torch.Tensor:
-        return (torch.randn(*shape, device="cuda") * scale).to(of)
-
-    return {
-        "x": normal(m, k, scale=1.0, of=dtype), "weight": normal(n, k, scale=k**-0.5, of=dtype),
-        "lora_a": normal(r, k, scale=k**-0.5, of=factor_dtype), "lora_b": normal(n, r, scale=r**-0.5, of=factor_dtype),
-    }  # fmt: skip
-
-
-def eager(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight) + 2.0 * (x @ lora_a.to(x.dtype).T @ lora_b.to(x.dtype).T)
-
-
-def gradients(function: Callable, o: dict[str, torch.Tensor], grad_y: torch.Tensor) -> list[torch.Tensor]:
-    leaves = {name: t.detach().requires_grad_(name != "weight") for name, t in o.items()}
-    y = function(**leaves)
-    return [y, *torch.autograd.grad(y, [leaves[n] for n in ("x", "lora_a", "lora_b")], grad_y.to(y.dtype))]
+def problems(op: str, dry: bool) -> Iterator[Problem]:
+    for i in range(3):
+        sizes = {name: values[i] for name, values in CHECKED.items()}
+        if dry:
+            sizes |= {"K": min(sizes["K"], 192), "N": min(sizes["N"], 160), "M": min(sizes["M"], 70), "size": 16}
+        elif op == "block_sparse_weight_grad":
+            sizes |= {"K": 4096, "N": 2048}  # plain's gathering wants whole blocks
+        if op == "block_sparse_weight_grad" and dry:
+            sizes |= {"K": 192, "N": 160, "blocks": min(sizes["blocks"], 41)}
+        shape = {name: sizes[name] for name in OPS[op].shapes[0]}
+        for dtype in DTYPES:
+            for training in {False, bool(OPS[op].trained)}:
+                yield Problem(shape, dtype, training)
 
 
-def errors(o: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest error of y, dX, dA, dB over eager PyTorch's own, both against float64."""
-    grad_y = torch.randn(o["x"].shape[0], o["weight"].shape[0], device="cuda").to(o["x"].dtype)
-    oracle = gradients(eager, {name: t.double() for name, t in o.items()}, grad_y)
-    ours = gradients(lambda **t: lk.lora_linear(**t, scaling=2.0, backend="triton"), o, grad_y)
-    theirs = gradients(eager, o, grad_y)
-    ratios = {}
-    for name, mine, plain, exact in zip(("y", "dX", "dA", "dB"), ours, theirs, oracle, strict=True):
-        unit = torch.finfo(mine.dtype).eps * exact.abs().max()
-        ratios[name] = float((mine.double() - exact).abs().max() / ((plain.double() - exact).abs().max() + unit))
-    return ratios
+def check_values(device: torch.device, dry: bool) -> Iterator[str]:
+    """Every op, forward and backward, against float64."""
+    for op, bench in OPS.items():
+        for problem in problems(op, dry):
+            rows = measure(bench, problem, ["ours"], 0.0, device)
+            for row in rows:
+                ok = not row.reason
+                words = f"{op} {row.shape} {row.dtype} {row.mode}"
+                error = "" if row.error is None else f": error over plain PyTorch's {row.error:.2f}"
+                print(f"{'ok' if ok else 'FAIL':5} {words}{error} {row.reason}", flush=True)
+                if not ok:
+                    yield f"values: {words}: {row.reason}{error}"
 
 
-def median_us(function: Callable[[], object], repeats: int = 30) -> float:
-    for _ in range(5):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+def check_determinism(device: torch.device, dry: bool) -> Iterator[str]:
+    """20 runs of every op give the same bits."""
+    for op, bench in OPS.items():
+        shape = list(problems(op, dry))[-1].shape
+        torch.manual_seed(0)
+        inputs = bench.make(shape, torch.bfloat16, device)
+        with torch.no_grad():
+            runs = [bench.providers["ours"](inputs) for _ in range(20)]
+        if any(not torch.equal(run, runs[0]) for run in runs):
+            yield f"determinism: 20 runs of {op} differ"
 
 
-def check_graph_capture(o: dict[str, torch.Tensor]) -> bool:
+def check_graph_capture(device: torch.device) -> Iterator[str]:
     """A captured call replayed on other values gives what a plain call gives."""
+    for op in ("lora_linear", "dora_linear"):
+        inputs = OPS[op].make({"M": 256, "K": 4096, "N": 4096, "R": 16}, torch.bfloat16, device)
+        call: Callable[[], torch.Tensor] = partial(OPS[op].providers["ours"], inputs)
+        with torch.no_grad():
+            for _ in range(3):
+                call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = call()
+            inputs["x"].normal_()
+            graph.replay()
+            if not torch.equal(y, call()):
+                yield f"graph capture: a replay of {op} differs from a plain call"
+
+
+def check_streams(device: torch.device) -> Iterator[str]:
+    """A call on a side stream waits for what that stream did before it, and for nothing else."""
+    inputs = OPS["lora_linear"].make({"M": 512, "K": 4096, "N": 4096, "R": 16}, torch.bfloat16, device)
     with torch.no_grad():
-        for _ in range(3):
-            lk.lora_linear(**o, backend="triton")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = lk.lora_linear(**o, backend="triton")
-        o["x"].normal_()
-        graph.replay()
-        return torch.equal(y, lk.lora_linear(**o, backend="triton"))
+        expected = OPS["lora_linear"].providers["ours"]({**inputs, "x": inputs["x"] * 2})
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            y = OPS["lora_linear"].providers["ours"]({**inputs, "x": inputs["x"] * 2})
+        side.synchronize()
+    if not torch.equal(y, expected):
+        yield "streams: a call on a side stream differs"
+
+
+def sanitize() -> Iterator[str]:
+    """compute-sanitizer over one step of the CUDA C++ norm, where it is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed here: not run")
+        return
+    script = (
+        "import torch, lowrank_kernels as lk; w = torch.randn(257, 1000, device='cuda').bfloat16();"
+        "a = torch.randn(7, 1000, device='cuda'); b = torch.randn(257, 7, device='cuda');"
+        "print(lk.dora_weight_norm(w, a, b).sum().item())"
+    )
+    done = subprocess.run([tool, "--error-exitcode", "9", sys.executable, "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        yield f"compute-sanitizer: exit code {done.returncode}: {done.stdout[-300:]}"
+
+
+def time_strategies(device: torch.device, end: float) -> tuple[list[dict[str, object]], list[str]]:
+    """Each strategy of the LoRA forward over the frozen linear, and what the analytic rule chose."""
+    rows: list[dict[str, object]] = []
+    failures: list[str] = []
+    target = target_of(device)
+    for shape in OPS["lora_linear"].gpu_shapes:
+        if shape["R"] != 16:
+            continue
+        if time.monotonic() > end:
+            failures.append(f"time: strategies stopped before {dict(shape)}")
+            break
+        o = OPS["lora_linear"].make(shape, torch.bfloat16, device)
+        calls: dict[str, Callable[[], object]] = {"frozen": partial(torch.nn.functional.linear, o["x"], o["weight"])}
+        M, K, N, R = (shape[k] for k in "MKNR")
+        for strategy in STRATEGIES:
+            tiles = lora_tiles(target, M, K, N, R, torch.bfloat16, False, strategy)
+            call = partial(launchers.lora_linear_fwd, *o.values(), None, None, 2.0, 0.0, None, False, tiles)
+            try:
+                call()
+                calls[strategy] = call
+            except Exception as error:
+                failures.append(f"{strategy} {dict(shape)}: {type(error).__name__}: {str(error)[:300]}")
+        with torch.no_grad():
+            samples = interleaved(calls, 0.2, device)
+        row: dict[str, object] = {**shape, "frozen_us": samples["frozen"].median * 1e6}
+        row |= {s: samples[s].median / samples["frozen"].median for s in STRATEGIES if s in samples}
+        row["chosen"] = lora_tiles(target, M, K, N, R, torch.bfloat16, False).strategy
+        rows.append(row)
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows, failures
+
+
+def time_ops(device: torch.device, dry: bool, end: float) -> tuple[list[Row], list[str]]:
+    """Every op beside plain PyTorch and PEFT's calls until the time is up, the first shape of each op first.
+
+    torch.compile takes part in the first two shapes of an op alone: it takes longer to compile than to measure.
+    """
+    providers = ["floor", "plain", "peft", "ours"]
+    dtype = torch.bfloat16
+    roofs: Roofs = measure_roofs(dtype, device, 0.2)
+    print(f"measured roofs: {roofs.bytes_per_s / 1e12:.2f} TB/s copied, {roofs.flops_per_s / 1e12:.0f} TFLOP/s")
+    waiting = []
+    for op, bench in OPS.items():
+        shapes = [problem.shape for problem in problems(op, dry)][::6] if dry else bench.gpu_shapes
+        for place, shape in enumerate(shapes):
+            for training in {False, bool(bench.trained)}:
+                waiting.append((place, op, Problem(shape, dtype, training)))
+    rows: list[Row] = []
+    left = 0
+    for place, op, problem in sorted(waiting, key=lambda item: item[0]):
+        if time.monotonic() > end:
+            left += 1
+            continue
+        names = providers if dry or place > 1 else [*providers, "compile"]
+        rows += measure(OPS[op], problem, names, 0.0 if dry else 0.15, device, roofs)
+    return rows, [f"time: {left} of {len(waiting)} benchmark problems were left out"] if left else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--dry", action="store_true", help="the same script on a CPU, at small sizes")
     parser.add_argument("--seconds", type=float, default=420.0, help="stop starting new shapes after this time")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not args.dry and not torch.cuda.is_available():
         print("gpu-check: no CUDA device here; nothing was checked", file=sys.stderr)
         return 2
-    torch.manual_seed(0)
-    end = time.monotonic() + args.seconds
-    failures: list[str] = []
-    rows: list[dict[str, object]] = []
-
-    for dtype, factor_dtype in (
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.float32, torch.float32),
-    ):
-        for m, k, n, r in ((1, 4096, 4096, 16), (70, 1000, 1352, 7), (2048, 4096, 4096, 64), (2048, 2048, 2048, 256)):
-            name = f"{dtype} factors {factor_dtype} M={m} K={k} N={n} R={r}"
-            try:
-                ratios = errors(operands(m, k, n, r, dtype, factor_dtype))
-                bad = {t: round(v, 2) for t, v in ratios.items() if v > (2.0 if t == "y" else 3.0)}
-                shown = {t: round(v, 2) for t, v in ratios.items()}
-                print(f"{'FAIL' if bad else 'ok':5} {name}: error over eager's {shown}")
-                if bad:
-                    failures.append(f"correctness: {name}: {bad}")
-            except Exception as error:  # a compiler or launch error of one case must not hide the others
-                failures.append(f"correctness: {name}: {type(error).__name__}: {str(error)[:300]}")
-                print(f"FAIL  {name}: {error}")
-    o = operands(256, 4096, 4096, 16, torch.bfloat16, torch.bfloat16)
-    runs = [lk.lora_linear(**o, dropout_p=0.1, dropout_seed=1, backend="triton") for _ in range(20)]
-    if any(not torch.equal(run, runs[0]) for run in runs):
-        failures.append("determinism: 20 runs differ")
-    if not check_graph_capture(o):
-        failures.append("graph capture: a replay differs from a plain call")
-
-    print(
-        f"\n{'M':>5} {'K':>6} {'N':>6} {'frozen us':>10} {'eager':>6} "
-        + " ".join(f"{s:>10}" for s in STRATEGIES)
-        + "  chosen"
-    )
-    for m, k, n in SHAPES:
-        if time.monotonic() > end:
-            failures.append(f"time: stopped before M={m} K={k} N={n}")
-            break
-        o = operands(m, k, n, 16, torch.bfloat16, torch.bfloat16)
-        with torch.no_grad():
-            frozen = median_us(lambda o=o: torch.nn.functional.linear(o["x"], o["weight"]))
-            row: dict[str, object] = {"M": m, "K": k, "N": n, "R": 16, "frozen_us": frozen,
-                                      "eager": median_us(lambda o=o: eager(**o)) / frozen}  # fmt: skip
-            target = target_of(o["x"].device)
-            for strategy in STRATEGIES:
-                tiles = lora_tiles(target, m, k, n, 16, torch.bfloat16, False, strategy)
-                try:
-                    arguments = (*o.values(), None, None, 2.0, 0.0, None, False, tiles)
-                    row[strategy] = median_us(partial(launchers.lora_linear_fwd, *arguments)) / frozen
-                except Exception as error:
-                    failures.append(f"{strategy} M={m} K={k} N={n}: {type(error).__name__}: {str(error)[:300]}")
-                    row[strategy] = float("nan")
-            row["chosen"] = lora_tiles(target, m, k, n, 16, torch.bfloat16, False).strategy
-        rows.append(row)
-        print(
-            f"{m:5} {k:6} {n:6} {frozen:10.1f} {row['eager']:6.2f} "
-            + " ".join(f"{row[s]:10.2f}" for s in STRATEGIES)
-            + f"  {row['chosen']}"
-        )
-
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "unit": "times over the frozen linear alone", "rows": rows, "failures": failures,
-    }, indent=1) + "\n")  # fmt: skip
-    print("\nfailed:" if failures else "\nnothing failed")
+    device = torch.device("cpu" if args.dry else "cuda")
+    start = time.monotonic()
+    failures = [*check_values(device, args.dry), *check_determinism(device, args.dry)]
+    strategies: list[dict[str, object]] = []
+    if not args.dry:
+        failures += [*check_graph_capture(device), *check_streams(device), *sanitize()]
+        strategies, more = time_strategies(device, start + 0.6 * args.seconds)
+        failures += more
+    rows, more = time_ops(device, args.dry, start + args.seconds)
+    failures += more
+    failures += [f"{r.op} {r.shape} {r.mode}: {r.reason}" for r in rows if r.provider == "ours" and r.reason]
+    where = conditions(device, " ".join(["python", *sys.argv]))
+    args.results.mkdir(parents=True, exist_ok=True)
+    name = "dry" if args.dry else "gpu"
+    write_csv(args.results / f"{name}_bench.csv", rows, where)
+    found = {"conditions": where, "strategies_over_frozen": strategies, "failures": failures}
+    (args.results / f"{name}_check.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{len(rows)} rows in {args.results / f'{name}_bench.csv'}; {time.monotonic() - start:.0f} s")
+    if args.dry:
+        print("a dry run on a CPU: graph capture, streams, compute-sanitizer and strategies were left out")
+    print("failed:" if failures else "nothing failed")
     for failure in failures:
         print(f"  {failure}")
     return 1 if failures else 0

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import lowrank_kernels
 from lowrank_kernels.bench import OPS, Problem, Roofs, interleaved, measure
 from lowrank_kernels.bench.run import read_csv
 from lowrank_kernels.cli import main
@@ -107,3 +111,15 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, words, capsys):
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_gpu_check_runs_dry(tmp_path):
+    """`make gpu-check DRY=1`: the script that a GPU will run, on a CPU."""
+    script = Path(lowrank_kernels.__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    command = [sys.executable, str(script), "--dry", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "nothing failed" in done.stdout and "FAIL" not in done.stdout
+    rows, where = read_csv(tmp_path / "dry_bench.csv")
+    assert {row.op for row in rows} == set(OPS) and "--dry" in where["command"]
+    assert json.loads((tmp_path / "dry_check.json").read_text())["failures"] == []
