@@ -27,6 +27,7 @@ COMMANDS = (
     Command("bench", "what each op costs here, beside plain PyTorch and PEFT's calls", "bench"),
     Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
     Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
+    Command("serve", "answer OpenAI-compatible requests with many adapters over one model", "serve"),
 )
 
 

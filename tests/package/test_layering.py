@@ -13,6 +13,7 @@ import lowrank_kernels
 
 ROOT = Path(lowrank_kernels.__file__).parent
 OPTIONAL = {"transformers", "peft", "safetensors", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "gguf"}
+OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn"})
 
 # layer -> what it may import: parts of this package, and packages from outside.
 ALLOWED = {
@@ -36,7 +37,7 @@ ALLOWED = {
         {"adapt", "checkpoint", "config", "functional", "nn", "report"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
-    "serving": ({"checkpoint", "config", "functional", "nn", "stack"}, {"torch"}),
+    "serving": ({"checkpoint", "config", "functional", "nn", "stack"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
     "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
@@ -83,6 +84,12 @@ def test_only_ops_register_with_torch():
     for path in FILES:
         if layer_of(path) not in ("ops", "inspect"):
             assert "torch.library" not in path.read_text(), path
+
+
+def test_only_the_server_knows_of_http():
+    for path in FILES:
+        if path.relative_to(ROOT).as_posix() not in ("serving/server.py", "cli/serve.py"):
+            assert not {name.split(".")[0] for name, _ in imports(path)} & WEB, path
 
 
 def test_import_brings_in_no_optional_package_and_no_cuda():

@@ -54,3 +54,18 @@ def write_adapter(folder, seed=0, **settings):
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def make_tokenizer():
+    """A token a character, 64 of them; 0 pads."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = "\0 abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?!\n|'\"("
+    words = tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="\0", padding_side="left")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
+    return fast
