@@ -20,6 +20,7 @@ from .train import add_training_arguments, load_task
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
     add_training_arguments(parser, steps=20, warmup_steps=4)
+    parser.add_argument("--serve", action="store_true", help="four adapters trained in one pass, served in one batch")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
 
 
@@ -87,6 +88,10 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.serve:
+        from . import demo_serve
+
+        return demo_serve.run(args)
     from tqdm import tqdm
 
     import lowrank_kernels as lk
