@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-queue", type=int, default=256, help="rows that may wait (default 256)")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and completion (default: the model's)")
     parser.add_argument("--max-body-kib", type=int, default=1024, help="of a request (default 1024)")
+    parser.add_argument("--grace", type=int, default=60, help="seconds for running requests when it ends (default 60)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{folder} not loaded: {reason}", file=sys.stderr)
             print(f"{name} with {len(bank.names())} adapters, up to {args.max_batch} rows together", file=sys.stderr)
             app = create_app(batcher, name, args.adapters, max_body_bytes=args.max_body_kib << 10)
-            uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+            uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=args.grace)
         finally:
             batcher.close()
     return 0
