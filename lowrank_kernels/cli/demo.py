@@ -59,6 +59,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
     styles: tuple[dict[str, Any], ...] = (
@@ -77,6 +78,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
         color="tab:red",
         label="held-out loss, before and after",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title("SmolLM2-135M learns to write docstrings, the same steps for all")
