@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from cost_over_frozen import conditions, interleaved_medians
+from cost_over_frozen import conditions
 
+from lowrank_kernels.bench import interleaved
 from lowrank_kernels.optim import LoRAPro, LoRARITE
 
 LAYERS, RANK, WIDTH = 210, 16, 576
@@ -45,7 +46,8 @@ def main() -> None:
         "LoRAPro": LoRAPro(groups(), lr=1e-6),
         "LoRARITE": LoRARITE(groups(), lr=1e-6),
     }
-    medians = interleaved_medians({name: o.step for name, o in optimizers.items()}, args.seconds)
+    samples = interleaved({name: o.step for name, o in optimizers.items()}, args.seconds, torch.device("cpu"))
+    medians = {name: sample.median for name, sample in samples.items()}
     base = medians["AdamW(foreach=True)"]
     for name, seconds in medians.items():
         print(f"{name:20} {1e3 * seconds:7.2f} ms  {seconds / base:5.2f}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 import lowrank_kernels as lk
+from lowrank_kernels.bench import interleaved
 
 
 def frozen(x: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -66,21 +66,6 @@ def peft_like_dora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: to
     return call
 
 
-def interleaved_medians(one: Callable[[], object], other: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Median seconds of two calls that take turns, in random order, until the time is up."""
-    turns = [(one, []), (other, [])]
-    order = random.Random(0)
-    for function, _ in turns * 2:
-        function()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(turns[0][1]) < 9:
-        for function, times in order.sample(turns, 2):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return statistics.median(turns[0][1]), statistics.median(turns[1][1])
-
-
 def measure(
     tokens: int, size: int, rank: int, dtype: torch.dtype, training: bool, dropout_p: float, seconds: float
 ) -> dict:
@@ -110,7 +95,10 @@ def measure(
         return inference
 
     baseline = run(calls.pop("frozen"))
-    pairs = {name: interleaved_medians(baseline, run(call), seconds) for name, call in calls.items()}
+    pairs = {}
+    for name, call in calls.items():
+        samples = interleaved({"frozen": baseline, name: run(call)}, seconds, torch.device("cpu"))
+        pairs[name] = samples["frozen"].median, samples[name].median
     return {
         "tokens": tokens, "K": size, "N": size, "R": rank, "dtype": str(dtype).removeprefix("torch."),
         "mode": "training" if training else "inference", "dropout_p": dropout_p,

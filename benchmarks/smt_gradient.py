@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import torch
-from cost_over_frozen import conditions, interleaved_medians
+from cost_over_frozen import conditions
 
 import lowrank_kernels as lk
+from lowrank_kernels.bench import interleaved
 
 
 def measure(dtype: torch.dtype, tokens: int, size: int, block: int, share: float, seconds: float) -> dict:
@@ -30,14 +31,16 @@ def measure(dtype: torch.dtype, tokens: int, size: int, block: int, share: float
         left = grad_y.view(tokens, grid, block)[:, rows].permute(1, 2, 0)
         return torch.bmm(left, x.view(tokens, grid, block)[:, columns].permute(1, 0, 2))
 
-    medians = interleaved_medians(
+    samples = interleaved(
         {
             "dense": lambda: grad_y.T @ x,
             "ours": lambda: lk.block_sparse_weight_grad(x, grad_y, index, block),
             "gather and bmm": gathered,
         },
         seconds,
+        torch.device("cpu"),
     )
+    medians = {name: sample.median for name, sample in samples.items()}
     dense = medians.pop("dense")
     return {
         "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "K": size, "N": size, "block": block,
