@@ -6,35 +6,16 @@
 #include <optional>
 
 #include "cpu/block_sparse.h"
+#include "stable_tensor.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-lrk::Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return lrk::Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return lrk::Dtype::kBFloat16;
-    case ScalarType::Half:
-      return lrk::Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": expected ", name, " of dtype float32, bfloat16 or float16");
-  }
-  return lrk::Dtype::kFloat32;
-}
-
-lrk::Matrix matrix(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu(), op, ": expected ", name,
-                  " with 2 dimensions, on the CPU");
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": expected ", name,
-                  " with adjacent columns (stride 1), got stride ", t.stride(1),
-                  "; pass a contiguous tensor");
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.size(0), t.size(1),
-          t.size(0) > 1 ? t.stride(0) : t.size(1)};
-}
+using lrk::dtype_of;
+using lrk::matrix;
+using lrk::runtime;
 
 // Blocks of a weight of `rows` x `cols`; every one of them is in it, at least with its first
 // element.
@@ -50,7 +31,7 @@ lrk::Blocks blocks_of(const char* op, const char* name, const Tensor& t, const T
                   op, ": expected block_index of shape (n_blocks, 2) = (", t.size(0),
                   ", 2), int32, contiguous, on the CPU");
   const lrk::Blocks blocks{const_cast<void*>(t.const_data_ptr()),
-                           dtype_of(op, name, t),
+                           dtype_of(op, name, t.scalar_type()),
                            t.size(0),
                            t.size(1),
                            t.size(2),
@@ -63,14 +44,6 @@ lrk::Blocks blocks_of(const char* op, const char* name, const Tensor& t, const T
   }
   return blocks;
 }
-
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    if (begin < end) body(begin, end, context);
-  });
-}
-
-lrk::Runtime runtime() { return {lrk::kernel_table(), parallel_for}; }
 
 void block_grad_(Tensor out, const Tensor& x, const Tensor& grad_y, const Tensor& block_index) {
   const char* op = "block_grad_";
@@ -116,7 +89,7 @@ void block_adamw_step_(Tensor blocks, const Tensor& grad, Tensor exp_avg, Tensor
     settings.key0 = static_cast<uint32_t>(key);
     settings.key1 = static_cast<uint32_t>(key >> 32);
   }
-  lrk::block_adamw(runtime(), b, grad.const_data_ptr(), dtype_of(op, "grad", grad),
+  lrk::block_adamw(runtime(), b, grad.const_data_ptr(), dtype_of(op, "grad", grad.scalar_type()),
                    moments("exp_avg", exp_avg, blocks), moments("exp_avg_sq", exp_avg_sq, blocks),
                    w, settings);
 }

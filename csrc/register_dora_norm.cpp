@@ -5,12 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/dora_norm.h"
+#include "stable_tensor.h"
 
 #if defined(LRK_WITH_CUDA)
 #  include "cuda/dora_norm.h"
@@ -29,27 +28,7 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "dora_norm";
 constexpr int64_t kMaxRank = 512;
 
-lrk::Dtype dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return lrk::Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return lrk::Dtype::kBFloat16;
-    case ScalarType::Half:
-      return lrk::Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": expected ", name, " of dtype float32, bfloat16 or float16");
-  }
-  return lrk::Dtype::kFloat32;
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
-}
+using lrk::shape_of;
 
 void check_device(const char* name, const Tensor& t, const Tensor& weight) {
   const bool same = t.is_cpu() ? weight.is_cpu()
@@ -67,8 +46,8 @@ lrk::Matrix matrix(const char* name, const Tensor& t, const Tensor& weight) {
   STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, kOp, ": expected ", name,
                   " with adjacent columns (stride 1), got stride ", t.stride(1),
                   "; pass a contiguous tensor");
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(name, t), rows, cols,
-          rows > 1 ? t.stride(0) : cols};
+  return {const_cast<void*>(t.const_data_ptr()), lrk::dtype_of(kOp, name, t.scalar_type()), rows,
+          cols, rows > 1 ? t.stride(0) : cols};
 }
 
 struct Operands {
@@ -109,21 +88,16 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 // ---- CPU ----------------------------------------------------------------------------------------
 
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    if (begin < end) body(begin, end, context);
-  });
-}
-
 // As float32, whatever the dtype and stride; empty when there is none.
 std::vector<float> values(const char* name, const std::optional<Tensor>& t, const Tensor& weight) {
   if (!t.has_value()) return {};
   check_vector(name, *t, weight);
   std::vector<float> result(static_cast<size_t>(t->size(0)));
   if (result.empty()) return result;
-  lrk::kernel_table().stage_float(result.data(), 1,
-                                  {t->const_data_ptr(), dtype_of(name, *t), t->stride(0),
-                                   t->size(0), 1, 1, nullptr, 0, 0, nullptr});
+  lrk::kernel_table().stage_float(
+      result.data(), 1,
+      {t->const_data_ptr(), lrk::dtype_of(kOp, name, (*t).scalar_type()), t->stride(0), t->size(0),
+       1, 1, nullptr, 0, 0, nullptr});
   return result;
 }
 
@@ -136,7 +110,7 @@ Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
   const int32_t cpu = aoti_torch_device_type_cpu();
   Tensor norm = empty_floats(o.weight.rows, cpu, 0), sq_norm = empty_floats(o.weight.rows, cpu, 0);
   Tensor scale = empty_floats(magnitude.has_value() ? o.weight.rows : 0, cpu, 0);
-  lrk::dora_norm({lrk::kernel_table(), parallel_for}, o.weight, o.lora_a, o.lora_b, scaling,
+  lrk::dora_norm(lrk::runtime(), o.weight, o.lora_a, o.lora_b, scaling,
                  squares.empty() ? nullptr : squares.data(),
                  magnitudes.empty() ? nullptr : magnitudes.data(), floats(norm), floats(sq_norm),
                  floats(scale));
@@ -153,7 +127,7 @@ lrk::DoraMatrix device_vector(const char* name, const std::optional<Tensor>& t,
                               const Tensor& weight) {
   if (!t.has_value()) return {nullptr, lrk::Dtype::kFloat32, 0};
   check_vector(name, *t, weight);
-  return {t->const_data_ptr(), dtype_of(name, *t), t->stride(0)};
+  return {t->const_data_ptr(), lrk::dtype_of(kOp, name, (*t).scalar_type()), t->stride(0)};
 }
 
 Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,

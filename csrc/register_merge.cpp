@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cpu/merge.h"
+#include "stable_tensor.h"
 
 namespace {
 
@@ -16,20 +17,10 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "merge_rows_";
 
 lrk::Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, kOp, ": expected ", name,
-                  " on the CPU with 2 dimensions");
-  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == cols, kOp, ": expected ", name, " of shape (",
-                  rows, ", ", cols, "), got (", t.size(0), ", ", t.size(1), ")");
-  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, kOp, ": expected ", name,
-                  " with adjacent columns (stride 1), got stride ", t.stride(1));
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, kOp,
-      ": expected ", name, " of dtype float32, bfloat16 or float16");
-  const lrk::Dtype dtype = type == ScalarType::Float      ? lrk::Dtype::kFloat32
-                           : type == ScalarType::BFloat16 ? lrk::Dtype::kBFloat16
-                                                          : lrk::Dtype::kFloat16;
-  return {const_cast<void*>(t.const_data_ptr()), dtype, rows, cols, rows > 1 ? t.stride(0) : cols};
+  const lrk::Matrix result = lrk::matrix(kOp, name, t);
+  STD_TORCH_CHECK(result.rows == rows && result.cols == cols, kOp, ": expected ", name,
+                  " of shape (", rows, ", ", cols, "), got ", lrk::shape_of(t));
+  return result;
 }
 
 const float* row_scales(const char* name, const std::optional<Tensor>& t, int64_t rows) {
@@ -38,12 +29,6 @@ const float* row_scales(const char* name, const std::optional<Tensor>& t, int64_
                       t->scalar_type() == ScalarType::Float && (rows <= 1 || t->stride(0) == 1),
                   kOp, ": expected ", name, " as ", rows, " contiguous float32 on the CPU");
   return static_cast<const float*>(t->const_data_ptr());
-}
-
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    if (begin < end) body(begin, end, context);
-  });
 }
 
 void merge_rows_(Tensor weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
@@ -63,7 +48,7 @@ void merge_rows_(Tensor weight, const Tensor& lora_a, const Tensor& lora_b, doub
         static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     rounding = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
   }
-  lrk::merge_rows({lrk::kernel_table(), parallel_for}, w, matrix("lora_a", lora_a, rank, k),
+  lrk::merge_rows(lrk::runtime(), w, matrix("lora_a", lora_a, rank, k),
                   matrix("lora_b", lora_b, n, rank), static_cast<float>(scaling),
                   row_scales("before", before, n), row_scales("after", after, n),
                   seed.has_value() ? &rounding : nullptr);

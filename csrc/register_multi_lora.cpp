@@ -7,61 +7,21 @@
 
 #include <cmath>
 #include <optional>
-#include <sstream>
-#include <string>
 #include <vector>
 
 #include "cpu/multi_lora.h"
 #include "philox.h"
+#include "stable_tensor.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-lrk::Runtime runtime() {
-  const lrk::ParallelFor parallel = [](int64_t tasks, void (*body)(int64_t, int64_t, void*),
-                                       void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      if (begin < end) body(begin, end, context);
-    });
-  };
-  return {lrk::kernel_table(), parallel};
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
-}
-
-lrk::Dtype dtype_of(const char* op, const char* name, ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return lrk::Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return lrk::Dtype::kBFloat16;
-    case ScalarType::Half:
-      return lrk::Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": expected ", name, " of dtype float32, bfloat16 or float16");
-  }
-  return lrk::Dtype::kFloat32;
-}
-
-// A 2-D CPU tensor with adjacent columns.
-lrk::Matrix matrix(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, op, ": expected ", name,
-                  " on the CPU with 2 dimensions, got shape ", shape_of(t));
-  const int64_t rows = t.size(0), cols = t.size(1);
-  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, op, ": expected ", name,
-                  " with adjacent columns (stride 1), got stride ", t.stride(1),
-                  "; pass a contiguous tensor");
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()), rows, cols,
-          rows > 1 ? t.stride(0) : cols};
-}
+using lrk::dtype_of;
+using lrk::matrix;
+using lrk::runtime;
+using lrk::shape_of;
 
 // A matrix that is written: its rows may not overlap.
 lrk::Matrix target(const char* op, const char* name, Tensor t, int64_t rows, int64_t cols) {
