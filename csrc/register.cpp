@@ -102,9 +102,12 @@ std::vector<float> float_values(const char* op, const char* name, const char* le
                   " of shape (", letter, ",) = (", size, ",) on the CPU, got ", shape_of(*t));
   std::vector<float> values(static_cast<size_t>(size));
   if (size == 0) return values;
-  lrk::kernel_table().stage_float(values.data(), 1,
+  // One row of adjacent elements, or a column of others.
+  const bool adjacent = t->stride(0) == 1;
+  const int64_t rows = adjacent ? 1 : size, cols = adjacent ? size : 1;
+  lrk::kernel_table().stage_float(values.data(), cols,
                                   {t->const_data_ptr(), dtype_of(op, name, t->scalar_type()),
-                                   t->stride(0), size, 1, 1, nullptr, 0, 0, nullptr});
+                                   t->stride(0), rows, cols, cols, nullptr, 0, 0, nullptr});
   return values;
 }
 
@@ -169,6 +172,28 @@ lrk::Matrix target(const char* op, const char* name, Tensor t) {
   return result;
 }
 
+Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
+                   const Tensor& lora_a, const std::optional<Tensor>& gate, double scaling,
+                   const std::optional<Tensor>& dropout_seed, double dropout_p,
+                   const std::optional<Tensor>& row_scale) {
+  const char* op = "lora_grad_x";
+  const lrk::Matrix dy = matrix(op, "grad_y", grad_y);
+  const lrk::Matrix w = matrix(op, "weight", weight);
+  check_shape(op, "weight", "(N, K)", w, dy.cols, w.cols);
+  const lrk::Matrix a = matrix(op, "lora_a", lora_a);
+  check_shape(op, "lora_a", "(R, K)", a, a.rows, w.cols);
+  const lrk::Matrix left = matrix(op, "q", q);
+  check_shape(op, "q", "(M, R)", left, dy.rows, a.rows);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, a.rows);
+  const DropoutArgument dropout = dropout_argument(op, dropout_seed, dropout_p);
+  const std::vector<float> scales = float_values(op, "row_scale", "N", row_scale, w.rows);
+  Tensor grad_x = empty({dy.rows, w.cols}, grad_y.scalar_type());
+  lrk::lora_grad_x(runtime(), matrix(op, "output", grad_x), left, dy, w, a, pointer(gates),
+                   static_cast<float>(scaling * dropout.inverse_keep), dropout.get(),
+                   pointer(scales));
+  return grad_x;
+}
+
 void lora_up_(Tensor y, const Tensor& p, const Tensor& factor, bool factor_rank_last,
               const std::optional<Tensor>& gate, double scaling,
               const std::optional<Tensor>& dropout_seed, double dropout_p) {
@@ -203,24 +228,38 @@ void dora_up_(Tensor u, const Tensor& p, const Tensor& lora_b, double scaling,
                pointer(scales), pointer(biases), &scaled);
 }
 
+// The operands of a ScaleGrad, checked, and its results, allocated.
+struct ScaleGradArgument {
+  std::vector<float> column_scale, norm;
+  Tensor grad_u, grad_m;
+  lrk::Matrix u{};
+  lrk::ScaleGrad value{};
+
+  ScaleGradArgument(const char* op, const Tensor& grad_y, const std::optional<Tensor>& saved_u,
+                    const Tensor& scale, const Tensor& norms, bool keep_u = true)
+      : column_scale(float_values(op, "column_scale", "N", scale, grad_y.size(1))),
+        norm(float_values(op, "norm", "N", norms, grad_y.size(1))),
+        grad_u(empty({keep_u ? grad_y.size(0) : 0, grad_y.size(1)}, grad_y.scalar_type())),
+        grad_m(empty({saved_u.has_value() ? grad_y.size(1) : 0}, ScalarType::Float)) {
+    value = {matrix(op, "grad_u", grad_u), nullptr, column_scale.data(), norm.data(), nullptr};
+    if (!keep_u) value.grad_u.data = nullptr;
+    if (!saved_u.has_value()) return;
+    u = matrix(op, "u", *saved_u);
+    check_shape(op, "u", "(M, N)", u, grad_y.size(0), grad_y.size(1));
+    STD_TORCH_CHECK(u.dtype == value.grad_u.dtype, op, ": expected u of grad_y's dtype");
+    value.u = &u;
+    value.grad_m = static_cast<float*>(grad_m.mutable_data_ptr());
+  }
+  ScaleGradArgument(const ScaleGradArgument&) = delete;
+};
+
 std::tuple<Tensor, Tensor> dora_scale_grad(const Tensor& grad_y, const std::optional<Tensor>& u,
                                            const Tensor& column_scale, const Tensor& norm) {
   const char* op = "dora_scale_grad";
   const lrk::Matrix from = matrix(op, "grad_y", grad_y);
-  const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, from.cols);
-  Tensor grad_u = empty({from.rows, from.cols}, grad_y.scalar_type());
-  const std::vector<float> norms = float_values(op, "norm", "N", norm, from.cols);
-  Tensor grad_m = empty({u.has_value() ? from.cols : 0}, ScalarType::Float);
-  lrk::Matrix other{};
-  if (u.has_value()) {
-    other = matrix(op, "u", *u);
-    check_shape(op, "u", "(M, N)", other, from.rows, from.cols);
-    STD_TORCH_CHECK(other.dtype == from.dtype, op, ": expected u of grad_y's dtype");
-  }
-  lrk::dora_scale_grad(runtime(), matrix(op, "grad_u", grad_u), from,
-                       u.has_value() ? &other : nullptr, scales.data(), norms.data(),
-                       u.has_value() ? static_cast<float*>(grad_m.mutable_data_ptr()) : nullptr);
-  return {grad_u, grad_m};
+  const ScaleGradArgument to(op, grad_y, u, column_scale, norm);
+  lrk::dora_scale_grad(runtime(), to.value, from);
+  return {to.grad_u, to.grad_m};
 }
 
 Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>& gate,
@@ -240,22 +279,47 @@ Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>
   return out;
 }
 
+// What `lora_down_grad` and `dora_down_grad` have in common.
+struct DownGradArgument {
+  lrk::Matrix grad_y, lora_b, p;
+  Tensor q, grad_b;
+
+  DownGradArgument(const char* op, const Tensor& dy, const Tensor& b, const Tensor& saved_p,
+                   ScalarType grad_dtype)
+      : grad_y(matrix(op, "grad_y", dy)),
+        lora_b(matrix(op, "lora_b", b)),
+        p(matrix(op, "p", saved_p)) {
+    check_shape(op, "lora_b", "(N, R)", lora_b, grad_y.cols, lora_b.cols);
+    check_shape(op, "p", "(M, R)", p, grad_y.rows, lora_b.cols);
+    dtype_of(op, "grad_dtype", grad_dtype);
+    q = empty({grad_y.rows, lora_b.cols}, dy.scalar_type());
+    grad_b = empty({grad_y.cols, lora_b.cols}, grad_dtype);
+  }
+};
+
 std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lora_b,
                                           const Tensor& p, const std::optional<Tensor>& gate,
                                           double scaling, ScalarType grad_dtype) {
   const char* op = "lora_down_grad";
-  const lrk::Matrix wide = matrix(op, "grad_y", grad_y);
-  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
-  check_shape(op, "lora_b", "(N, R)", b, wide.cols, b.cols);
-  const lrk::Matrix left = matrix(op, "p", p);
-  check_shape(op, "p", "(M, R)", left, wide.rows, b.cols);
-  const std::vector<float> gates = float_values(op, "gate", "R", gate, b.cols);
-  dtype_of(op, "grad_dtype", grad_dtype);
-  Tensor q = empty({wide.rows, b.cols}, grad_y.scalar_type());
-  Tensor grad_b = empty({wide.cols, b.cols}, grad_dtype);
-  lrk::lora_down_grad(runtime(), matrix(op, "q", q), matrix(op, "grad_b", grad_b), wide, b, left,
-                      pointer(gates), static_cast<float>(scaling));
-  return {q, grad_b};
+  const DownGradArgument a(op, grad_y, lora_b, p, grad_dtype);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, a.lora_b.cols);
+  lrk::lora_down_grad(runtime(), matrix(op, "q", a.q), matrix(op, "grad_b", a.grad_b), a.grad_y,
+                      a.lora_b, a.p, pointer(gates), static_cast<float>(scaling));
+  return {a.q, a.grad_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_down_grad(const Tensor& grad_y,
+                                                          const std::optional<Tensor>& u,
+                                                          const Tensor& column_scale,
+                                                          const Tensor& norm, const Tensor& lora_b,
+                                                          const Tensor& p, double scaling,
+                                                          ScalarType grad_dtype, bool keep_grad_u) {
+  const char* op = "dora_down_grad";
+  const DownGradArgument a(op, grad_y, lora_b, p, grad_dtype);
+  const ScaleGradArgument to(op, grad_y, u, column_scale, norm, keep_grad_u);
+  lrk::lora_down_grad(runtime(), matrix(op, "q", a.q), matrix(op, "grad_b", a.grad_b), a.grad_y,
+                      a.lora_b, a.p, nullptr, static_cast<float>(scaling), &to.value);
+  return {to.grad_u, to.grad_m, a.q, a.grad_b};
 }
 
 void check_mask_arguments(const char* op, const Tensor& seed, int64_t rows, int64_t columns,
@@ -313,6 +377,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, Tensor? column_scale, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
   m.def(
+      "lora_grad_x(Tensor grad_y, Tensor q, Tensor weight, Tensor lora_a, Tensor? gate, "
+      "float scaling, Tensor? dropout_seed, float dropout_p, Tensor? row_scale=None) -> Tensor");
+  m.def(
       "dora_up_(Tensor(a!) u, Tensor p, Tensor lora_b, float scaling, Tensor column_scale, "
       "Tensor? bias, Tensor(b!)? y) -> ()");
   m.def(
@@ -327,17 +394,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
       "lora_down_grad(Tensor grad_y, Tensor lora_b, Tensor p, Tensor? gate, float scaling, "
       "ScalarType grad_dtype) -> (Tensor q, Tensor grad_b)");
+  m.def(
+      "dora_down_grad(Tensor grad_y, Tensor? u, Tensor column_scale, Tensor norm, Tensor lora_b, "
+      "Tensor p, float scaling, ScalarType grad_dtype, bool keep_grad_u) -> "
+      "(Tensor grad_u, Tensor grad_m, Tensor q, Tensor grad_b)");
   m.def("dropout_keep_mask(Tensor seed, SymInt rows, SymInt columns, float p) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_down", TORCH_BOX(&lora_down));
   m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
+  m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
   m.impl("dora_up_", TORCH_BOX(&dora_up_));
   m.impl("dora_scale_grad", TORCH_BOX(&dora_scale_grad));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
+  m.impl("dora_down_grad", TORCH_BOX(&dora_down_grad));
   m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));
 }
 

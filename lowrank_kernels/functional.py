@@ -11,6 +11,8 @@ from torch import Tensor
 from .ops.backend import BACKENDS
 from .ops.batch_plan import BatchPlan, as_ids, plan_batch
 from .ops.block_sparse import (
+    call_block_sparse_linear,
+    call_block_sparse_weight_grad,
     check_block_adamw,
     check_block_index,
     check_block_size,
@@ -19,9 +21,9 @@ from .ops.block_sparse import (
     read_blocks,
     write_blocks_,
 )
-from .ops.dora import check_dora_linear, check_dora_weight_norm
-from .ops.lora import check_lora_linear
-from .ops.multi_lora import check_multi_lora_linear, may_stay_unplanned
+from .ops.dora import call_dora_linear, call_dora_weight_norm, check_dora_linear, check_dora_weight_norm
+from .ops.lora import call_lora_linear, check_lora_linear
+from .ops.multi_lora import call_multi_lora_linear, check_multi_lora_linear, may_stay_unplanned
 from .stack import LoRAStack
 
 
@@ -90,9 +92,7 @@ def lora_linear(
     _check_backend(backend, "lora_linear")
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
     save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
-    y, _ = torch.ops.lowrank_kernels.lora_linear(
-        x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend
-    )
+    y, _ = call_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend)
     return y
 
 
@@ -130,9 +130,7 @@ def dora_weight_norm(
     """
     _check_backend(backend, "dora_weight_norm")
     check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
-    norm, _, _ = torch.ops.lowrank_kernels.dora_weight_norm(
-        weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend
-    )
+    norm, _, _ = call_dora_weight_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend)
     return norm
 
 
@@ -154,7 +152,7 @@ def dora_column_scale(
     _check_backend(backend, "dora_weight_norm")
     check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
     with torch.no_grad():
-        norm, sq_norm, scale = torch.ops.lowrank_kernels.dora_weight_norm(
+        norm, sq_norm, scale = call_dora_weight_norm(
             weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend
         )
     return norm, scale, sq_norm
@@ -219,7 +217,7 @@ def dora_linear(
         norm, scale = norm_and_scale
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (lora_a, lora_b, magnitude))
-    y, _, _ = torch.ops.lowrank_kernels.dora_linear(
+    y, _, _ = call_dora_linear(
         x, weight, lora_a, lora_b, magnitude, norm, scale, bias,
         scaling, dropout_p, seed, dropout_base, detach_norm, save, backend,
     )  # fmt: skip
@@ -276,7 +274,7 @@ def block_sparse_weight_grad(
     """
     _check_backend(backend, "block_sparse_weight_grad")
     bm, bn = check_block_sparse_weight_grad(x, grad_y, block_index, block_size)
-    return torch.ops.lowrank_kernels.block_sparse_weight_grad(x, grad_y, block_index, bm, bn, x.dtype, backend)
+    return call_block_sparse_weight_grad(x, grad_y, block_index, bm, bn, x.dtype, backend)
 
 
 def block_sparse_linear(
@@ -323,9 +321,7 @@ def block_sparse_linear(
     if save and columns is None and readable:
         columns = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1])
     chosen, width = columns or (None, 0)
-    y, _ = torch.ops.lowrank_kernels.block_sparse_linear(
-        x, weight, blocks, block_index, bias, chosen, width, save, backend
-    )
+    y, _ = call_block_sparse_linear(x, weight, blocks, block_index, bias, chosen, width, save, backend)
     return y
 
 
@@ -503,7 +499,7 @@ def multi_lora_linear(
         plain = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
         if not (plain and may_stay_unplanned(x, ids, backend)):
             plan = plan_batch(ids, len(stack))
-    y, _, _ = torch.ops.lowrank_kernels.multi_lora_linear(
+    y, _, _ = call_multi_lora_linear(
         x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank,
         ids, *(plan[1:] if plan is not None else (None,) * 3),
         None if weights is None else weights.to(torch.float32), norm, scale,

@@ -105,7 +105,7 @@ struct Packer<uint16_t> {
   void right(uint16_t* panels, uint16_t*, const Matrix& x, int64_t row, int64_t col, int64_t rows,
              int64_t cols) const {
     kernels.interleave(panels, kSlice * kPanel, static_cast<const uint16_t*>(element(x, row, col)),
-                       x.stride, rows, depth(rows), cols);
+                       x.stride, rows, depth(rows), cols, nullptr);
   }
 
   void left(uint16_t* l, uint16_t* buffer, const Matrix& dy, int64_t row, int64_t col, int64_t rows,

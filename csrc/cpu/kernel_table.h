@@ -73,8 +73,9 @@ struct KernelTable {
   void (*transpose)(uint32_t* dst, int64_t dst_stride, const uint32_t* src, int64_t src_stride,
                     int64_t rows, int64_t cols);
   // Rows to bfloat16 panels; rows up to `padded_rows` and columns up to a full panel become zero.
+  // row_scale: null, or a factor per row.
   void (*interleave)(uint16_t* dst, int64_t panel_stride, const uint16_t* src, int64_t src_stride,
-                     int64_t rows, int64_t padded_rows, int64_t cols);
+                     int64_t rows, int64_t padded_rows, int64_t cols, const float* row_scale);
 
   // dst = scale * src, rounded once.
   void (*store)(void* dst, Dtype dtype, int64_t dst_stride, const float* src, int64_t src_stride,
@@ -89,7 +90,8 @@ struct KernelTable {
   void (*scale_columns)(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
                         int64_t src_stride, int64_t rows, int64_t cols, const float* scale,
                         const float* bias);
-  // dst = scale ∘ src, and inner[j] += the sum over rows of src * u; u and inner may be null.
+  // dst = scale ∘ src, and inner[j] += the sum over rows of src * u; dst may be null, or u and
+  // inner.
   void (*scale_grad)(void* dst, Dtype dtype, int64_t dst_stride, const void* src,
                      int64_t src_stride, const void* u, int64_t u_stride, int64_t rows,
                      int64_t cols, const float* scale, float* inner);

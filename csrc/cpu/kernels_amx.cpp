@@ -214,8 +214,22 @@ LRK_FN void multiply_bfloat16(const BlockProduct<uint16_t>& b, uint32_t* tile_sh
   fence();
 }
 
+LRK_INLINE __m512i scaled(__m512i row, float scale) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  const __m512 low = _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(row)), 16));
+  const __m512 high = _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(row, 1)), 16));
+  const __m512bh product =
+      _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
+  __m512i bits;
+  static_assert(sizeof(bits) == sizeof(product), "both are one register");
+  __builtin_memcpy(&bits, &product, sizeof(bits));
+  return bits;
+}
+
 LRK_FN void interleave(uint16_t* dst, int64_t panel_stride, const uint16_t* src, int64_t src_stride,
-                       int64_t rows, int64_t padded_rows, int64_t cols) {
+                       int64_t rows, int64_t padded_rows, int64_t cols, const float* row_scale) {
   alignas(64) static const uint16_t kOrder[64] = {
       0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
       11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
@@ -228,8 +242,12 @@ LRK_FN void interleave(uint16_t* dst, int64_t panel_stride, const uint16_t* src,
     uint16_t* out = dst + (j / kPanel) * panel_stride;
     for (int64_t i = 0; i < padded_rows; i += 2) {
       const uint16_t* p = src + i * src_stride + j;
-      const __m512i even = i < rows ? _mm512_maskz_loadu_epi16(in, p) : zero;
-      const __m512i odd = i + 1 < rows ? _mm512_maskz_loadu_epi16(in, p + src_stride) : zero;
+      __m512i even = i < rows ? _mm512_maskz_loadu_epi16(in, p) : zero;
+      __m512i odd = i + 1 < rows ? _mm512_maskz_loadu_epi16(in, p + src_stride) : zero;
+      if (row_scale) {
+        if (i < rows) even = scaled(even, row_scale[i]);
+        if (i + 1 < rows) odd = scaled(odd, row_scale[i + 1]);
+      }
       _mm512_storeu_si512(out + i * kPanel, _mm512_permutex2var_epi16(even, first, odd));
       if (n > kPanel) {
         _mm512_storeu_si512(out + panel_stride + i * kPanel,

@@ -10,23 +10,26 @@ namespace lrk {
 namespace {
 
 // How sums and work are cut. Functions of shapes alone, so that results do not depend on threads.
-constexpr int64_t kRowBlock = 32;           // rows of x or y that one block product takes
-constexpr int64_t kDepthBlock = 256;        // staged or float32 reduction slice: 32 KiB of rows
-constexpr int64_t kTileDepthBlock = 2048;   // bfloat16 rows read in place: C stays in tiles
-constexpr int64_t kColumnGroup = 64;        // columns of a gradient's block product
-constexpr int64_t kUpColumns = 128;         // columns of an up-projection's block product
-constexpr int64_t kGradRows = 64;           // reduction slice of a factor gradient
-constexpr int64_t kGradColumns = 512;       // columns of one gradient task
-constexpr int64_t kGradTaskRows = 1024;     // rows of one gradient task
+constexpr int64_t kRowBlock = 32;          // rows of x or y that one block product takes
+constexpr int64_t kDepthBlock = 256;       // staged or float32 reduction slice: 32 KiB of rows
+constexpr int64_t kTileDepthBlock = 2048;  // bfloat16 rows read in place: C stays in tiles
+constexpr int64_t kColumnGroup = 64;       // columns of a gradient's block product
+constexpr int64_t kUpColumns = 128;        // columns of an up-projection's block product
+constexpr int64_t kGradRows = 32;  // reduction slice of a gradient: streams a prefetcher follows
+constexpr int64_t kGradColumns = 2048;      // columns of one gradient task: whole pages of rows ...
+constexpr int64_t kGradFewColumns = 1024;   // ... and where there are few rows to share out
+constexpr int64_t kGradFewRows = 512;       // which these are
+constexpr int64_t kGradTaskRows = 256;      // rows of one gradient task
+constexpr int64_t kGradPad = 16;            // sums a power of two apart would share cache sets
 constexpr int64_t kPackPanels = 4;          // panels of one packing task
 constexpr int64_t kPackDepth = 512;         // depth of one packing task
 constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
 constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
 constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
-constexpr int64_t kProductTasks = 8;        // blocks of columns that a product has, at least ...
-constexpr int64_t kProductColumns = 256;    // ... unless they would be wider than this
+constexpr int64_t kProductTasks = 8;        // tasks that a product has, at least ...
+constexpr int64_t kProductColumns = 256;    // ... and columns of a task, at most
 constexpr int64_t kProductDepth = 2048;     // slice of the weight in a task's panels: 1 MiB
-constexpr int64_t kProductRows = 1024;      // rows of y that one task takes
+constexpr int64_t kProductRows = 1024;      // rows of y that one task takes, at most
 
 // Below this many multiply-adds a second thread costs more than it brings. It costs more where
 // threads share a packed factor, which then moves from one core's cache to the other's.
@@ -136,11 +139,19 @@ struct Engine<uint16_t> {
 
 // A factor as the G of a block product, which reduces over `depth` and yields `columns`.
 // `columns_first`: the matrix is (columns, depth), so columns must be transposed into panels.
+// `depth_scale`: null, or a factor for each step of the reduction where the matrix is (depth,
+// columns).
 struct PanelSource {
-  const Matrix& matrix;
+  Matrix matrix;
   bool columns_first;
+  const float* depth_scale = nullptr;
   int64_t depth() const { return columns_first ? matrix.cols : matrix.rows; }
   int64_t columns() const { return columns_first ? matrix.rows : matrix.cols; }
+  PanelSource block(int64_t column, int64_t count, int64_t first, int64_t length) const {
+    if (columns_first) return {part(matrix, column, first, count, length), true};
+    return {part(matrix, first, column, length, count), false,
+            depth_scale ? depth_scale + first : nullptr};
+  }
 };
 
 // One packing task's own buffer: 16 rows of kPackDepth, or kPackDepth rows of a panel group.
@@ -171,6 +182,9 @@ void pack_block(const KernelTable& kernels, float* dst, int64_t padded_depth,
       Source s = rectangle(src.matrix, k0, c0, k1 - k0, count);
       s.padded_cols = kPanel;
       kernels.stage_float(out, kPanel, s);
+      for (int64_t k = k0; src.depth_scale && k < k1; ++k) {
+        for (int64_t c = 0; c < kPanel; ++c) out[(k - k0) * kPanel + c] *= src.depth_scale[k];
+      }
     }
   }
 }
@@ -215,7 +229,8 @@ void pack_block(const KernelTable& kernels, uint16_t* dst, int64_t padded_depth,
     in = rows;
   }
   kernels.interleave(dst + panel_begin * padded_depth * kPanel + k0 * kPanel, padded_depth * kPanel,
-                     in, stride, live, k1 - k0, count);
+                     in, stride, live, k1 - k0, count,
+                     src.depth_scale ? src.depth_scale + k0 : nullptr);
 }
 
 template <typename Elem>
@@ -284,13 +299,13 @@ void down_block(const Engine<Elem>& engine, const Matrix& x, int64_t row0, int64
 }
 
 template <typename Elem>
-void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
+void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const PanelSource& factor,
           float scale, const Dropout* dropout) {
-  const int64_t m = x.rows, width = x.cols, rank = factor.rank();
+  const int64_t m = x.rows, width = x.cols, rank = factor.columns();
   const int64_t panels = ceil_div(rank, kPanel), padded = Engine<Elem>::depth(width);
   CallScratch shared(static_cast<size_t>(panels * kPanel * padded) * sizeof(Elem));
   Elem* packed = static_cast<Elem*>(shared.base());
-  pack_all(runtime, packed, padded, {factor.matrix, !factor.rank_last});
+  pack_all(runtime, packed, padded, factor);
   const bool parallel = m * width * panels * kPanel > Engine<Elem>::kSerial.down ||
                         (dropout && m * width > kSerialDropout);
   run(runtime, ceil_div(m, kRowBlock), parallel, [&](int64_t begin, int64_t end) {
@@ -371,24 +386,29 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
 
 // With many tokens a block of the weight is packed into G, stays in the second-level cache, and
 // serves all rows of x, which stream through the tiles as L. Sums run in the same order as above.
+// Dropout, where there is any, is the correction's result's: as in the gradient of x.
 template <typename Elem>
 void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                      const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+                      const PanelSource& weight, const PanelSource& factor,
+                      const Epilogue& epilogue, const Dropout* dropout) {
   const KernelTable& kernels = runtime.kernels;
-  const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
+  const int64_t m = x.rows, n = weight.columns(), width = x.cols, rank = p.cols;
   const int64_t padded_rank = Engine<Elem>::depth(rank);
-  const int64_t columns =
-      std::clamp(round_up(ceil_div(n, kProductTasks), 2 * kPanel), 4 * kPanel, kProductColumns);
+  const int64_t row_blocks = ceil_div(m, kProductRows);
+  const int64_t task_rows = round_up(ceil_div(m, row_blocks), kRowBlock);
+  const int64_t columns = std::clamp(round_up(ceil_div(n * row_blocks, kProductTasks), 2 * kPanel),
+                                     4 * kPanel, kProductColumns);
   const int64_t column_blocks = ceil_div(n, columns);
   // Where the reduction is cut, the sums of a task wait in float32.
-  const int64_t c_rows = width > kProductDepth ? kProductRows : kRowBlock;
+  const int64_t c_rows = width > kProductDepth ? task_rows : kRowBlock;
 
-  run(runtime, ceil_div(m, kProductRows) * column_blocks, true, [&](int64_t begin, int64_t end) {
+  run(runtime, row_blocks * column_blocks, true, [&](int64_t begin, int64_t end) {
     Layout own;
     const size_t g_at =
         own.add<Elem>(columns * Engine<Elem>::depth(std::min(width, kProductDepth)));
     const size_t b_at = own.add<Elem>(columns * padded_rank);
     const size_t c_at = own.add<float>(c_rows * columns);
+    const size_t drop_at = own.add<float>(dropout ? kRowBlock * columns : 0);
     const size_t staged_at = own.add<Elem>(kRowBlock * kDepthBlock);
     const size_t buffer_at = own.add<Elem>(kPackBuffer);
     TaskScratch scratch(own.bytes());
@@ -399,25 +419,29 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
     Engine<Elem> engine(kernels);
     const Dropout* keep_all = nullptr;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / column_blocks * kProductRows;
-      const int64_t last = std::min(first + kProductRows, m);
+      const int64_t first = task / column_blocks * task_rows;
+      const int64_t last = std::min(first + task_rows, m);
       const int64_t col = task % column_blocks * columns, cols = std::min(columns, n - col);
       const int64_t panels = ceil_div(cols, kPanel);
-      const Matrix b_block = part(lora_b, col, 0, cols, rank);
-      pack_panels(kernels, b_panels, padded_rank, {b_block, true}, 0, panels, buffer);
+      pack_panels(kernels, b_panels, padded_rank, factor.block(col, cols, 0, rank), 0, panels,
+                  buffer);
       for (int64_t k0 = 0; k0 < width; k0 += kProductDepth) {
         const int64_t depth = std::min(kProductDepth, width - k0);
         const int64_t padded = Engine<Elem>::depth(depth);
-        const Matrix w_block = part(weight, col, k0, cols, depth);
-        pack_panels(kernels, g, padded, {w_block, true}, 0, panels, buffer);
+        pack_panels(kernels, g, padded, weight.block(col, cols, k0, depth), 0, panels, buffer);
         for (int64_t row = first; row < last; row += kRowBlock) {
           const int64_t rows = std::min(kRowBlock, last - row);
           float* c = at<float>(scratch.base(), c_at) + (row - first) % c_rows * columns;
           down_block(engine, x, row, rows, k0, depth, g, panels, padded * kPanel, keep_all, c,
                      columns, staged, k0 > 0);
           if (k0 + depth < width) continue;
+          float* correction = dropout ? at<float>(scratch.base(), drop_at) : c;
           down_block(engine, p, row, rows, 0, rank, b_panels, panels, padded_rank * kPanel,
-                     keep_all, c, columns, staged, true);
+                     keep_all, correction, columns, staged, !dropout);
+          if (dropout) {
+            kernels.add(c, Dtype::kFloat32, columns, correction, columns, rows, cols, 1.0f, dropout,
+                        row, col);
+          }
           finish(kernels, y, epilogue, c, columns, row, rows, col, cols);
         }
       }
@@ -447,7 +471,7 @@ void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matr
   if (x.rows <= kFewRows) {
     linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue);
   } else {
-    linear_many_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue);
+    linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr);
   }
 }
 
@@ -541,7 +565,8 @@ void transpose_p(const KernelTable& kernels, uint16_t* l, const Matrix& p, int64
   s.col_scale = gate;
   uint16_t* panels = buffer + kGradRows * padded_rank;
   kernels.stage_bfloat16(buffer, padded_rank, s);
-  kernels.interleave(panels, depth * kPanel, buffer, padded_rank, rows, depth, padded_rank);
+  kernels.interleave(panels, depth * kPanel, buffer, padded_rank, rows, depth, padded_rank,
+                     nullptr);
   // A panel is (row pair, column) in 32-bit words; L wants (column, row pair).
   for (int64_t r = 0; r < p.cols; r += kPanel) {
     kernels.transpose(reinterpret_cast<uint32_t*>(l + r * kGradRows), kGradRows / 2,
@@ -590,7 +615,7 @@ void grad_block(const KernelTable& kernels, const Engine<uint16_t>& engine, cons
       in = staged;
       stride = kColumnGroup;
     }
-    kernels.interleave(panels, depth * kPanel, in, stride, rows, depth, n);
+    kernels.interleave(panels, depth * kPanel, in, stride, rows, depth, n, nullptr);
     engine.multiply({rank, ceil_div(n, kPanel), depth, l, kGradRows, panels, kPanel, depth * kPanel,
                      d + j, d_stride, accumulate});
   }
@@ -605,23 +630,34 @@ struct GradPlan {
   int64_t d_stride;
 
   GradPlan(int64_t m, int64_t n, int64_t r) : rows(m), width(n), rank(r) {
-    // Partial sums stay below a sixteenth of the tensor that is read.
-    chunk_rows = round_up(std::max(kGradTaskRows, 32 * r), kGradRows);
+    // Partial sums stay below an eighth of the tensor that is read.
+    chunk_rows = round_up(std::max(kGradTaskRows, 16 * r), kGradRows);
     chunks = std::max<int64_t>(1, ceil_div(m, chunk_rows));
-    task_columns = kGradColumns;
+    task_columns = m > kGradFewRows ? kGradColumns : kGradFewColumns;
     column_blocks = ceil_div(n, task_columns);
-    d_stride = task_columns;
+    d_stride = task_columns + kGradPad;
   }
   int64_t tasks() const { return chunks * column_blocks; }
   int64_t partial_elements() const { return chunks > 1 ? tasks() * rank * d_stride : 0; }
 };
 
-// D (rank, cols) * scale to columns [col0, col0 + cols) of a factor gradient. `turned` holds
-// cols x rank floats.
-void store_grad(const KernelTable& kernels, const Factor& out, int64_t col0, int64_t cols,
-                const float* d, int64_t d_stride, float scale, float* turned) {
+// What a factor gradient is multiplied by: a number, and a number per column or null.
+struct GradScale {
+  float all;
+  const float* columns = nullptr;
+};
+
+// D (rank, cols), scaled, to columns [col0, col0 + cols) of a factor gradient. Changes d; `turned`
+// holds cols x rank floats.
+void store_grad(const KernelTable& kernels, const Factor& out, int64_t col0, int64_t cols, float* d,
+                int64_t d_stride, const GradScale& by, float* turned) {
   const int64_t rank = out.rank();
   const Matrix& m = out.matrix;
+  const float scale = by.all;
+  if (by.columns) {
+    kernels.scale_columns(d, Dtype::kFloat32, d_stride, d, d_stride, rank, cols, by.columns + col0,
+                          nullptr);
+  }
   if (!out.rank_last) {
     kernels.store(mutable_element(m, 0, col0), m.dtype, m.stride, d, d_stride, rank, cols, scale);
     return;
@@ -632,7 +668,7 @@ void store_grad(const KernelTable& kernels, const Factor& out, int64_t col0, int
 }
 
 void reduce_grad(const Runtime& runtime, const GradPlan& plan, float* partial, const Factor& out,
-                 float scale) {
+                 const GradScale& scale) {
   const int64_t size = plan.rank * plan.d_stride;
   run(runtime, plan.column_blocks, true, [&](int64_t begin, int64_t end) {
     TaskScratch scratch(static_cast<size_t>(size) * sizeof(float));
@@ -668,7 +704,7 @@ struct GradScratch {
 
 template <typename Elem>
 void grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
-          const float* gate, float scale, const Dropout* dropout) {
+          const float* gate, const GradScale& scale, const Dropout* dropout) {
   const GradPlan plan(big.rows, big.cols, p.cols);
   CallScratch shared(static_cast<size_t>(plan.partial_elements()) * sizeof(float));
   float* partial = static_cast<float*>(shared.base());
@@ -706,9 +742,32 @@ void grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Ma
 
 // ---- Q and dB from one reading of dY ------------------------------------------------------------
 
+// One block of `dora_scale_grad`: dU where it is wanted, and, where `inner` is not null, more of
+// the sums over rows there (one per column of the whole).
+void scale_grad_block(const KernelTable& kernels, const ScaleGrad& to, const Matrix& grad_y,
+                      int64_t row, int64_t rows, int64_t col, int64_t cols, float* inner) {
+  const Matrix* u = inner ? to.u : nullptr;
+  const bool write = to.grad_u.data;
+  if (!write && !u) return;
+  kernels.scale_grad(write ? mutable_element(to.grad_u, row, col) : nullptr, grad_y.dtype,
+                     to.grad_u.stride, element(grad_y, row, col), grad_y.stride,
+                     u ? element(*u, row, col) : nullptr, u ? u->stride : 0, rows, cols,
+                     to.column_scale + col, inner ? inner + col : nullptr);
+}
+
+// grad_m from the sums of `chunks` ranges of rows, added in order.
+void store_grad_m(const ScaleGrad& to, const float* inner, int64_t chunks, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    float total = inner[j];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) total += inner[chunk * n + j];
+    to.grad_m[j] = to.norm[j] == 0.0f ? 0.0f : total / to.norm[j];
+  }
+}
+
 template <typename Elem>
 void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, const Matrix& grad_y,
-               const Matrix& lora_b, const Matrix& p, const float* gate, float scale) {
+               const PanelSource& lora_b, const Matrix& p, const float* gate,
+               const GradScale& scale, const ScaleGrad* scale_grad = nullptr) {
   const GradPlan plan(grad_y.rows, grad_y.cols, p.cols);
   const int64_t m = plan.rows, rank = plan.rank;
   const int64_t panels = ceil_div(rank, kPanel), padded = Engine<Elem>::depth(plan.width);
@@ -720,15 +779,18 @@ void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, co
   const size_t packed_at = layout.add<Elem>(panels * kPanel * padded);
   const size_t partial_at = layout.add<float>(plan.partial_elements());
   const size_t q_at = layout.add<float>(plan.column_blocks * m * q_stride);
+  const bool sums_m = scale_grad && scale_grad->grad_m;
+  const size_t inner_at = layout.add<float>(sums_m ? plan.chunks * plan.width : 0);
   CallScratch shared(layout.bytes());
+  float* inner = sums_m ? at<float>(shared.base(), inner_at) : nullptr;
+  std::fill_n(inner, sums_m ? plan.chunks * plan.width : 0, 0.0f);
   Elem* packed = at<Elem>(shared.base(), packed_at);
   float* partial = at<float>(shared.base(), partial_at);
   float* partial_q = at<float>(shared.base(), q_at);
-  const PanelSource source{lora_b, false};
 
   const bool parallel = 2 * m * plan.width * q_stride > Engine<Elem>::kSerial.grad;
   const bool pack_inside = plan.chunks == 1 && plan.task_columns % kPackDepth == 0;
-  if (!pack_inside) pack_all(runtime, packed, padded, source);
+  if (!pack_inside) pack_all(runtime, packed, padded, lora_b);
   run(runtime, plan.tasks(), parallel, [&](int64_t begin, int64_t end) {
     GradScratch<Elem> buffers(plan);
     const size_t slice_at = buffers.layout.template add<Elem>(kRowBlock * kDepthBlock);
@@ -745,7 +807,7 @@ void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, co
       if (pack_inside) {
         for (int64_t panel = 0; panel < panels; panel += kPackPanels) {
           for (int64_t k0 = col; k0 < col + cols; k0 += kPackDepth) {
-            pack_block(runtime.kernels, packed, padded, source, panel,
+            pack_block(runtime.kernels, packed, padded, lora_b, panel,
                        std::min(panel + kPackPanels, panels), k0, std::min(k0 + kPackDepth, padded),
                        at<void>(base, pack_at));
           }
@@ -755,13 +817,17 @@ void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, co
           plan.chunks > 1 ? partial + task * rank * plan.d_stride : at<float>(base, buffers.d_at);
       for (int64_t row = first; row < last; row += kGradRows) {
         const int64_t rows = std::min(kGradRows, last - row);
+        if (scale_grad) {
+          scale_grad_block(runtime.kernels, *scale_grad, grad_y, row, rows, col, cols,
+                           sums_m ? inner + first / plan.chunk_rows * plan.width : nullptr);
+        }
         for (int64_t i = row; i < row + rows; i += kRowBlock) {
           down_block(engine, grad_y, i, std::min(kRowBlock, row + rows - i), col, cols,
                      packed + col * kPanel, panels, padded * kPanel,
                      static_cast<const Dropout*>(nullptr), partial_q + (block * m + i) * q_stride,
                      q_stride, at<Elem>(base, slice_at));
         }
-        // This block of dY is in the cache now.
+        // This block is in the cache now.
         Elem* l = at<Elem>(base, buffers.l_at);
         transpose_p(runtime.kernels, l, p, row, rows, gate, at<Elem>(base, buffers.p_at));
         grad_block(runtime.kernels, engine, grad_y, row, rows, col, cols, l, rank, nullptr, d,
@@ -775,6 +841,7 @@ void down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b, co
     }
   });
   if (plan.chunks > 1) reduce_grad(runtime, plan, partial, out, scale);
+  if (sums_m) store_grad_m(*scale_grad, inner, plan.chunks, plan.width);
 
   constexpr int64_t kReduceRows = 64;
   const int64_t q_elements = m * q_stride;
@@ -806,13 +873,14 @@ bool on_tiles(const Runtime& runtime, Dtype dtype) {
 }  // namespace
 
 void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
-               float scale, const Dropout* dropout) {
+               float scale, const Dropout* dropout, const float* row_scale) {
   if (out.rows == 0 || out.cols == 0) return;
   if (x.cols == 0) return zero(out);
+  const PanelSource source{factor.matrix, !factor.rank_last, row_scale};
   if (on_tiles(runtime, x.dtype)) {
-    down<uint16_t>(runtime, out, x, factor, scale, dropout);
+    down<uint16_t>(runtime, out, x, source, scale, dropout);
   } else {
-    down<float>(runtime, out, x, factor, scale, dropout);
+    down<float>(runtime, out, x, source, scale, dropout);
   }
 }
 
@@ -828,6 +896,19 @@ void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const
   }
 }
 
+void lora_grad_x(const Runtime& runtime, const Matrix& grad_x, const Matrix& q,
+                 const Matrix& grad_y, const Matrix& weight, const Matrix& lora_a,
+                 const float* gate, float scale, const Dropout* dropout, const float* row_scale) {
+  if (grad_x.rows == 0 || grad_x.cols == 0) return;
+  const ScaledP scaled(runtime.kernels, q, gate, scale);
+  const PanelSource w{weight, false, row_scale}, a{lora_a, false};
+  if (on_tiles(runtime, grad_y.dtype)) {
+    linear_many_rows<uint16_t>(runtime, grad_x, scaled.matrix, grad_y, w, a, {}, dropout);
+  } else {
+    linear_many_rows<float>(runtime, grad_x, scaled.matrix, grad_y, w, a, {}, dropout);
+  }
+}
+
 void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
              const float* gate, float scale, const Dropout* dropout, const float* column_scale,
              const float* bias, const Matrix* scaled) {
@@ -839,54 +920,52 @@ void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Fac
   }
 }
 
-void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
-                     const Matrix* u, const float* column_scale, const float* norm, float* grad_m) {
+void dora_scale_grad(const Runtime& runtime, const ScaleGrad& scale_grad, const Matrix& grad_y) {
   constexpr int64_t kRows = 32, kColumns = 512;
   const int64_t m = grad_y.rows, n = grad_y.cols;
-  if (grad_m) std::memset(grad_m, 0, static_cast<size_t>(n) * sizeof(float));
+  std::vector<float> inner(static_cast<size_t>(scale_grad.grad_m ? n : 0));
   // A task owns its columns, and adds up their rows from first to last.
   run(runtime, ceil_div(n, kColumns), m * n > (int64_t{1} << 15), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t col = task * kColumns, cols = std::min(kColumns, n - col);
       for (int64_t row = 0; row < m; row += kRows) {
-        const int64_t rows = std::min(kRows, m - row);
-        prefetch(grad_y, row + kRows, col, kRows, cols);
-        if (u) prefetch(*u, row + kRows, col, kRows, cols);
-        runtime.kernels.scale_grad(mutable_element(grad_u, row, col), grad_y.dtype, grad_u.stride,
-                                   element(grad_y, row, col), grad_y.stride,
-                                   u ? element(*u, row, col) : nullptr, u ? u->stride : 0, rows,
-                                   cols, column_scale + col, grad_m ? grad_m + col : nullptr);
-      }
-      for (int64_t j = col; grad_m && j < col + cols; ++j) {
-        grad_m[j] = norm[j] == 0.0f ? 0.0f : grad_m[j] / norm[j];
+        scale_grad_block(runtime.kernels, scale_grad, grad_y, row, std::min(kRows, m - row), col,
+                         cols, inner.empty() ? nullptr : inner.data());
       }
     }
   });
+  if (scale_grad.grad_m) store_grad_m(scale_grad, inner.data(), 1, n);
 }
 
 void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
-               const float* gate, float scale, const Dropout* dropout) {
+               const float* gate, float scale, const Dropout* dropout, const float* column_scale) {
   if (out.rank() == 0 || out.width() == 0) return;
   if (big.rows == 0) return zero(out.matrix);
+  const GradScale by{scale, column_scale};
   if (on_tiles(runtime, big.dtype)) {
-    grad<uint16_t>(runtime, out, big, p, gate, scale, dropout);
+    grad<uint16_t>(runtime, out, big, p, gate, by, dropout);
   } else {
-    grad<float>(runtime, out, big, p, gate, scale, dropout);
+    grad<float>(runtime, out, big, p, gate, by, dropout);
   }
 }
 
 void lora_down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b,
                     const Matrix& grad_y, const Matrix& lora_b, const Matrix& p, const float* gate,
-                    float scale) {
-  // Above this rank the arithmetic outweighs a second reading, and the partial Q would be large.
-  constexpr int64_t kFusedRank = 64;
-  if (q.cols > kFusedRank || q.rows == 0 || q.cols == 0 || grad_y.cols == 0) {
-    lora_down(runtime, q, grad_y, {lora_b, true}, 1.0f, nullptr);
-    lora_grad(runtime, {grad_b, true}, grad_y, p, gate, scale, nullptr);
-  } else if (on_tiles(runtime, grad_y.dtype)) {
-    down_grad<uint16_t>(runtime, q, grad_b, grad_y, lora_b, p, gate, scale);
+                    float scale, const ScaleGrad* scale_grad) {
+  const float* column_scale = scale_grad ? scale_grad->column_scale : nullptr;
+  // Above some rank the arithmetic outweighs a second reading, and the partial Q would be large.
+  if (q.cols > 64 || q.rows == 0 || q.cols == 0 || grad_y.cols == 0) {
+    if (scale_grad) dora_scale_grad(runtime, *scale_grad, grad_y);
+    lora_down(runtime, q, grad_y, {lora_b, true}, 1.0f, nullptr, column_scale);
+    lora_grad(runtime, {grad_b, true}, grad_y, p, gate, scale, nullptr, column_scale);
+    return;
+  }
+  const PanelSource source{lora_b, false, column_scale};  // Q = (g * dY) B = dY (g * B)
+  const GradScale by{scale, column_scale};
+  if (on_tiles(runtime, grad_y.dtype)) {
+    down_grad<uint16_t>(runtime, q, grad_b, grad_y, source, p, gate, by, scale_grad);
   } else {
-    down_grad<float>(runtime, q, grad_b, grad_y, lora_b, p, gate, scale);
+    down_grad<float>(runtime, q, grad_b, grad_y, source, p, gate, by, scale_grad);
   }
 }
 

@@ -36,9 +36,10 @@ struct Factor {
   int64_t width() const { return rank_last ? matrix.rows : matrix.cols; }
 };
 
-// out (M, R) = scale * drop(x) factor^T.
+// out (M, R) = scale * drop(x) factor^T. row_scale: null, or, with rank_last, `width` floats by
+// which the rows of the factor are multiplied.
 void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Factor& factor,
-               float scale, const Dropout* dropout);
+               float scale, const Dropout* dropout, const float* row_scale = nullptr);
 
 // What happens to a finished sum u, column by column: y = scale * u + bias (scale null: 1, bias
 // null: 0). Where `u` has data, u itself is kept there.
@@ -54,6 +55,13 @@ void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const
                  const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
                  const Epilogue& epilogue);
 
+// grad_x (M, K) = grad_y weight + scale * keep * ((q * gate) lora_a), summed before it is rounded.
+// row_scale: null, or N floats by which the rows of weight are multiplied.
+void lora_grad_x(const Runtime& runtime, const Matrix& grad_x, const Matrix& q,
+                 const Matrix& grad_y, const Matrix& weight, const Matrix& lora_a,
+                 const float* gate, float scale, const Dropout* dropout,
+                 const float* row_scale = nullptr);
+
 // y (M, width) += scale * keep * ((p * gate) factor). gate: R floats or null. With `column_scale`
 // (and `bias`, or null), `scaled` = column_scale * y + bias as well; it may be y.
 void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Factor& factor,
@@ -61,20 +69,31 @@ void lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Fac
              const float* column_scale = nullptr, const float* bias = nullptr,
              const Matrix* scaled = nullptr);
 
-// grad_u (M, N) = column_scale * grad_y, and grad_m (N floats) = the sums over rows of grad_y * u,
-// divided by norm, or 0 where that is 0; u and grad_m may be null.
-void dora_scale_grad(const Runtime& runtime, const Matrix& grad_u, const Matrix& grad_y,
-                     const Matrix* u, const float* column_scale, const float* norm, float* grad_m);
+// Back through DoRA's column scale: grad_u (M, N) = column_scale * grad_y, and grad_m (N floats) =
+// the sums over rows of grad_y * u, divided by norm, or 0 where that is 0; u and grad_m may be
+// null.
+struct ScaleGrad {
+  Matrix grad_u;
+  const Matrix* u;
+  const float* column_scale;
+  const float* norm;
+  float* grad_m;
+};
 
-// out (R, width), or (width, R) with rank_last: scale * (p * gate)^T drop(big).
+void dora_scale_grad(const Runtime& runtime, const ScaleGrad& scale_grad, const Matrix& grad_y);
+
+// out (R, width), or (width, R) with rank_last: scale * (p * gate)^T drop(big) * column_scale,
+// which is `width` floats or null.
 void lora_grad(const Runtime& runtime, const Factor& out, const Matrix& big, const Matrix& p,
-               const float* gate, float scale, const Dropout* dropout);
+               const float* gate, float scale, const Dropout* dropout,
+               const float* column_scale = nullptr);
 
 // q (M, R) = grad_y lora_b and grad_b (N, R) = scale * grad_y^T (p * gate), in one pass over
-// grad_y.
+// grad_y. With `scale_grad` both are those of its grad_u, which comes from the same pass where it
+// is wanted.
 void lora_down_grad(const Runtime& runtime, const Matrix& q, const Matrix& grad_b,
                     const Matrix& grad_y, const Matrix& lora_b, const Matrix& p, const float* gate,
-                    float scale);
+                    float scale, const ScaleGrad* scale_grad = nullptr);
 
 // out (rows, cols) bytes, 1 where kept.
 void dropout_keep_mask(const Runtime& runtime, uint8_t* out, int64_t rows, int64_t cols,

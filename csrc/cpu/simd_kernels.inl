@@ -575,7 +575,8 @@ LRK_FN void scale_columns_typed(T* dst, int64_t dst_stride, const T* src, int64_
   }
 }
 
-// One row: dst = scale ∘ src over `Vecs` registers, inner += src * u; all loads before all stores.
+// One row: dst = scale ∘ src over `Vecs` registers, inner += src * u, each where it is wanted; all
+// loads before all stores.
 template <int Vecs, typename T>
 LRK_INLINE void scale_grad_whole(T* dst, const T* src, const T* u, const float* scale,
                                  float* inner) {
@@ -587,7 +588,7 @@ LRK_INLINE void scale_grad_whole(T* dst, const T* src, const T* u, const float* 
   }
 #pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v) {
-    store(dst + v * kWidth, load(scale + v * kWidth) * value[v]);
+    if (dst) store(dst + v * kWidth, load(scale + v * kWidth) * value[v]);
     if (u) store(inner + v * kWidth, product[v]);
   }
 }
@@ -599,18 +600,20 @@ LRK_FN void scale_grad_typed(T* dst, int64_t dst_stride, const T* src, int64_t s
   for (int64_t i = 0; i < rows; ++i) {
     const T* in = src + i * src_stride;
     const T* other = u ? u + i * u_stride : nullptr;
-    T* out = dst + i * dst_stride;
+    T* out = dst ? dst + i * dst_stride : nullptr;
     int64_t j = 0;
     for (; j + 4 * kWidth <= cols; j += 4 * kWidth) {
-      scale_grad_whole<4>(out + j, in + j, other ? other + j : nullptr, scale + j, inner + j);
+      scale_grad_whole<4>(out ? out + j : nullptr, in + j, other ? other + j : nullptr, scale + j,
+                          inner + j);
     }
     for (; j + kWidth <= cols; j += kWidth) {
-      scale_grad_whole<1>(out + j, in + j, other ? other + j : nullptr, scale + j, inner + j);
+      scale_grad_whole<1>(out ? out + j : nullptr, in + j, other ? other + j : nullptr, scale + j,
+                          inner + j);
     }
     if (j < cols) {
       const int64_t n = cols - j;
       const VecF value = load_part(in + j, n);
-      store_part(out + j, load_part(scale + j, n) * value, n);
+      if (out) store_part(out + j, load_part(scale + j, n) * value, n);
       if (u) {
         const VecF product = load_part(inner + j, n) + value * load_part(other + j, n);
         store_part(inner + j, product, n);

@@ -102,7 +102,7 @@ def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tens
     return tuple(torch.stack(part).to(torch.int32) for part in (order, bounds, tiles))  # type: ignore[return-value]
 
 
-define(_PLAN, _plan, _empty, **no_double_backward("batch_plan"))
+_call_plan = define(_PLAN, _plan, _empty, **no_double_backward("batch_plan"))
 
 
 def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
@@ -117,7 +117,7 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
         ValueError: ids out of range (on the CPU; elsewhere a device-side assertion), another shape.
     """
     ids = as_ids(adapter_ids)
-    return BatchPlan(ids, *torch.ops.lowrank_kernels.batch_plan(ids, num_adapters))
+    return BatchPlan(ids, *_call_plan(ids, num_adapters))
 
 
 def as_ids(adapter_ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..reference.block_sparse import (
     write_blocks_ref_,
 )
 from .backend import resolve_backend
-from .library import define, define_in_place, no_double_backward, register_autocast, run_backward
+from .library import define, define_in_place, no_double_backward, register_autocast
 from .lora import unit_columns
 
 _GRAD = (
@@ -328,8 +328,8 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor
     x, weight, block_index, columns = ctx.saved_tensors
     need_x, _w, need_blocks, _i, need_bias = ctx.needs_input_grad[:5]
     needs = (need_x, need_blocks, need_bias)
-    grads = run_backward(
-        torch.ops.lowrank_kernels.block_sparse_linear_backward.default, grad_y, x, weight, block_index, columns,
+    grads = _call_backward(
+        grad_y, x, weight, block_index, columns,
         *ctx.size, ctx.dtype, needs, ctx.backend,
     )  # fmt: skip
     grad_x, grad_blocks, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
@@ -344,8 +344,12 @@ def _autocast(dtype: torch.dtype, x, weight, blocks, block_index, bias, *rest): 
     return x, weight, blocks, block_index, bias, *rest
 
 
-define(_GRAD, _weight_grad, _weight_grad_fake, **no_double_backward("block_sparse_weight_grad"))
-define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
-define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
+call_block_sparse_weight_grad = define(
+    _GRAD, _weight_grad, _weight_grad_fake, **no_double_backward("block_sparse_weight_grad")
+)
+call_block_sparse_linear = define(
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward
+)
+_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
 define_in_place(_ADAMW, _adamw)
 register_autocast("block_sparse_linear", _autocast)

@@ -14,8 +14,8 @@ from ..reference.dora import (
     dora_weight_norm_ref,
 )
 from .backend import resolve_backend
-from .library import define, no_double_backward, register_autocast, run_backward
-from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_product, unit_columns
+from .library import define, no_double_backward, register_autocast
+from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_grad_product, own_product, unit_columns
 
 _NORM = (
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? weight_sq_norm, "
@@ -250,27 +250,33 @@ def _cpu_backward(
     column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
     dropout_seed: Tensor | None, dropout_base: bool, needs: tuple[bool, bool, bool, bool], _: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dA, dB, dm = Σ_m dY ∘ u / n). One pass over dY and u makes dU = g ∘ dY and dm, the next one Q and dB."""
+    """(dX, dA, dB, dm = Σ_m dY ∘ u / n): Q, dB and dm from one pass over dY and u, and dU = g ∘ dY where it is read."""
     cpp = torch.ops.lowrank_kernels
     need_x, need_a, need_b, need_m = needs
-    grad_u, grad_m = cpp.dora_scale_grad(grad_y, u if need_m else None, column_scale, norm)
+    own = need_x and not dropout_base and own_grad_product(grad_y, weight)
+    scale_operands = grad_y, u if need_m else None, column_scale, norm
     q: Any = None
     grad_b = grad_x = grad_a = None
     if need_b and (need_x or need_a):
-        q, grad_b = cpp.lora_down_grad(grad_u, lora_b, p, None, scaling, lora_b.dtype)
-    elif need_b:
-        assert p is not None
-        grad_b = cpu_grad(grad_u, p, None, scaling, True, 0.0, None, lora_b.dtype)
-    elif need_x or need_a:
-        q = cpu_down(grad_u, lora_b, True, 0.0, None)
-    if need_x:
-        if dropout_base:
-            through_mask = (grad_u - grad_y) @ weight
-            cpu_up_(through_mask, q, lora_a, False, None, scaling, 0.0, None)
-            grad_x = (grad_y @ weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
-        else:
-            grad_x = grad_u @ weight
-            cpu_up_(grad_x, q, lora_a, False, None, scaling, dropout_p, dropout_seed)
+        grad_u, grad_m, q, grad_b = cpp.dora_down_grad(
+            *scale_operands, lora_b, p, scaling, lora_b.dtype, need_x and not own
+        )
+    else:
+        grad_u, grad_m = cpp.dora_scale_grad(*scale_operands)
+        if need_b:
+            assert p is not None
+            grad_b = cpu_grad(grad_u, p, None, scaling, True, 0.0, None, lora_b.dtype)
+        elif need_x or need_a:
+            q = cpu_down(grad_u, lora_b, True, 0.0, None)
+    if own:  # g goes into the rows of W as they are packed
+        grad_x = cpp.lora_grad_x(grad_y, q, weight, lora_a, None, scaling, dropout_seed, dropout_p, column_scale)
+    elif need_x and dropout_base:
+        through_mask = (grad_u - grad_y) @ weight
+        cpu_up_(through_mask, q, lora_a, False, None, scaling, 0.0, None)
+        grad_x = (grad_y @ weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
+    elif need_x:
+        grad_x = grad_u @ weight
+        cpu_up_(grad_x, q, lora_a, False, None, scaling, dropout_p, dropout_seed)
     if need_a:
         assert x is not None
         grad_a = cpu_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
@@ -324,8 +330,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tenso
     scaling, dropout_p, dropout_base, detach_norm, backend = ctx.options
     need_x, _, need_a, need_b, need_m, _, _, need_bias = ctx.needs_input_grad[:8]
     needs = (need_x, need_a, need_b, need_m, need_bias)
-    grads = run_backward(
-        torch.ops.lowrank_kernels.dora_linear_backward.default,
+    grads = _call_backward(
         grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u,
         scaling, dropout_p, seed, dropout_base, detach_norm, needs, ctx.magnitude_dtype, backend,
     )  # fmt: skip
@@ -341,7 +346,7 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
     return x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, *rest
 
 
-define(_NORM, _norm, _norm_fake, setup_context=_norm_setup_context, backward=_norm_backward)
-define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
-define(_BACKWARD, _backward, _backward_fake, **no_double_backward("dora_linear"))
+call_dora_weight_norm = define(_NORM, _norm, _norm_fake, setup_context=_norm_setup_context, backward=_norm_backward)
+call_dora_linear = define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("dora_linear"))
 register_autocast("dora_linear", _autocast)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "lowrank_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -18,7 +19,7 @@ def define(
     *,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
-) -> None:
+) -> Callable[..., Any]:
     """Define ``lowrank_kernels::<schema>`` with one implementation for every device, a fake, and autograd.
 
     Args:
@@ -27,12 +28,70 @@ def define(
         fake: shapes, dtypes and layouts of the results, from metadata alone.
         setup_context, backward: as those of ``torch.autograd.Function``; backward runs ops, or raises
             (:func:`no_double_backward`).
+
+    Returns:
+        The op, called past torch's dispatcher where nobody listens there. Its arguments are all positional.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    _library.impl(name, _autograd_kernel(name, setup_context, backward), "Autograd")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    _library.impl(name, _above_autograd(name, op, setup_context, backward), "Autograd")
+    direct = _above_autograd(name, implementation, setup_context, backward)
+
+    def call(*args: Any) -> Any:
+        # Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
+        dispatched = torch.compiler.is_compiling() or not _unobserved(args)
+        return op(*args) if dispatched else direct(*args)
+
+    return call
+
+
+def _above_autograd(
+    name: str, below: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``below`` with autograd above it.
+
+    Does what ``torch.library.register_autograd`` does, for ops whose arguments are all positional and without default:
+    at 16 tokens its bookkeeping cost as much as the correction itself (30 microseconds a call on a CPU).
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = below(*args)
+        if ctx is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    function: Any = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        return forward(None, *args)
+
+    return kernel
+
+
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether torch's dispatcher would do nothing with a call but hand it on: plain tensors, no mode, no profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.autograd._profiler_enabled()
+        and all(type(a) in _PLAIN and (a.is_cpu or a.is_cuda) for a in args if isinstance(a, Tensor))
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define_in_place(schema: str, implementation: Callable[..., None]) -> None:
@@ -55,43 +114,6 @@ def define_in_place(schema: str, implementation: Callable[..., None]) -> None:
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
-
-
-def _autograd_kernel(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The op's kernel above autograd.
-
-    Does what ``torch.library.register_autograd`` does, for ops whose arguments are all positional and without default:
-    at 16 tokens its bookkeeping cost as much as the correction itself (30 microseconds a call on a CPU).
-    """
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
-        if ctx is not None:
-            setup_context(ctx, args, output)
-        return output
-
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
-
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        return forward(None, *args)
-
-    return kernel
-
-
-def run_backward(op: Any, *args: Any) -> Any:
-    """Call a backward op from an autograd formula, past its own autograd kernel unless gradients are recorded."""
-    if torch.is_grad_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:

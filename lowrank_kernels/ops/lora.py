@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _extension
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
 from .backend import resolve_backend
-from .library import define, no_double_backward, register_autocast, run_backward
+from .library import define, no_double_backward, register_autocast
 
 _FORWARD = (
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, "
@@ -154,7 +154,8 @@ def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
     return dropout_p == 0.0 and not (x.dtype == torch.bfloat16 and _extension.cpu_isa() == "amx")
 
 
-# Tokens (least, most) for which the extension's own product beats PyTorch's, whole correction included.
+# Tokens (least, most) for which the extension's own product beats PyTorch's, whole correction included: where the
+# weight is the long operand ...
 _FEW_ROWS = {
     ("amx", torch.bfloat16): (1, 128),
     ("amx", torch.float32): (5, 64),
@@ -162,17 +163,25 @@ _FEW_ROWS = {
     ("amx", torch.float16): (12, 32),
     ("avx512", torch.float16): (12, 32),
 }
-_MANY_ROWS = {("amx", torch.bfloat16): 512}
-"""The same: tokens from which it does so again, in layers that are not wider at the output than at the input."""
+# ... and where the tokens are, in products that are not wider than their reduction. On two threads of that Xeon.
+_MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
 
 
 def own_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether the extension computes the frozen product too, with the correction in its accumulators."""
-    case, tokens = (_extension.cpu_isa() or "", x.dtype), x.shape[0]
-    least, most = _FEW_ROWS.get(case, (1, 0))
-    few = least <= tokens <= most
-    many = case in _MANY_ROWS and tokens >= _MANY_ROWS[case] and weight.shape[0] <= weight.shape[1]
-    return (few or many) and weight.stride(1) == 1
+    """Whether the extension computes x Wᵀ too, with the correction in its accumulators."""
+    n, k = weight.shape
+    return weight.stride(1) == 1 and (_within(_FEW_ROWS, x) or (n <= k and _within(_MANY_ROWS, x)))
+
+
+def own_grad_product(grad_y: Tensor, weight: Tensor) -> bool:
+    """The same for dY W, the gradient of x."""
+    n, k = weight.shape
+    return weight.stride(1) == 1 and k <= n and _within(_MANY_ROWS, grad_y)
+
+
+def _within(tokens: dict[tuple[str, torch.dtype], tuple[int, int]], x: Tensor) -> bool:
+    least, most = tokens.get((_extension.cpu_isa() or "", x.dtype), (1, 0))
+    return least <= x.shape[0] <= most
 
 
 def _gated(p: Tensor, gate: Tensor | None) -> Tensor:
@@ -240,8 +249,13 @@ def _cpu_backward(
         grad_b = cpu_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype)
     if need_x:
         assert q is not None
-        grad_x = grad_y @ weight
-        cpu_up_(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed)
+        if own_grad_product(grad_y, weight):
+            grad_x = torch.ops.lowrank_kernels.lora_grad_x(
+                grad_y, q, weight, lora_a, gate, scaling, dropout_seed, dropout_p
+            )
+        else:
+            grad_x = grad_y @ weight
+            cpu_up_(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed)
     if need_a:
         assert q is not None and x is not None
         grad_a = cpu_grad(x, q, gate, scaling, False, dropout_p, dropout_seed, lora_a.dtype)
@@ -284,10 +298,9 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_p: None) -> tuple[T
     x, weight, lora_a, lora_b, gate, p, seed = ctx.saved_tensors
     need_x, _, need_a, need_b, need_bias, need_gate = ctx.needs_input_grad[:6]
     needs = (need_x, need_a, need_b, need_bias, need_gate)
-    grads = run_backward(
-        torch.ops.lowrank_kernels.lora_linear_backward.default, grad_y, x, weight, lora_a, lora_b, gate, p,
-        ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
-    )  # fmt: skip
+    grads = _call_backward(
+        grad_y, x, weight, lora_a, lora_b, gate, p, ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend
+    )
     grad_x, grad_a, grad_b, grad_bias, grad_gate = (g if need else None for g, need in zip(grads, needs, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
@@ -300,6 +313,6 @@ def _autocast(dtype: torch.dtype, x, weight, lora_a, lora_b, bias, *rest):  # ty
     return x, weight, lora_a, lora_b, bias, *rest
 
 
-define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
-define(_BACKWARD, _backward, _backward_fake, **no_double_backward("lora_linear"))
+call_lora_linear = define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("lora_linear"))
 register_autocast("lora_linear", _autocast)

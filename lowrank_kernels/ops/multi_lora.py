@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 from .backend import resolve_backend
 from .batch_plan import check_range
-from .library import define, no_double_backward, register_autocast, run_backward
+from .library import define, no_double_backward, register_autocast
 from .lora import own_product, unit_columns
 
 _STACK = "Tensor table, Tensor scalings, int max_rank"
@@ -311,8 +311,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tenso
     x, weight, lora_a, lora_b, p, u, table, scalings, *rest = ctx.saved_tensors
     need_x, _, need_a, need_b, need_m, need_bias = ctx.needs_input_grad[:6]
     needs = (need_x, need_a, need_b, need_m, need_bias)
-    grads = run_backward(
-        torch.ops.lowrank_kernels.multi_lora_linear_backward.default,
+    grads = _call_backward(
         grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, ctx.max_rank, *rest, needs, ctx.backend,
     )  # fmt: skip
     grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
@@ -329,6 +328,8 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
     return x, weight, lora_a, lora_b, magnitude, bias, *rest
 
 
-define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
-define(_BACKWARD, _backward, _backward_fake, **no_double_backward("multi_lora_linear"))
+call_multi_lora_linear = define(
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward
+)
+_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("multi_lora_linear"))
 register_autocast("multi_lora_linear", _autocast)

@@ -151,6 +151,46 @@ def test_dora_scale_grad(m, n, dtype):
     assert torch.equal(without_u, grad_u) and nothing.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(1, 8, 5, 1), (70, 131, 45, 7), (40, 600, 96, 33), (1100, 64, 2100, 16)]
+)
+@pytest.mark.parametrize(("dropout_p", "scaled"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_grad_x(m, n, k, r, dtype, dropout_p, scaled):
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(m, n, generator=generator).to(dtype)
+    weight = (n**-0.5 * torch.randn(n, k, generator=generator)).to(dtype)
+    a, q, gate = (torch.randn(s, generator=generator).to(dtype) for s in ((r, k), (m, r), (r,)))
+    scale = 0.5 + torch.rand(n, generator=generator) if scaled else None
+    seed = torch.tensor(5)
+    keep = CPP.dropout_keep_mask(seed, m, k, dropout_p) / (1 - dropout_p)
+    got = CPP.lora_grad_x(grad_y, q, weight, a, gate, 0.7, seed if dropout_p else None, dropout_p, scale)
+
+    def formula(dtype):
+        dy = grad_y.to(dtype) * (1 if scale is None else scale.to(dtype))
+        return dy @ weight.to(dtype) + 0.7 * keep.to(dtype) * ((q.to(dtype) * gate.to(dtype)) @ a.to(dtype))
+
+    assert_as_exact_as_eager(got, formula(dtype), formula(torch.float64), what="grad_x")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(0, 8, 3), (1, 1, 1), (70, 131, 7), (600, 96, 33), (300, 40, 80), (40, 2100, 5)]
+)
+@pytest.mark.parametrize("keep_grad_u", [True, False])
+def test_dora_down_grad(m, n, r, dtype, keep_grad_u):
+    generator = torch.Generator().manual_seed(0)
+    grad_y, u, p, b = (torch.randn(s, generator=generator).to(dtype) for s in ((m, n), (m, n), (m, r), (n, r)))
+    scale, norm = (0.5 + torch.rand(n, generator=generator) for _ in range(2))
+    alone, grad_m_alone = CPP.dora_scale_grad(grad_y, u, scale, norm)
+    grad_u, grad_m, q, grad_b = CPP.dora_down_grad(grad_y, u, scale, norm, b, p, 0.7, dtype, keep_grad_u)
+    assert torch.equal(grad_u, alone) if keep_grad_u else grad_u.numel() == 0
+    torch.testing.assert_close(grad_m, grad_m_alone, rtol=1e-5, atol=1e-4)  # sums over rows, cut elsewhere
+    exact_u, eager_u = grad_y.double() * scale.double(), grad_y * scale.to(dtype)
+    assert_as_exact_as_eager(q, eager_u @ b, exact_u @ b.double(), what="q")
+    assert_as_exact_as_eager(grad_b, 0.7 * (eager_u.T @ p), 0.7 * (exact_u.T @ p.double()), what="grad_b")
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_on_a_lower_instruction_set(isa):
     """The same checks in a process that may use less of the processor."""
@@ -160,6 +200,7 @@ def test_on_a_lower_instruction_set(isa):
         "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True)\n"
         "    t.check(33, 64, 96, 16, dtype, scale=True)\n"
         "    t.test_dora_up(True, 33, 130, 7, dtype); t.test_dora_scale_grad(40, 75, dtype)\n"
+        "    t.test_grad_x(70, 131, 45, 7, dtype, 0.3, True); t.test_dora_down_grad(70, 131, 7, dtype, True)\n"
     )
     environment = {**os.environ, "LRK_CPU_ISA": isa}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
@@ -29,6 +30,60 @@ def operands(m=10, k=24, n=18, r=5, dtype=torch.float32, factor_dtype=None):
         "bias": normal(n).requires_grad_(),
         "gate": normal(r, dtype=factor_dtype).requires_grad_(),
     }
+
+
+class Listener(TorchDispatchMode):
+    """Notes the ops of this package that pass through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lowrank_kernels":
+            self.heard.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def step(o):
+    names = ("x", "lora_a", "lora_b", "bias", "gate")
+    y = lk.lora_linear(**o, scaling=0.5, dropout_p=0.3, dropout_seed=4, backend="reference")
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [o[name] for name in names])]
+
+
+def test_who_listens_to_the_dispatcher_hears_the_op_and_changes_nothing():
+    o = operands()
+    alone = step(o)
+    with Listener() as listener:
+        heard = step(o)
+    assert listener.heard == ["lora_linear.default", "lora_linear_backward.default"]
+    for a, b in zip(alone, heard, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_profile_names_the_op():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(operands())
+    assert {"lowrank_kernels::lora_linear", "lowrank_kernels::lora_linear_backward"} <= {
+        e.key for e in profile.key_averages()
+    }
+
+
+def test_a_subclass_of_tensor_keeps_its_own_dispatch():
+    class Logged(torch.Tensor):
+        heard: list[str] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.heard.append(getattr(func, "__name__", str(func)))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    o = operands()
+    plain = lk.lora_linear(**o)
+    o["x"] = o["x"].detach().as_subclass(Logged)
+    y = lk.lora_linear(**o)
+    assert "lora_linear.default" in Logged.heard
+    assert torch.equal(plain, y.as_subclass(torch.Tensor))
 
 
 class Correction(nn.Module):
