@@ -21,7 +21,13 @@ from .ops.block_sparse import (
     read_blocks,
     write_blocks_,
 )
-from .ops.dora import call_dora_linear, call_dora_weight_norm, check_dora_linear, check_dora_weight_norm
+from .ops.dora import (
+    call_dora_linear,
+    call_dora_weight_norm,
+    check_dora_linear,
+    check_dora_weight_norm,
+    check_weight_sq_norm,
+)
 from .ops.lora import call_lora_linear, check_lora_linear
 from .ops.multi_lora import call_multi_lora_linear, check_multi_lora_linear, may_stay_unplanned
 from .stack import LoRAStack
@@ -209,10 +215,9 @@ def dora_linear(
     check_dora_linear(x, weight, lora_a, lora_b, magnitude, bias, dropout_p)
     _check_backend(backend, "dora_linear")
     if norm_and_scale is None:
-        norm, scale, _ = dora_column_scale(
-            weight, lora_a, lora_b, magnitude,
-            scaling=scaling, weight_sq_norm=weight_sq_norm, backend=backend,
-        )  # fmt: skip
+        check_weight_sq_norm(weight, weight_sq_norm)
+        with torch.no_grad():
+            norm, _, scale = call_dora_weight_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend)
     else:
         norm, scale = norm_and_scale
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")

@@ -157,7 +157,8 @@ void multiply_bfloat16(const KernelTable& kernels, const SquareSums& sums, const
   const int64_t whole = x.cols / kTileDepth * kTileDepth;
   for (int64_t k0 = 0; k0 < x.cols;) {
     const uint16_t* l = static_cast<const uint16_t*>(element(x, row0, k0));
-    const int64_t live = std::min(kTileDepthBlock, (k0 < whole ? whole : x.cols) - k0);
+    const int64_t slice = squares ? kTileDepthBlock : x.cols;
+    const int64_t live = std::min(slice, (k0 < whole ? whole : x.cols) - k0);
     int64_t stride = x.stride, depth = live;
     if (k0 == whole) {  // past the end of a row lies the next one: a padded copy
       depth = std::min(kTileDepth, padded);

@@ -57,6 +57,10 @@ def check_dora_weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, weigh
         raise ValueError("dora_weight_norm: expected weight to be a tensor of shape (N, K)")
     no_rows = weight.detach().new_empty(0, weight.shape[1])
     check_lora_linear(no_rows, weight.detach(), lora_a, lora_b, None, None, 0.0, op="dora_weight_norm")
+    check_weight_sq_norm(weight, weight_sq_norm)
+
+
+def check_weight_sq_norm(weight: Tensor, weight_sq_norm: Tensor | None) -> None:
     if weight_sq_norm is not None and weight_sq_norm.shape != (weight.shape[0],):
         raise ValueError(
             f"dora_weight_norm: expected weight_sq_norm of shape (N,) = ({weight.shape[0]},), "
