@@ -23,28 +23,6 @@ constexpr int64_t kGroupBytes = int64_t{1}
 constexpr int64_t kSplitRows = 512;     // tokens of a task at least
 constexpr int64_t kTasks = 16;          // enough of them; more would cost partial sums
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-const void* element(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<const char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-}
-
-Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
-}
-
-template <typename Body>
-void run(const Runtime& runtime, int64_t tasks, const Body& body) {
-  if (tasks == 1) return body(int64_t{0}, tasks);
-  runtime.parallel(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
 // ---- the two element types of a block product --------------------------------------------------
 
 template <typename Elem>
@@ -202,7 +180,7 @@ void grad(const Runtime& runtime, const Blocks& out, const Matrix& x, const Matr
     runtime.kernels.store(to, out.dtype, bn, sums, bn, bm, bn, 1.0f);
   };
 
-  run(runtime, plan.chunks * groups, [&](int64_t begin, int64_t end) {
+  run(runtime, plan.chunks * groups, true, [&](int64_t begin, int64_t end) {
     Layout layout;
     const size_t right_at = layout.add<Elem>(plan.group_blocks * bn * kSlice);
     const size_t left_at = layout.add<Elem>(plan.group_blocks * bm * kSlice);
@@ -251,7 +229,7 @@ void grad(const Runtime& runtime, const Blocks& out, const Matrix& x, const Matr
     }
   });
   if (!split) return;
-  run(runtime, out.count, [&](int64_t begin, int64_t end) {
+  run(runtime, out.count, true, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       float* total = partial + b * size;
       for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
@@ -288,7 +266,7 @@ void block_adamw(const Runtime& runtime, const Blocks& blocks, const void* grad,
                  float* exp_avg, float* exp_avg_sq, const Matrix& weight, const AdamW& s) {
   const int64_t size = blocks.rows * blocks.cols;
   const KernelTable& kernels = runtime.kernels;
-  run(runtime, blocks.count, [&](int64_t begin, int64_t end) {
+  run(runtime, blocks.count, true, [&](int64_t begin, int64_t end) {
     Layout layout;
     const size_t value_at = layout.add<float>(size), grad_at = layout.add<float>(size);
     TaskScratch scratch(layout.bytes());
@@ -325,8 +303,8 @@ void block_adamw(const Runtime& runtime, const Blocks& blocks, const void* grad,
       if (blocks.dtype != Dtype::kFloat32) {
         kernels.stage_float(p, size, rectangle(value, 0, 0, 1, size));
       }
-      kernels.store(const_cast<void*>(element(weight, row, col)), weight.dtype, weight.stride, p,
-                    blocks.cols, std::min(blocks.rows, weight.rows - row),
+      kernels.store(mutable_element(weight, row, col), weight.dtype, weight.stride, p, blocks.cols,
+                    std::min(blocks.rows, weight.rows - row),
                     std::min(blocks.cols, weight.cols - col), 1.0f);
     }
   });

@@ -32,29 +32,6 @@ constexpr int64_t kPackDepth = 512;                  // depth of one packing tas
 constexpr int64_t kTileDepth = 32;                   // bfloat16 elements in a tile row
 constexpr int64_t kParallelWork = int64_t{1} << 19;  // multiply-adds worth a second thread
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-const void* element(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<const char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-}
-
-Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
-}
-
-template <typename Body>
-void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {
-  if (tasks <= 0) return;
-  if (!parallel || tasks == 1) return body(int64_t{0}, tasks);
-  runtime.parallel(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
 struct SquareSums {
   float (*of_float)(const float*, int64_t);
   float (*of_bfloat16)(const uint16_t*, int64_t);

@@ -43,24 +43,6 @@ constexpr SerialWork kSerialTile = {int64_t{1} << 23, int64_t{1} << 22, int64_t{
 // Drawing random words is the larger part of a pass with dropout.
 constexpr int64_t kSerialDropout = int64_t{1} << 14;
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-const void* element(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<const char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-}
-void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-}
-
-Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
-}
-
-Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return {mutable_element(m, row, col), m.dtype, rows, cols, m.stride};
-}
-
 // Ask for a rectangle ahead of its use, into the second-level cache: rows a page apart fall into
 // few sets of the first, where a block of them would evict itself.
 void prefetch(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
@@ -69,18 +51,6 @@ void prefetch(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t c
     const char* line = static_cast<const char*>(element(m, i, col));
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
   }
-}
-
-template <typename Body>
-void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {
-  if (tasks <= 0) return;
-  if (!parallel || tasks == 1) return body(int64_t{0}, tasks);
-  runtime.parallel(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 // The two element types of a block product.

@@ -7,26 +7,9 @@
 
 #include <cstdint>
 
-#include "kernel_table.h"
+#include "matrix.h"
 
 namespace lrk {
-
-struct Matrix {
-  void* data;
-  Dtype dtype;
-  int64_t rows;
-  int64_t cols;
-  int64_t stride;  // elements from one row to the next; columns are adjacent
-};
-
-// How to run tasks in parallel: calls body(begin, end, context) over [0, tasks), in any number of
-// contiguous ranges. Supplied by the caller, so that no framework appears here.
-using ParallelFor = void (*)(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
-
-struct Runtime {
-  const KernelTable& kernels;
-  ParallelFor parallel;
-};
 
 // Which way a factor lies: A-like is (R, width), B-like is (width, R).
 struct Factor {

@@ -27,13 +27,6 @@ constexpr int64_t kTaskRows = 512;   // rows of W in one task
 constexpr int64_t kDepthBlock = 64;  // short float32 sums, added up, lose fewer digits than a long
 constexpr int64_t kParallelWork = int64_t{1} << 16;  // elements of W worth a second thread
 
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  char* data = static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-  return {data, m.dtype, rows, cols, m.stride};
-}
-
 Source source(const Matrix& m) {
   return {m.data, m.dtype, m.stride, m.rows, m.cols, m.cols, nullptr, 0, 0, nullptr};
 }
@@ -117,14 +110,8 @@ void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora
       }
     }
   };
-  const int64_t tasks = ceil_div(weight.rows, kTaskRows) * slices;
-  if (tasks <= 1 || weight.rows * weight.cols < kParallelWork) return body(0, tasks);
-  runtime.parallel(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const decltype(body)*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  run(runtime, ceil_div(weight.rows, kTaskRows) * slices,
+      weight.rows * weight.cols >= kParallelWork, body);
 }
 
 }  // namespace lrk

@@ -16,24 +16,6 @@ constexpr int64_t kGradColumns = 512;          // columns of one gradient task
 constexpr int64_t kGradRows = 32;              // reduction slice of a gradient
 constexpr int64_t kSerial = int64_t{1} << 17;  // multiply-adds below which one thread is enough
 
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-char* element(const Matrix& m, int64_t row, int64_t col) {
-  return static_cast<char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
-}
-
-template <typename Body>
-void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {
-  if (tasks <= 0) return;
-  if (!parallel || tasks == 1) return body(int64_t{0}, tasks);
-  runtime.parallel(
-      tasks,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const Body*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
 int64_t largest_rank(const Adapters& adapters) {
   int64_t rank = 0;
   for (int64_t i = 0; i < adapters.count; ++i) {
@@ -90,7 +72,7 @@ void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, c
         there = task / rank_blocks;
         for (int64_t i = 0; i < tile.count; ++i) {
           const int64_t row = batch.order[tile.first + i];
-          rows[i] = reinterpret_cast<const float*>(element(x, row, 0));
+          rows[i] = static_cast<const float*>(element(x, row, 0));
           if (x.dtype == Dtype::kFloat32 && !dropout) continue;
           rows[i] = staged + i * width;
           stage(kernels, staged + i * width, x, row, 0, width, width,
@@ -108,7 +90,7 @@ void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, c
                          factor.dtype, factor.stride, count, width);
         for (int64_t j = 0; j < n; ++j) {
           for (int64_t r = 0; r < count; ++r) out[r] = scale * block[j * kRanks + r];
-          std::memcpy(element(p, batch.order[tile.first + i + j], r0), out,
+          std::memcpy(mutable_element(p, batch.order[tile.first + i + j], r0), out,
                       static_cast<size_t>(count) * sizeof(float));
         }
       }
@@ -152,18 +134,18 @@ void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, con
                          cols);
         for (int64_t i = 0; i < tile.count; ++i) {
           const int64_t row = batch.order[tile.first + i];
-          kernels.add(element(y, row, col), y.dtype, y.stride, sum + i * task_columns, task_columns,
-                      1, cols, dropout ? dropout->inverse_keep : 1.0f,
+          kernels.add(mutable_element(y, row, col), y.dtype, y.stride, sum + i * task_columns,
+                      task_columns, 1, cols, dropout ? dropout->inverse_keep : 1.0f,
                       dropout ? &dropout->dropout : nullptr, row, col);
         }
       }
       if (!scaled) continue;
-      const float* scale =
-          place.dora < 0 ? ones
-                         : reinterpret_cast<const float*>(element(*column_scale, place.dora, col));
+      const float* scale = place.dora < 0
+                               ? ones
+                               : static_cast<const float*>(element(*column_scale, place.dora, col));
       for (int64_t i = 0; i < tile.count; ++i) {
         const int64_t row = batch.order[tile.first + i];
-        kernels.scale_columns(element(*scaled, row, col), y.dtype, scaled->stride,
+        kernels.scale_columns(mutable_element(*scaled, row, col), y.dtype, scaled->stride,
                               element(y, row, col), y.stride, 1, cols, scale,
                               bias ? bias + col : nullptr);
       }
@@ -177,7 +159,7 @@ void multi_lora_grad(const Runtime& runtime, const Matrix& out, const Matrix& bi
   const int64_t width = big.cols, ranks = largest_rank(adapters);
   const int64_t blocks = ceil_div(width, kGradColumns);
   for (int64_t i = 0; i < out.rows; ++i) {
-    std::memset(element(out, i, 0), 0, static_cast<size_t>(width * dtype_bytes(out.dtype)));
+    std::memset(mutable_element(out, i, 0), 0, static_cast<size_t>(width * dtype_bytes(out.dtype)));
   }
   const bool parallel = big.rows * width * ranks > kSerial;
   run(runtime, adapters.count * blocks, parallel, [&](int64_t begin, int64_t end) {
@@ -212,8 +194,8 @@ void multi_lora_grad(const Runtime& runtime, const Matrix& out, const Matrix& bi
         kernels.multiply_float({place.rank, padded / kPanel, rows, left, kGradRows, staged, padded,
                                 kPanel, sum, kGradColumns, m0 > first});
       }
-      kernels.store(element(out, place.start, col), out.dtype, out.stride, sum, kGradColumns,
-                    place.rank, cols,
+      kernels.store(mutable_element(out, place.start, col), out.dtype, out.stride, sum,
+                    kGradColumns, place.rank, cols,
                     adapters.scalings[adapter] * (dropout ? dropout->inverse_keep : 1.0f));
     }
   });

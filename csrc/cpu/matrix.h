@@ -1,0 +1,57 @@
+// A tensor's rows as the CPU kernels see them, and how they share work out.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel_table.h"
+
+namespace lrk {
+
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;  // elements from one row to the next; columns are adjacent
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+inline const void* element(const Matrix& m, int64_t row, int64_t col) {
+  return static_cast<const char*>(m.data) + (row * m.stride + col) * dtype_bytes(m.dtype);
+}
+inline void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
+  return const_cast<void*>(element(m, row, col));
+}
+
+inline Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  return {mutable_element(m, row, col), m.dtype, rows, cols, m.stride};
+}
+
+inline Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
+}
+
+// How to run tasks in parallel: calls body(begin, end, context) over [0, tasks), in any number of
+// contiguous ranges. Supplied by the caller, so that no framework appears here.
+using ParallelFor = void (*)(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
+
+struct Runtime {
+  const KernelTable& kernels;
+  ParallelFor parallel;
+};
+
+template <typename Body>
+void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {
+  if (tasks <= 0) return;
+  if (!parallel || tasks == 1) return body(int64_t{0}, tasks);
+  runtime.parallel(
+      tasks,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace lrk
