@@ -18,13 +18,15 @@ from .registry import KernelWork, LaunchCase, OpFamily, Traced
 _BF16, _F32 = torch.bfloat16, torch.float32
 
 
-def _linear(strategy: Strategy, M: int, R: int, dtype: torch.dtype, dropout_p: float = 0.0) -> LaunchCase:
+def _linear(
+    strategy: Strategy, M: int, R: int, dtype: torch.dtype, dropout_p: float = 0.0, width: int = 4096
+) -> LaunchCase:
     def run(target: Target) -> None:
         def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=of, device="meta")
 
-        K = N = 4096
-        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy, scaled=True)
+        K = N = width
+        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy, width % 8 == 0, scaled=True)
         x, weight, lora_a, lora_b = empty(M, K), empty(N, K), empty(R, K, of=_F32), empty(N, R, of=_F32)
         scale, bias = empty(N, of=_F32), empty(N)
         seed = empty(of=torch.int64) if dropout_p else None
@@ -35,7 +37,7 @@ def _linear(strategy: Strategy, M: int, R: int, dtype: torch.dtype, dropout_p: f
         )
 
     words = f"dora {strategy} M={M} R={R} {'f32' if dtype == _F32 else 'bf16/f32'}" + (" dropout" if dropout_p else "")
-    return LaunchCase(words, run)
+    return LaunchCase(words + (f" width={width}" if width != 4096 else ""), run)
 
 
 def _norm(R: int, dtype: torch.dtype, cached: bool) -> LaunchCase:
@@ -61,9 +63,11 @@ def _cases() -> Iterator[LaunchCase]:
     for strategy in strategies:
         yield _linear(strategy, 2048, 16, _BF16)
         yield _linear(strategy, 16, 16, _BF16)
+    yield _linear("two_kernel", 2048, 32, _BF16)
     yield _linear("two_kernel", 2048, 64, _BF16, 0.1)
+    yield _linear("library", 2048, 16, _BF16, width=4097)
     yield _linear("two_kernel", 2048, 16, _F32)
-    for R in (16, 64, 256):
+    for R in (16, 32, 64, 256):
         yield _norm(R, _BF16, cached=False)
     yield _norm(16, _BF16, cached=True)
     yield _norm(16, _F32, cached=False)

@@ -1,6 +1,6 @@
 """Triton kernel of the DoRA norm, and the launchers of the DoRA linear.
 
-y = g ∘ u + bias,  u = x Wᵀ + s P Bᵀ,  g = m / n,  n_i² = ‖W_i‖² + 2 s Σ_k B_ik (W Aᵀ)_ik + s² B_i (A Aᵀ) B_iᵀ
+y = g ∘ u + bias,  u = x Wᵀ + s P Bᵀ,  g = m / n,  n_i = ‖W_i + s B_i A‖
 
 The products are those of the LoRA linear (``kernels/lora.py``) with a column scale in the epilogue.
 """
@@ -20,42 +20,41 @@ from .tiles import dot, dropout_keep, load_tile, store_tile
 
 @triton.jit
 def _dora_norm_kernel(
-    w_ptr, a_ptr, b_ptr, gram_ptr, sq_in_ptr, magnitude_ptr, norm_ptr, sq_out_ptr, scale_ptr,
+    w_ptr, a_ptr, b_ptr, sq_in_ptr, magnitude_ptr, norm_ptr, sq_out_ptr, scale_ptr,
     N, K, R, stride_wn, stride_wk, stride_ar, stride_bn, scaling,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of W a program: U = W Aᵀ a block of ranks at a time, and ‖W_i‖² with the first.
+    """BLOCK_N rows of V = W + s B A a program, made and summed in squares tile by tile: V is in registers only.
 
-    All in float32, products included: the sum of the three terms can be much smaller than any of them.
-    gram = A Aᵀ, float32 (R, R) contiguous. Grid: (cdiv(N, BLOCK_N),).
+    W Aᵀ and A Aᵀ would cost as many products, would read W again for ranks beyond a block, and would lose the digits
+    that their terms cancel. All in float32, products included. Grid: (cdiv(N, BLOCK_N),).
     """
     n0 = tl.program_id(0) * BLOCK_N
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        u = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-        sq = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            w = load_tile(w_ptr, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False).to(tl.float32)
-            a = load_tile(a_ptr, r0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, False).to(tl.float32)
-            u = dot(w, a.T, u, PRECISION)
-            if sq_in_ptr is None and r0 == 0:
-                sq += tl.sum(w * w, axis=1)
-        if r0 == 0:
-            if sq_in_ptr is not None:
-                sq = tl.load(sq_in_ptr + offs_n, mask=mask_n, other=0.0)
-            tl.store(sq_out_ptr + offs_n, sq, mask=mask_n)
-            total = sq
-        # B_i (A Aᵀ) for these ranks, over all ranks of B.
-        for t0 in range(0, R, BLOCK_R):
-            b_t = load_tile(b_ptr, n0, t0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
-            gram = load_tile(gram_ptr, t0, r0, R, R, R, 1, BLOCK_R, BLOCK_R, False)
-            u = dot((0.5 * scaling) * b_t, gram, u, PRECISION)
-        b = load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
-        total += (2.0 * scaling) * tl.sum(b * u, axis=1)
-    # A sum that cancelled below zero is a zero norm, and so is a NaN none: it stays one.
-    norm = tl.sqrt(tl.where(total < 0.0, 0.0, total))
+    sq = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if WHOLE_RANK:  # R <= BLOCK_R: B stays in registers, and the loop over K has no other inside
+        b = scaling * load_tile(b_ptr, n0, 0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
+    # The number of stages is said here since loads that feed no product are not pipelined otherwise: W's.
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=3):
+        v = load_tile(w_ptr, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False).to(tl.float32)
+        if sq_in_ptr is None:
+            sq += tl.sum(v * v, axis=1)
+        if WHOLE_RANK:
+            a = load_tile(a_ptr, 0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, False).to(tl.float32)
+            v = dot(b, a, v, PRECISION)
+        else:
+            for r0 in range(0, R, BLOCK_R):
+                b = scaling * load_tile(b_ptr, n0, r0, N, R, stride_bn, 1, BLOCK_N, BLOCK_R, False).to(tl.float32)
+                a = load_tile(a_ptr, r0, k0, R, K, stride_ar, 1, BLOCK_R, BLOCK_K, False).to(tl.float32)
+                v = dot(b, a, v, PRECISION)
+        total += tl.sum(v * v, axis=1)
+    if sq_in_ptr is not None:
+        sq = tl.load(sq_in_ptr + offs_n, mask=mask_n, other=0.0)
+    tl.store(sq_out_ptr + offs_n, sq, mask=mask_n)
+    norm = tl.sqrt(total)
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     if magnitude_ptr is not None:
         m = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -97,25 +96,22 @@ def dora_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     weight_sq_norm: Tensor | None, magnitude: Tensor | None, target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(n, ‖W_i‖², g), each (N,) float32; g is empty without a magnitude. Two launches: A Aᵀ, and the norm."""
+    """(n, ‖W_i‖², g), each (N,) float32; g is empty without a magnitude. One launch, one read of W."""
     N, K = weight.shape
     R = lora_a.shape[0]
-    wide_a = lora_a.float()
-    gram = wide_a @ wide_a.T
     norm, sq_norm = (weight.new_empty(N, dtype=torch.float32) for _ in range(2))
     scale = weight.new_empty(0 if magnitude is None else N, dtype=torch.float32)
     if N == 0:
         return norm, sq_norm, scale
-    # Three tf32 products a pair keep the digits of float32, which cancellation needs; without tf32, plain FMA.
+    # Three tf32 products a pair keep the digits of float32; without tf32, plain FMA.
     nvidia = (target or target_of(weight.device)).arch.startswith("sm_")
     options = {"maxnreg": 255} if nvidia else {}
-    # Ranks beyond a block read W again; a program's rows of W are still in the L2 cache then.
-    block_n, block_r = 32, min(max(16, triton.next_power_of_2(R)), 32)
+    block_n, block_r = 32, 32 if R > 64 else max(16, triton.next_power_of_2(R))
     _dora_norm_kernel[(triton.cdiv(N, block_n),)](
-        weight, lora_a, lora_b, gram, weight_sq_norm, magnitude, norm, sq_norm, scale,
+        weight, lora_a, lora_b, weight_sq_norm, magnitude, norm, sq_norm, scale,
         N, K, R, weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0), scaling,
-        BLOCK_N=block_n, BLOCK_K=32, BLOCK_R=block_r, PRECISION="tf32x3" if nvidia else "ieee",
-        num_warps=4, num_stages=3, **options,
+        BLOCK_N=block_n, BLOCK_K=64, BLOCK_R=block_r, WHOLE_RANK=R <= block_r,
+        PRECISION="tf32x3" if nvidia else "ieee", num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return norm, sq_norm, scale
 

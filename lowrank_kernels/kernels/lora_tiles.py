@@ -210,6 +210,8 @@ def lora_tiles(
     fused = strategy == "fused"
     # P beside the accumulator, u beside y, and the targets where neither fits beside 256 columns: halve for each two.
     burdens = fused + scaled + (target.arch in _NARROW_WHEN_FUSED)
+    # Fewer rows a program mean more partial sums of dB: for u beside dY a small rank gives up columns instead.
+    burdened = rank > 32 or not aligned
     return LoRATiles(
         strategy=strategy,
         main=_main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1)),
@@ -218,12 +220,12 @@ def lora_tiles(
         down=ThinTiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),
-        up_add=ThinTiles(64, 64 if wide else 128, appended, num_warps=4, num_stages=2),
+        up_add=ThinTiles(64, 64 if wide or not aligned else 128, appended, num_warps=4, num_stages=2),
         grad=ThinTiles(
             16 if wide else 64, 64, rank, num_warps=4, num_stages=3, wanted_programs=2 * target.num_sms
         ),
         q_grad_b=FusedGradTiles(
-            32 if wide else 256 >> ((rank > 32 or not aligned) + scaled), 32 if wide else 64, rank, 512,
-            num_warps=8, num_stages=2,
+            32 if wide else 256 >> burdened * (1 + scaled), 32 if wide or (scaled and not burdened) else 64, rank,
+            columns_per_split=512, num_warps=8, num_stages=2,
         ),
     )  # fmt: skip
