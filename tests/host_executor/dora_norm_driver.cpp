@@ -1,11 +1,14 @@
 // The DoRA norm's device code on the host, against a float64 norm of the dense sum.
 //
-//   dora_norm_driver short|long|exchange|overrun
+//   dora_norm_driver short|long|far|exchange|overrun
 //
-// Prints a line for each case and returns 1 when one is off. `exchange` runs the one case in which
-// warps pass W to each other. `overrun` gives the kernel a weight that ends one element early: a
-// planted fault for AddressSanitizer. All buffers have exactly the size that they should, and
-// outputs and scratch start as NaN.
+// Prints a line for each case and returns 1 when one is off. `far` has rows so far apart that the
+// last one of each operand starts past element 2^31. `exchange` runs the one case in which warps
+// pass W to each other. `overrun` gives the kernel a weight that ends one element early: a planted
+// fault for AddressSanitizer. All buffers have exactly the size that they should, and outputs and
+// scratch start as NaN.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -30,7 +33,22 @@ struct Case {
   Dtype weight, lora_a, lora_b;
   int64_t pad;  // elements between the rows of W
   bool squares_given;
+  bool far = false;  // the last row of every operand starts past element 2^31
 };
+
+// NaN throughout; far apart rows are in address space of zeros, of which only what is touched costs
+// memory.
+std::shared_ptr<char> memory(size_t bytes, bool far) {
+  if (!far) {
+    std::shared_ptr<char> near(new char[bytes], std::default_delete<char[]>());
+    std::memset(near.get(), 0xff, bytes);
+    return near;
+  }
+  void* space = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) std::abort();
+  return {static_cast<char*>(space), [bytes](char* data) { munmap(data, bytes); }};
+}
 
 uint16_t to_half(float value) {
   const _Float16 half = static_cast<_Float16>(value);
@@ -42,12 +60,13 @@ uint16_t to_half(float value) {
 // A matrix of one of the three dtypes, and its values as the dtype holds them.
 struct Operand {
   Operand(int64_t rows, int64_t cols, int64_t pad, Dtype type, float scale, std::mt19937& random,
-          int64_t missing = 0)
-      : stride(cols + pad), dtype(type), values(static_cast<size_t>(rows * cols)) {
+          bool far, int64_t missing = 0)
+      : stride(far ? lrk::dora_ceil_div(int64_t{1} << 31, rows - 1) / 8 * 8 + 8 : cols + pad),
+        dtype(type),
+        values(static_cast<size_t>(rows * cols)) {
     const size_t size = static_cast<size_t>(lrk::dtype_bytes(type));
     const size_t count = static_cast<size_t>((rows - 1) * stride + cols - missing);
-    data.reset(new char[count * size]);
-    std::memset(data.get(), 0xff, count * size);
+    data = memory(count * size, far);
     std::normal_distribution<float> normal(0.0f, scale);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
@@ -70,7 +89,7 @@ struct Operand {
   lrk::DoraMatrix matrix() const { return {data.get(), dtype, stride}; }
   int64_t stride;
   Dtype dtype;
-  std::unique_ptr<char[]> data;
+  std::shared_ptr<char> data;
   std::vector<double> values;
 };
 
@@ -105,10 +124,11 @@ void prepare(const lrk::DoraNormProblem& p, bool mma) {
 
 bool run(const Case& c, int64_t missing) {
   std::mt19937 random(static_cast<unsigned>(c.n * 1000003 + c.k * 1009 + c.rank));
-  const Operand w(c.n, c.k, c.pad, c.weight, 1.0f, random, missing);
-  const Operand a(c.rank, c.k, 1, c.lora_a, 1.0f, random);
-  const Operand b(c.n, c.rank, 2, c.lora_b, 1.0f / std::sqrt(static_cast<float>(c.rank)), random);
-  const Operand magnitude(c.n, 1, 0, Dtype::kBFloat16, 1.0f, random);
+  const Operand w(c.n, c.k, c.pad, c.weight, 1.0f, random, c.far, missing);
+  const Operand a(c.rank, c.k, 1, c.lora_a, 1.0f, random, c.far);
+  const Operand b(c.n, c.rank, 2, c.lora_b, 1.0f / std::sqrt(static_cast<float>(c.rank)), random,
+                  c.far);
+  const Operand magnitude(c.n, 1, 0, Dtype::kBFloat16, 1.0f, random, c.far);
   const size_t n = static_cast<size_t>(c.n);
   std::vector<float> given(n), norms(n, NAN), squares(n, NAN), scales(n, NAN);
   lrk::DoraNormProblem p{};
@@ -125,8 +145,7 @@ bool run(const Case& c, int64_t missing) {
   p.sq_norm = squares.data();
   p.column_scale = scales.data();
   const size_t bytes = static_cast<size_t>(lrk::dora_norm_scratch_bytes(c.k, c.rank));
-  std::unique_ptr<char[]> scratch(new char[bytes]);
-  std::memset(scratch.get(), 0xff, bytes);
+  const std::shared_ptr<char> scratch = memory(bytes, false);
   p.scratch = scratch.get();
 
   std::vector<double> exact(n), terms(n);
@@ -210,6 +229,13 @@ int main(int argc, char** argv) {
                                   {11, 70, 128, kF16, kF32, kF32, 0, false},
                                   {8, 40, 40, kBF16, kBF16, kBF16, 0, false},
                               });
+  }
+  if (mode == "far") {
+    cases = {
+        {5, 45, 7, kF32, kBF16, kF32, 0, false, true},  // by FMA
+        {5, 45, 16, kBF16, kF32, kF16, 0, false, true},
+        {5, 45, 65, kF16, kBF16, kF32, 0, true, true},
+    };
   }
   if (mode == "overrun") return run(cases[2], 1) ? 0 : 1;
   if (mode == "exchange") return run(cases[6], 0) ? 0 : 1;

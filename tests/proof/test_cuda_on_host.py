@@ -65,6 +65,14 @@ def test_device_code_is_right_on_the_host(driver: Run) -> None:
 
 
 @needs_compiler
+def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
+    """Rows of W, A, B and m so far apart that an offset in 32 bits would wrap, in address space that costs nothing."""
+    result = driver("plain", "far")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("of the allowed error") == 3
+
+
+@needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_device_code_is_clean_under(sanitizer: str, driver: Run) -> None:
     result = driver(sanitizer, "short")
