@@ -1,0 +1,66 @@
+"""Offsets beyond 2**31 in the kernels of DoRA, of merging and of many adapters: strides, not gigabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowrank_kernels as lk
+from lowrank_kernels.kernels.dora import dora_linear_bwd, dora_linear_fwd, dora_norm
+from lowrank_kernels.kernels.merge import merge_lora_
+from tests.interpreter.test_lora import _far_apart, _in_place
+from tests.problems.lora import BF16, F32
+
+Tensors = dict[str, Tensor]
+
+
+def _norm(t: Tensors) -> tuple[Tensor, ...]:
+    return dora_norm(t["weight"], t["lora_a"], t["lora_b"], 0.5, None, t["magnitude"])
+
+
+def _dora(t: Tensors) -> tuple[Tensor | None, ...]:
+    ones = torch.ones(t["weight"].shape[0])
+    operands = t["weight"], t["lora_a"], t["lora_b"]
+    y, p, u = dora_linear_fwd(t["x"], *operands, ones, None, 0.5, 0.0, None, True)
+    needs = (True, True, True, True)
+    return y, *dora_linear_bwd(t["grad_y"], t["x"], *operands, ones, ones, p, u, 0.5, 0.0, None, False, needs, F32)
+
+
+def _merge(t: Tensors) -> tuple[Tensor]:
+    weight = t["weight"]
+    before = weight.clone(memory_format=torch.contiguous_format)
+    merge_lora_(weight, t["lora_a"], t["lora_b"], 0.5, None, None, None)
+    merged = weight.clone(memory_format=torch.contiguous_format)
+    weight.copy_(before)
+    return (merged,)
+
+
+def _many(t: Tensors) -> tuple[Tensor]:
+    stack = lk.LoRAStack.from_factors([(t["lora_a"], t["lora_b"], 0.5), (t["lora_a"] + 1, t["lora_b"], 0.25)])
+    return (lk.multi_lora_linear(t["x"], t["weight"], stack, torch.tensor([0, 1, -1, 1]), backend="triton"),)
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        (_norm, ("weight", "lora_a", "lora_b")),
+        (_dora, ("x", "weight", "lora_a", "lora_b", "grad_y")),
+        (_merge, ("weight", "lora_a", "lora_b")),
+        (_many, ("x", "weight")),
+    ],
+)
+def test_strides_beyond_two_to_the_31(run: Callable[[Tensors], tuple[Tensor, ...]], names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    shapes = {"x": (4, 40), "weight": (24, 40), "lora_a": (8, 40), "lora_b": (24, 8), "grad_y": (4, 24)}
+    t = {name: torch.randn(shape).to(BF16) for name, shape in shapes.items()} | {"magnitude": torch.rand(24)}
+    near = run(t)
+    for name in names:
+        far = _far_apart(*t[name].shape, BF16)
+        far.copy_(t[name])
+        found = _in_place(lambda there={**t, name: far}: run(there))  # type: ignore[misc]
+        for i, (value, expected) in enumerate(zip(found, near, strict=True)):
+            assert torch.equal(value, expected), (name, i)
+        del far
