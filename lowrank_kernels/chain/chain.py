@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class Chain:
         init: how the sampled factor is drawn: "orthonormal", "gaussian" or "kaiming" (``lowrank_kernels.init``).
         seed: of all draws, with the link and the layer; torch's own generators are not touched.
         warmup: over the first so many steps of each later link the rate rises linearly to the schedule's.
+        ranks: of the links, the last one's also of all that follow; a layer of a lower rank keeps its own. None: every
+            link has the layers' ranks. s follows the rank, alpha stays. Not under DistributedDataParallel, which
+            remembers the first shapes.
         rounding: of W's update: "nearest", or "stochastic" for bfloat16 weights.
         master: keep W in float32 beside a half-precision W, 4 N K bytes a layer, and merge into that.
         one_sided: refuse layers that train both factors (True), or one (False).
@@ -44,8 +48,8 @@ class Chain:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_link: int, *, init: str = "orthonormal",
-        seed: int = 0, warmup: int = 0, rounding: str = "nearest", master: bool = False,
-        one_sided: bool | None = None, name: str = "Chain",
+        seed: int = 0, warmup: int = 0, ranks: Sequence[int] | None = None, rounding: str = "nearest",
+        master: bool = False, one_sided: bool | None = None, name: str = "Chain",
     ) -> None:  # fmt: skip
         self._name = name
         self.layers = _chained_layers(model, name)
@@ -60,6 +64,11 @@ class Chain:
             raise ValueError(f"{name}: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if master and rounding != "nearest":
             raise ValueError(f"{name}: expected rounding='nearest' with master=True, which is rounded from alone")
+        highest = max(layer.r for layer in self.layers.values())
+        if ranks is not None and not (ranks and all(1 <= rank <= highest for rank in ranks)):
+            raise ValueError(
+                f"{name}: expected ranks from 1 to the layers' own of {highest}, one a link, got {list(ranks)}"
+            )
         for path, layer in self.layers.items():
             one = not (layer.lora_A.weight.requires_grad and layer.lora_B.weight.requires_grad)
             if one_sided is not None and one is not one_sided:
@@ -76,6 +85,7 @@ class Chain:
                 )
         self.optimizer, self.steps_per_link, self.warmup = optimizer, steps_per_link, warmup
         self.init, self.seed, self.rounding = init, seed, rounding
+        self._own_ranks, self._ranks = {path: layer.r for path, layer in self.layers.items()}, ranks
         self.link = self.link_step = 0
         self.master: dict[str, Tensor] = {}
         if master:
@@ -89,6 +99,11 @@ class Chain:
             optimizer.register_state_dict_post_hook(lambda _, state: {**state, "chain": self.state_dict()}),
             optimizer.register_load_state_dict_pre_hook(self._load_from),
         ]
+        if ranks is not None:
+            self._handles += [
+                layer.register_load_state_dict_pre_hook(_take_the_rank_of) for layer in self.layers.values()
+            ]
+        self._resize()
         self._sample()
 
     def warmup_factor(self) -> float:
@@ -100,6 +115,7 @@ class Chain:
         self.merge()
         self.link += 1
         self.link_step = 0
+        self._resize()
         self._sample()
 
     @torch.no_grad()
@@ -143,6 +159,7 @@ class Chain:
         self.link, self.link_step, self.seed = state["link"], state["link_step"], state["seed"]
         for path, weight in state["master"].items():
             self.master[path].copy_(weight)
+        self._resize()
 
     def _load_from(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         if "chain" in state:
@@ -165,6 +182,15 @@ class Chain:
         mixed = torch.Generator().manual_seed(self.seed + (self.link << 20) + layer)
         return int(torch.randint(0, 2**62, (), generator=mixed))
 
+    def _resize(self) -> None:
+        """Give the layers this link's ranks."""
+        if self._ranks is None:
+            return
+        rank = self._ranks[min(self.link, len(self._ranks) - 1)]
+        for path, layer in self.layers.items():
+            if layer.r != min(rank, self._own_ranks[path]):
+                layer.resize_(min(rank, self._own_ranks[path]))
+
     @torch.no_grad()
     def _sample(self) -> None:
         for index, layer in enumerate(self.layers.values()):
@@ -174,6 +200,13 @@ class Chain:
                 init_factors_(a, b, self.init, sampled=_sampled(layer))
             for factor in (a, b):
                 self.optimizer.state.pop(factor, None)
+
+
+def _take_the_rank_of(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a layer loads factors of another link: their rank."""
+    factor = state.get(prefix + "lora_A.weight")
+    if isinstance(layer, LoRALinear) and factor is not None and factor.shape[0] != layer.r:
+        layer.resize_(factor.shape[0])
 
 
 def _sampled(layer: LoRALinear) -> str:

@@ -75,6 +75,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     chains = ", ".join(name for name, row in METHODS.items() if row.chain)
     parser.add_argument("--steps-per-link", type=int, default=25, help=f"{chains}: steps between merges (default 25)")
     parser.add_argument("--link-warmup", type=int, default=3, help=f"{chains}: warm-up steps of a link (default 3)")
+    parser.add_argument(
+        "--link-ranks", type=int, nargs="+", metavar="R",
+        help=f"{chains}: ranks of the links, the last one's also of all that follow (default: --rank for all)",
+    )  # fmt: skip
     parser.add_argument("--rounding", default="nearest", help=f"{chains}: nearest (default) or stochastic (bfloat16)")
     parser.add_argument("--master", action="store_true", help=f"{chains}: keep W in float32 beside a bfloat16 one")
     parser.add_argument(
@@ -114,7 +118,7 @@ def start_chain(
         return None
     return chain(
         model, optimizer, args.steps_per_link,
-        seed=args.seed, warmup=args.link_warmup, rounding=args.rounding, master=args.master,
+        seed=args.seed, warmup=args.link_warmup, ranks=args.link_ranks, rounding=args.rounding, master=args.master,
     )  # fmt: skip
 
 

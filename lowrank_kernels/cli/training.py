@@ -143,8 +143,9 @@ class Run:
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`, bit for bit."""
-        for name, value in state["parameters"].items():
-            self.model.get_parameter(name).copy_(value)
+        unknown = self.model.load_state_dict(state["parameters"], strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{self.name}: expected a state of this model, got one with {', '.join(unknown[:3])}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.losses, self.seconds = state["losses"], state["seconds"]

@@ -138,6 +138,26 @@ class LoRALinear(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
 
+    @torch.no_grad()
+    def resize_(self, r: int) -> LoRALinear:
+        """Give A and B the rank r, and zeros: the same parameters with other shapes, without gradients.
+
+        Their optimizer state is of the old shapes; drop it.
+
+        Raises:
+            ValueError: a rank below 1; a merged layer.
+        """
+        check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout, train="both", dtype=None)
+        if self.merged:
+            raise ValueError("LoRALinear.resize_: expected an unmerged layer; call unmerge_()")
+        for factor, shape in (
+            (self.lora_A.weight, (r, self.in_features)),
+            (self.lora_B.weight, (self.out_features, r)),
+        ):
+            factor.data, factor.grad = factor.new_zeros(shape), None
+        self.lora_A.out_features = self.lora_B.in_features = self.r = r
+        return self
+
     def merge_(self) -> LoRALinear:
         """W ← W + s B A, in float32, rounded once; forward is then the plain linear. Nothing when merged.
 

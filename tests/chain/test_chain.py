@@ -119,6 +119,8 @@ SETTINGS = [
     ("b", BF16, {"master": True}, "adam"),
     ("both", torch.float32, {}, "adam"),
     ("both", torch.float32, {"init": "kaiming"}, "rite"),
+    ("both", torch.float32, {"ranks": (3, 2, 1)}, "adam"),
+    ("b", torch.float32, {"ranks": (3, 1, 2)}, "adam"),
 ]
 
 
@@ -179,6 +181,33 @@ def test_the_rank_of_colas_update_grows_by_r_a_link() -> None:
         train_step(model, optimizer, schedule, step)
     values = torch.linalg.svdvals((model[0].weight - before).double().detach())
     assert values[5] > 1e-4 and values[6] < 1e-5 * values[0]  # two links of rank 3
+
+
+def test_links_of_their_own_ranks() -> None:
+    """The update of links of ranks 3, 2, 1 has rank 6; the parameters are the optimizer's all along, s = alpha / R."""
+    model = small_model("both")
+    first, second = model[0], model[2]
+    before, parameters = first.weight.detach().clone(), factors(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    chain = cola(model, optimizer, 5, ranks=(3, 2, 1))
+    for step in range(15):
+        rank = 3 - chain.link
+        assert first.r == second.r == rank and first.scaling == 6 / rank
+        assert first.lora_A.weight.shape == (rank, 10) and first.lora_B.weight.shape == (16, rank)
+        train_step(model, optimizer, schedule, step)
+    assert chain.link == 3 and first.r == 1 and all(p is q for p, q in zip(factors(model), parameters, strict=True))
+    values = torch.linalg.svdvals((first.weight - before).double().detach())
+    assert values[5] > 1e-4 and values[6] < 1e-5 * values[0]
+
+
+def test_a_layer_of_a_lower_rank_keeps_its_own() -> None:
+    model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 4))
+    lk.adapt(model, lk.LoRAConfig(r=4, rank_pattern={"1": 2}))
+    chain = cola(model, torch.optim.SGD(factors(model), lr=1.0), 5, ranks=(3, 1))
+    assert (model[0].r, model[1].r) == (3, 2)
+    chain.next_link()
+    assert (model[0].r, model[1].r) == (1, 1)
 
 
 def test_warmup_bends_the_rate_of_later_links_alone() -> None:
@@ -267,6 +296,8 @@ MESSAGES: list[tuple[Callable[[], object], str]] = [
     (lambda: start(nn.Sequential(Foreign())), "whose weights can take a merge, got a Foreign in 0"),
     (lambda: start(small_model("b"), steps=0), "steps_per_link of at least 1"),
     (lambda: start(small_model("b"), warmup=6), "warmup between 0 and that, got 5 and 6"),
+    (lambda: start(small_model("b"), ranks=()), r"ranks from 1 to the layers' own of 3, one a link, got \[\]"),
+    (lambda: start(small_model("b"), ranks=(3, 4)), r"ranks from 1 to the layers' own of 3, one a link, got \[3, 4\]"),
     (lambda: start(small_model("b"), init="zero"), "init to be one of kaiming, gaussian, orthonormal, got 'zero'"),
     (lambda: start(small_model("b"), rounding="up"), "rounding to be one of"),
     (lambda: start(small_model("b"), rounding="stochastic"), "bfloat16 weights for stochastic rounding"),

@@ -75,13 +75,15 @@ def command(method: str, *more: str, steps: int = 12) -> int:
     return main(["train", "--method", method, "--steps", str(steps), *COMMON, *rate, *more])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "more"), [*((method, ()) for method in METHODS), ("cola", ("--link-ranks", "4", "2", "1"))]
+)
 def test_it_learns_stops_and_goes_on_bit_for_bit(
-    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, resumed, state = tmp_path / "whole.json", tmp_path / "resumed.json", tmp_path / "state.pt"
-    assert command(method, "--json", str(whole), "--output", str(tmp_path / "out"), "--dropout", "0.1") == 0
-    parts = ["--checkpoint", str(state), "--dropout", "0.1"]
+    assert command(method, "--json", str(whole), "--output", str(tmp_path / "out"), "--dropout", "0.1", *more) == 0
+    parts = ["--checkpoint", str(state), "--dropout", "0.1", *more]
     assert command(method, *parts, "--stop-after", "6") == 0  # in the middle of a link
     assert "stopped after step 6 of 12" in capsys.readouterr().out
     assert command(method, *parts, "--json", str(resumed), "--output", str(tmp_path / "again")) == 0
@@ -130,6 +132,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["cola", "--checkpoint", str(state)], "is of a run with method=lora"),
         (["rac-lora", "--rounding", "stochastic"], "rac_lora: expected bfloat16 weights for stochastic rounding"),
         (["rac-lora", "--rank", "40"], "expected a rank of at most 32"),
+        (["cola", "--link-ranks", "4", "5"], "cola: expected ranks from 1 to the layers' own of 4, one a link"),
         (["cola", "--steps-per-link", "0"], "cola: expected steps_per_link of at least 1"),
         (["lora-ga", "--rank", "20"], "lora_ga: expected a rank of at most"),
         (["lora-ga", "--gradient-batches", "0"], "estimate_gradients: expected at least one batch"),
