@@ -296,6 +296,22 @@ def hooked():
     return linear
 
 
+def test_another_rank_in_place():
+    layer = make(r=4, alpha=6.0)
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    layer(torch.randn(3, 24)).sum().backward()
+    assert layer.resize_(2) is layer and layer.scaling == 3.0
+    assert layer.lora_A.weight is a and layer.lora_B.weight is b and a.grad is None and b.grad is None
+    assert a.shape == (2, 24) and b.shape == (16, 2) and not a.any() and not b.any()
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    with pytest.raises(ValueError, match=r"LoRALinear\.resize_: expected r to be an integer of at least 1, got 0"):
+        layer.resize_(0)
+    with pytest.raises(ValueError, match=r"LoRALinear\.resize_: expected an unmerged layer"):
+        layer.merge_().resize_(1)
+    assert layer.r == 2
+
+
 @pytest.mark.parametrize(
     ("base", "match"),
     [
