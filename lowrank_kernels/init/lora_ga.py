@@ -103,7 +103,8 @@ def lora_ga_factors(
             the random split.
 
     Raises:
-        ValueError: a rank of more than half of min(N, K), a gradient that is not finite, unknown names.
+        ValueError: a rank of more than half of min(N, K), a gradient that is not finite or nothing but zeros, unknown
+            names.
 
     Source: Wang et al., arXiv 2407.05000, theorem 3.1, equation 7, and the authors' code for the names.
     """
@@ -113,6 +114,8 @@ def lora_ga_factors(
         raise ValueError(f"lora_ga: expected a rank of at most min(N, K) / 2 = {min(n, k) // 2}, got {r}")
     if not torch.isfinite(gradient).all():
         raise ValueError("lora_ga: expected a finite gradient, got NaN or Inf")
+    if not gradient.any():
+        raise ValueError("lora_ga: expected a gradient that is not zero throughout; were there targets in the batches?")
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     with torch.random.fork_rng(devices=[g.device] if g.device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -21,7 +21,8 @@ def lora_plus_groups(
         weight_decay: of the factors; parameters of one dimension (biases, magnitudes) do not decay.
 
     Returns:
-        Groups for any optimizer, each with a "name": "A", "B", "embedding", and "vectors", which learn at B's rate.
+        Groups for any optimizer, each with a "name": "A", with any other matrix that trains, "B", "embedding", and
+        "vectors", which learn at B's rate.
         Empty ones are left out. Every parameter that trains is in exactly one.
 
     Raises:
@@ -43,7 +44,7 @@ def lora_plus_groups(
             else "A"
         )  # fmt: skip
         params[kind].append(p)
-    if not params["A"] and not params["B"]:
+    if not any(p.requires_grad and ("lora_A" in name or "lora_B" in name) for name, p in model.named_parameters()):
         raise ValueError(f"lora_plus_groups: expected LoRA layers that train, found none in {type(model).__name__}")
     return [
         {"name": name, "params": found, "lr": rates[name], "weight_decay": 0.0 if name == "vectors" else weight_decay}

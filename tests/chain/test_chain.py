@@ -288,12 +288,19 @@ def dora_model() -> nn.Module:
     return model
 
 
+def quantised_model() -> nn.Module:
+    model = small_model("b")
+    model[2].base_layer.weight.data = model[2].base_layer.weight.data.to(torch.int8)
+    return model
+
+
 MESSAGES: list[tuple[Callable[[], object], str]] = [
     (lambda: start(nn.Sequential(nn.Linear(3, 3))), "rac_lora: expected a model with LoRALinear layers, found none"),
     (lambda: start(small_model("both")), "rac_lora: expected layers that train one factor"),
     (lambda: start(small_model("b"), cola), "cola: expected layers that train both factors"),
     (lambda: start(dora_model()), "rac_lora: expected LoRA layers, got a DoRALinear in 0"),
     (lambda: start(nn.Sequential(Foreign())), "whose weights can take a merge, got a Foreign in 0"),
+    (lambda: start(quantised_model()), "but 2 cannot: its weight of torch.int8 is quantised"),
     (lambda: start(small_model("b"), steps=0), "steps_per_link of at least 1"),
     (lambda: start(small_model("b"), warmup=6), "warmup between 0 and that, got 5 and 6"),
     (lambda: start(small_model("b"), ranks=()), r"ranks from 1 to the layers' own of 3, one a link, got \[\]"),

@@ -204,6 +204,7 @@ GRADIENTS = {"one": torch.randn(24, 16), "two": torch.randn(16, 24)}
         ({"one": GRADIENTS["one"]}, {}, {}, r"gradient of shape \(N, K\) = \(16, 24\) for two, got none"),
         ({**GRADIENTS, "two": torch.zeros(24, 16)}, {}, {}, r"for two, got one of shape \(24, 16\)"),
         ({**GRADIENTS, "two": torch.full((16, 24), math.nan)}, {}, {}, "a finite gradient, got NaN or Inf; layer two"),
+        ({**GRADIENTS, "two": torch.zeros(16, 24)}, {}, {}, "not zero throughout; .*; layer two"),
         (GRADIENTS, {"direction": "up"}, {}, "direction to be one of ArB2r, .*, got 'up'"),
         (GRADIENTS, {"scale": "big"}, {}, "scale to be one of stable, .*, got 'big'"),
         (GRADIENTS, {}, {"r": 9}, r"rank of at most min\(N, K\) / 2 = 8, got 9; layer one"),

@@ -55,3 +55,5 @@ def test_messages() -> None:
     frozen = nn.Linear(3, 3).requires_grad_(False)
     with pytest.raises(ValueError, match="expected LoRA layers that train, found none in Linear"):
         lora_plus_groups(frozen, 1e-3)
+    with pytest.raises(ValueError, match="expected LoRA layers that train, found none in Model"):
+        lora_plus_groups(Model(), 1e-3)  # all of it trains, and nothing of it is a factor
