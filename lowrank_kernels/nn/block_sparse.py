@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..functional import (
     block_columns,
@@ -16,36 +15,24 @@ from ..functional import (
     read_blocks,
     write_blocks_,
 )
-from .frozen import why_not_frozen
+from .frozen import AroundLinear, check_wrappable
+from .unchanged import Memory, state_of
 
 
-class _WrittenState:
-    """Which values of (blocks, W) agree: those at which they were last seen to. A copy of it knows of none."""
-
-    def __init__(self) -> None:
-        self.clear()
+class _WrittenState(Memory):
+    """Which values of (blocks, W) agree: those at which they were last seen to."""
 
     def clear(self) -> None:
         self._state: Any = None
 
     def holds(self, *tensors: Tensor) -> bool:
-        return self._state is not None and self._state == tuple(map(self._of, tensors))
+        return self._state is not None and self._state == state_of(*tensors)
 
     def keep(self, *tensors: Tensor) -> None:
-        self._state = tuple(map(self._of, tensors))
-
-    @staticmethod
-    def _of(t: Tensor) -> tuple[Any, ...]:
-        return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype
-
-    def __deepcopy__(self, memo: Any) -> _WrittenState:
-        return _WrittenState()
-
-    def __reduce__(self) -> Any:
-        return _WrittenState, ()
+        self._state = state_of(*tensors)
 
 
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(AroundLinear):
     """y = x Wᵀ + bias, where the blocks of W at ``block_index`` train and the rest is frozen.
 
     The blocks are inside W: forward is the plain product. Backward is dX = dY W and, for the chosen blocks alone,
@@ -86,9 +73,7 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         op = "BlockSparseLinear"
-        reason = why_not_frozen(base_layer)
-        if reason is not None:
-            raise TypeError(f"{op}: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
+        check_wrappable(op, base_layer)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"{op}: expected dtype to be a floating dtype, got {dtype!r}")
         weight = base_layer.weight
@@ -124,22 +109,10 @@ class BlockSparseLinear(nn.Module):
         return cls(linear, block_index, block_size, **settings)
 
     @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
-
-    @property
     def weight(self) -> Tensor:
         """W, with the blocks as they are now in it."""
         self.write_back_()
         return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
     @property
     def merged(self) -> bool:

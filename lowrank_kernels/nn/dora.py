@@ -7,23 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..functional import dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
 from .lora import LoRALinear
+from .unchanged import Memory, state_of
 
 
-class ScaleCache:
-    """(n, g) of a DoRA layer, and ‖W_i‖², for as long as the tensors they come from stay the same.
+class ScaleCache(Memory):
+    """(n, g) of a DoRA layer, and ‖W_i‖², for as long as the parameters they come from stay the same (``state_of``).
 
-    A parameter counts as the same while its storage and its version counter do. In-place edits, under ``no_grad`` too,
-    ``load_state_dict`` and merging raise the counter, and moves change the storage. Writes through ``.data`` or by raw
-    pointer do neither; call ``clear`` after them. Tensors that are not parameters are not trusted to tell.
+    Tensors that are not parameters are not trusted to tell.
     """
-
-    def __init__(self) -> None:
-        self.clear()
 
     def clear(self) -> None:
         self._scale: tuple[Any, Any] = (None, None)
@@ -36,7 +31,7 @@ class ScaleCache:
         operands = (weight, lora_a, lora_b, magnitude)
         if any(t.is_inference() or not isinstance(t, nn.Parameter) for t in operands):
             return dora_column_scale(*operands, scaling=scaling)[:2]
-        key = (*map(_state, operands), scaling)
+        key = (*state_of(*operands), scaling)
         known, found = self._scale
         if keep and key == known:
             return found
@@ -49,18 +44,6 @@ class ScaleCache:
         self._square = (key[0], sq_norm)
         self._scale = (key, (norm, scale)) if keep else (None, None)
         return norm, scale
-
-    def __deepcopy__(self, memo: Any) -> ScaleCache:
-        return ScaleCache()
-
-    def __reduce__(self) -> Any:
-        return ScaleCache, ()
-
-
-def _state(t: Tensor) -> tuple[Any, ...]:
-    """Differs between two moments when the tensor's values may. The weak reference keeps its storage's address taken,
-    so that no later storage is mistaken for it."""
-    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.stride(), t._version, t.dtype
 
 
 class _Merged(NamedTuple):

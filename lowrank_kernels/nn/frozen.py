@@ -1,9 +1,9 @@
-"""Which linear layers a correction can be put on."""
+"""Which linear layers a correction can be put on, and what all layers around one have in common."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,3 +40,28 @@ def why_not_frozen(module: nn.Module) -> str | None:
     if has_hooks(module):
         return "it carries hooks or a replaced forward, which would no longer run; remove them first"
     return None
+
+
+def check_wrappable(op: str, module: nn.Module) -> None:
+    """Raise TypeError, in the layer's name and with the reason, for what is no plain linear with a frozen weight."""
+    reason = why_not_frozen(module)
+    if reason is not None:
+        raise TypeError(f"{op}: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
+
+
+class AroundLinear(nn.Module):
+    """A layer around ``base_layer``, an nn.Linear whose own parameters it shares, and whose sizes and bias it has."""
+
+    base_layer: nn.Linear
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias

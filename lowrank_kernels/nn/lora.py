@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..functional import lora_linear
 from ..init.factors import init_factors_
 from ..merge import merge_lora_
-from .frozen import why_not_frozen
+from .frozen import AroundLinear, check_wrappable
 
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
 
@@ -25,7 +25,7 @@ class _Merged(NamedTuple):
     scaling: float
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AroundLinear):
     """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
 
     Parameters, named as in a file of PEFT's: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the
@@ -69,9 +69,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        reason = why_not_frozen(base_layer)
-        if reason is not None:
-            raise TypeError(f"LoRALinear: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
+        check_wrappable("LoRALinear", base_layer)
         check_lora_settings("LoRALinear", r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype)
         weight = base_layer.weight
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
@@ -99,21 +97,9 @@ class LoRALinear(nn.Module):
         return cls(linear, r, **settings)
 
     @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
-
-    @property
     def weight(self) -> Tensor:
         """W, without the correction unless it is merged."""
         return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
     @property
     def scaling(self) -> float:
