@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test may reach for the network
 
 
 @pytest.fixture(autouse=True)

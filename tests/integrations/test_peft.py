@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from unittest import mock
 
 import peft
 import pytest
@@ -14,52 +13,18 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lowrank_kernels
-from lowrank_kernels.integrations import peft as integration
 from lowrank_kernels.integrations.peft import AcceleratedLinear, accelerate, restore
 from lowrank_kernels.reference import dropout_keep_mask_ref
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def randomise(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-    return model
+from tests.integrations.beside_peft import TARGETS, assert_agrees, assert_close, calls_of, run
+from tests.tiny_llama import randomise
 
 
 def make(llama, dtype=torch.float32, **settings):
     return randomise(get_peft_model(llama(dtype), LoraConfig(**{"r": 4, "target_modules": TARGETS, **settings})))
 
 
-def run(model, tokens, **kwargs):
-    """Logits and the gradients of everything that trains, of a loss that sees all of them."""
-    model.zero_grad()
-    logits = model(tokens, **kwargs).logits
-    (logits.float().sin().sum() * 0.1).backward()
-    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_agrees(ours, theirs, tokens, **kwargs):
-    logits, grads = run(ours, tokens, **kwargs)
-    expected_logits, expected = run(theirs, tokens, **kwargs)
-    assert_close(logits, expected_logits, 2e-6)
-    assert grads.keys() == expected.keys() and grads
-    for name, g in expected.items():
-        assert_close(grads[name], g, 2e-5, name)
-
-
-def assert_close(got, expected, tolerance, name=""):
-    """Within a tolerance of the largest element: float32 sums in another order differ by their scale."""
-    assert got.dtype == expected.dtype and got.shape == expected.shape
-    scale = max(1.0, expected.abs().max().item())
-    assert (got - expected).abs().max() <= tolerance * scale, name
-
-
 def op_calls():
-    return mock.patch.object(integration, "lora_linear", wraps=integration.lora_linear)
+    return calls_of("lora_linear")
 
 
 SETTINGS = {

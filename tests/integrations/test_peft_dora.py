@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from unittest import mock
 
 import peft
 import pytest
@@ -14,28 +13,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowrank_kernels.checkpoint import load_adapter
-from lowrank_kernels.integrations import peft as integration
 from lowrank_kernels.integrations.peft import AcceleratedLinear, accelerate, restore
 from lowrank_kernels.reference import dropout_keep_mask_ref
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def randomise(model, seed=1):
-    """Factors of any value; magnitudes near the norms that they started at, so that g is of the order of 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "magnitude" in name:
-                p.mul_(0.7 + 0.6 * torch.rand(p.shape, generator=generator))
-            elif "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
+from tests.integrations.beside_peft import TARGETS, assert_agrees, assert_close, calls_of
+from tests.tiny_llama import randomise
 
 
 def make(llama, dtype=torch.float32, **settings):
     config = LoraConfig(**{"r": 4, "target_modules": TARGETS, "use_dora": True, **settings})
-    return randomise(get_peft_model(llama(dtype), config))
+    return randomise(get_peft_model(llama(dtype), config), size=0.1)
 
 
 def pair(llama, **settings):
@@ -45,30 +31,8 @@ def pair(llama, **settings):
     return ours, theirs
 
 
-def assert_close(got, expected, tolerance, name=""):
-    assert got.dtype == expected.dtype and got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item()), name
-
-
-def run(model, tokens):
-    model.zero_grad()
-    logits = model(tokens).logits
-    (logits.float().sin().sum() * 0.1).backward()
-    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_agrees(ours, theirs, tokens):
-    (logits, grads), (expected_logits, expected) = run(ours, tokens), run(theirs, tokens)
-    assert_close(logits, expected_logits, 2e-6)
-    assert grads.keys() == expected.keys() and grads
-    for name, g in expected.items():
-        assert_close(grads[name], g, 2e-5, name)
-    with torch.no_grad():
-        assert_close(ours(tokens).logits, theirs(tokens).logits, 2e-6)
-
-
 def op_calls():
-    return mock.patch.object(integration, "dora_linear", wraps=integration.dora_linear)
+    return calls_of("dora_linear")
 
 
 SETTINGS = {

@@ -1,12 +1,9 @@
 """A tiny Llama with random weights, and PEFT adapters of many kinds for it."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach for the network
-
 import peft
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tiny_llama import make_llama, randomise
 
 KINDS = {
     "lora": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
@@ -25,33 +22,13 @@ KINDS = {
 
 
 def make_model(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return make_llama(dtype, pad_token_id=0, eos_token_id=None)
 
 
 def write_adapter(folder, seed=0, **settings):
     """A PEFT folder with random factors."""
     model = peft.get_peft_model(make_model(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "magnitude" in name:
-                p.mul_(0.5 + torch.rand(p.shape, generator=generator))
-            elif "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    randomise(model, seed)
     model.save_pretrained(folder)
     return folder
 
