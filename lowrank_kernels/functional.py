@@ -401,15 +401,19 @@ def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto
     assert stack.magnitude is not None
     dtype = torch.promote_types(torch.promote_types(weight.dtype, stack.lora_a.dtype), torch.float32)
     norm = torch.zeros(stack.magnitude.shape, dtype=dtype, device=weight.device)
-    scale, sq_norm = torch.zeros_like(norm), None
+    scale = torch.zeros_like(norm)
+    sq_norms: list[Tensor | None] = [None] * len(stack.slices)
     with torch.no_grad():
         for adapter, place in enumerate(stack.places):
             if place.rank and place.magnitude >= 0:
-                lora_a, lora_b, scaling, magnitude = stack.factors(adapter)
-                assert magnitude is not None
-                norm[place.magnitude], scale[place.magnitude], sq_norm = dora_column_scale(
-                    weight, lora_a, lora_b, magnitude, scaling=scaling, weight_sq_norm=sq_norm, backend=backend
-                )
+                for s in range(len(stack.slices)):
+                    lora_a, lora_b, scaling, magnitude = stack.factors(adapter, s)
+                    assert magnitude is not None
+                    own = (place.magnitude, stack.columns(s))
+                    norm[own], scale[own], sq_norms[s] = dora_column_scale(
+                        weight[stack.columns(s)], lora_a, lora_b, magnitude,
+                        scaling=scaling, weight_sq_norm=sq_norms[s], backend=backend,
+                    )  # fmt: skip
     return norm, scale
 
 
@@ -451,6 +455,8 @@ def multi_lora_linear(
         weight: W (N, K), x's dtype, frozen.
         stack: a :class:`LoRAStack` of G adapters for this linear; its ``lora_a``, ``lora_b`` and ``magnitude`` get
             gradients where they require them. Factors are rounded to x's dtype inside (C++ keeps what they have).
+            In a sliced one (Q, K and V as one weight) an adapter has factors of its own for each slice of the columns
+            of y: one base product, then each slice as a linear of its own.
         adapter_ids: integers of x's leading shape, from -1, for the base product alone, to G - 1; or (M, J); or the
             plan that :func:`plan_batch` made of such, to share between linears.
         bias: (N,) or None.
@@ -506,7 +512,7 @@ def multi_lora_linear(
             plan = plan_batch(ids, len(stack))
     y, _, _ = call_multi_lora_linear(
         x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank,
-        ids, *(plan[1:] if plan is not None else (None,) * 3),
+        stack.slices if stack.is_sliced else None, ids, *(plan[1:] if plan is not None else (None,) * 3),
         None if weights is None else weights.to(torch.float32), norm, scale,
         None if seed is None else torch.tensor(ps, dtype=torch.float64, device=x.device), seed,
         grad and stack.lora_b.requires_grad, grad and magnitude is not None and magnitude.requires_grad, backend,

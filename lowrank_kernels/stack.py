@@ -12,16 +12,32 @@ from torch import Tensor
 Factors = tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor]
 
 
+SlicedFactors = Sequence[Factors | None]
+
+
 class Place(NamedTuple):
-    """Where an adapter lies, rows ``start : start + rank`` of both factors; scaling; row of magnitudes, if any."""
+    """Where an adapter lies, rows ``start : start + rank`` of both factors; scaling; row of magnitudes, if any.
+
+    In a sliced stack ``slices`` has (rank, scaling) of each slice, and ``rank`` is the largest of them.
+    """
 
     start: int
     rank: int
     scaling: float
     magnitude: int = -1
+    slices: tuple[tuple[int, float], ...] = ()
 
 
 _NOWHERE = Place(0, 0, 0.0)
+
+
+class _Given(NamedTuple):
+    """An adapter as a stack keeps it: ``lora_a`` (R, K) or (S, R, K), ``lora_b`` (R, N), a place without a start."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    place: Place
+    magnitude: Tensor | None
 
 
 class LoRAStack:
@@ -35,6 +51,13 @@ class LoRAStack:
         scalings: (G,) float32, applied at run time, never folded into a factor.
         places: the same on the host.
         max_rank: the largest R.
+        slices: widths of the slices of N; (N,) unless the linear is several projections in one.
+
+    A sliced stack is for one weight of several projections, one below the other (Q, K, V; gate, up): N = Σ N_s. An
+    adapter then has factors of its own for each slice, A_s (R_s, K) and B_s (N_s, R_s) with scaling s_s, or none for
+    some of them. ``lora_a`` is (S, ΣR, K), R being the largest of an adapter's R_s; slice s of it lies in
+    ``lora_a[s]`` and in the slice's columns of ``lora_b``, in the same rows, so that B takes no more than its own
+    columns. ``table`` is (S, G, 3) and ``scalings`` (S, G).
 
     Nothing is padded to a common rank: the factors take Σ R (K + N) elements. An id i < G whose adapter was removed has
     rank 0, and its rows get the base product alone. ``add`` and ``remove`` leave the other adapters where they are and
@@ -48,9 +71,11 @@ class LoRAStack:
         places: Sequence[Place],
         magnitude: Tensor | None = None,
         *,
+        slices: Sequence[int] | None = None,
         table_and_scalings: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.lora_a, self.lora_b, self.magnitude = lora_a, lora_b, magnitude
+        self.slices = (lora_b.shape[1],) if slices is None else tuple(slices)
         self.places = tuple(places)
         self.table, self.scalings = table_and_scalings or self._tensors()
         self.max_rank = max(self.ranks, default=0)
@@ -58,36 +83,39 @@ class LoRAStack:
     # -------------------------------------------------------------------------------------------------- making
 
     @classmethod
-    def from_factors(cls, adapters: Iterable[Factors]) -> LoRAStack:
+    def from_factors(
+        cls, adapters: Iterable[Factors | SlicedFactors], *, slices: Sequence[int] | None = None
+    ) -> LoRAStack:
         """Stack adapters given as (lora_a (R, K), lora_b (N, R), scaling), for DoRA with a magnitude (N,) as fourth.
 
+        With ``slices``, the widths (N_1, ..., N_S), an adapter is a sequence of S such tuples, each with the N of its
+        slice, None for a slice without one: ``from_factors([(q, k, v), (q, None, v)], slices=(4096, 1024, 1024))``.
         Factors are copied, in the widest of their dtypes; gradients of the stack's tensors reach those that train.
 
         Raises:
             ValueError: no adapter, shapes or devices that do not fit, a scaling that is not finite.
             TypeError: something that is not a float tensor.
         """
-        given = [_checked(f"adapter {i}", *factors) for i, factors in enumerate(adapters)]
+        given = [_checked(f"adapter {i}", factors, slices) for i, factors in enumerate(adapters)]
         if not given:
             raise ValueError("LoRAStack.from_factors: expected at least one adapter, got none; see LoRAStack.empty")
-        first_a, first_b, *_ = given[0]
-        dtype, start, dora, places = first_a.dtype, 0, 0, []
-        for i, (lora_a, lora_b, scaling, magnitude) in enumerate(given):
+        first, dtype, start, dora, places = given[0], given[0].lora_a.dtype, 0, 0, []
+        for i, (lora_a, lora_b, place, magnitude) in enumerate(given):
             dtype = torch.promote_types(dtype, torch.promote_types(lora_a.dtype, lora_b.dtype))
-            if lora_a.shape[1] != first_a.shape[1] or lora_b.shape[0] != first_b.shape[0]:
+            if (lora_a.shape[-1], lora_b.shape[1]) != (first.lora_a.shape[-1], first.lora_b.shape[1]):
                 raise ValueError(
-                    f"LoRAStack: expected adapter {i} of (K, N) = ({first_a.shape[1]}, {first_b.shape[0]}) like "
-                    f"adapter 0, got ({lora_a.shape[1]}, {lora_b.shape[0]})"
+                    f"LoRAStack: expected adapter {i} of (K, N) = ({first.lora_a.shape[-1]}, {first.lora_b.shape[1]}) "
+                    f"like adapter 0, got ({lora_a.shape[-1]}, {lora_b.shape[1]})"
                 )
-            if lora_a.device != first_a.device or lora_b.device != first_a.device:
-                raise ValueError(f"LoRAStack: expected adapter {i} on {first_a.device} like adapter 0")
-            places.append(Place(start, lora_a.shape[0], scaling, -1 if magnitude is None else dora))
-            start += lora_a.shape[0]
+            if lora_a.device != first.lora_a.device:
+                raise ValueError(f"LoRAStack: expected adapter {i} on {first.lora_a.device} like adapter 0")
+            places.append(place._replace(start=start, magnitude=-1 if magnitude is None else dora))
+            start += place.rank
             dora += magnitude is not None
         magnitudes = [m.to(dtype) for *_, m in given if m is not None]
         return cls(
-            torch.cat([a.to(dtype) for a, *_ in given]), torch.cat([b.to(dtype).T for _, b, *_ in given]), places,
-            torch.stack(magnitudes) if magnitudes else None,
+            torch.cat([a.to(dtype) for a, *_ in given], dim=-2), torch.cat([b.to(dtype) for _, b, *_ in given]), places,
+            torch.stack(magnitudes) if magnitudes else None, slices=slices,
         )  # fmt: skip
 
     @classmethod
@@ -96,21 +124,36 @@ class LoRAStack:
         in_features: int,
         out_features: int,
         *,
+        slices: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> LoRAStack:
         """A stack of no adapters, to ``add`` to."""
+        if slices is not None and sum(slices) != out_features:
+            raise ValueError(f"LoRAStack.empty: expected slices that add up to N = {out_features}, got {slices}")
         options: Any = {"dtype": dtype, "device": torch.device(device)}
-        return cls(torch.empty(0, in_features, **options), torch.empty(0, out_features, **options), ())
+        lead = () if slices is None else (len(slices),)
+        return cls(
+            torch.empty(*lead, 0, in_features, **options), torch.empty(0, out_features, **options), (), slices=slices
+        )
 
     def snapshot(self) -> LoRAStack:
         """The stack as it is now: shares the factors, and no later ``add``, ``remove`` or ``compact`` changes it.
 
         The factors of an adapter that is removed stay readable until another adapter is added in their place.
         """
-        return LoRAStack(
-            self.lora_a, self.lora_b, self.places, self.magnitude, table_and_scalings=(self.table, self.scalings)
-        )
+        return self._with(self.lora_a, self.lora_b, self.magnitude, (self.table, self.scalings))
+
+    def _with(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        table_and_scalings: tuple[Tensor, Tensor] | None = None,
+    ) -> LoRAStack:
+        """The same places in other tensors."""
+        slices = self.slices if self.is_sliced else None
+        return LoRAStack(lora_a, lora_b, self.places, magnitude, slices=slices, table_and_scalings=table_and_scalings)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -118,8 +161,12 @@ class LoRAStack:
         return len(self.places)
 
     @property
+    def is_sliced(self) -> bool:
+        return self.lora_a.dim() == 3
+
+    @property
     def in_features(self) -> int:
-        return self.lora_a.shape[1]
+        return self.lora_a.shape[-1]
 
     @property
     def out_features(self) -> int:
@@ -144,21 +191,31 @@ class LoRAStack:
         tensors = (self.lora_a, self.lora_b, self.magnitude)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def factors(self, adapter: int) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """(lora_a (R, K), lora_b (N, R), scaling, magnitude (N,) or None) of an adapter, as views."""
-        start, rank, scaling, row = self.places[adapter]
+    def columns(self, of_slice: int) -> slice:
+        """Columns of y, rows of the weight, that a slice is."""
+        first = sum(self.slices[:of_slice])
+        return slice(first, first + self.slices[of_slice])
+
+    def factors(self, adapter: int, of_slice: int = 0) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """(lora_a (R, K), lora_b (N, R), scaling, magnitude (N,) or None) of an adapter, as views.
+
+        In a sliced stack those of one of its slices; R is 0 where the adapter has none there.
+        """
+        start, rank, scaling, row, slices = self.places[adapter]
+        rank, scaling = slices[of_slice] if slices else (rank, scaling)
+        columns = self.columns(of_slice)
+        lora_a = self.lora_a[of_slice] if self.is_sliced else self.lora_a
         own = slice(start, start + rank)
-        magnitude = None if row < 0 or self.magnitude is None else self.magnitude[row]
-        return self.lora_a[own], self.lora_b[own].T, scaling, magnitude
+        magnitude = None if row < 0 or self.magnitude is None else self.magnitude[row, columns]
+        return lora_a[own], self.lora_b[own, columns].T, scaling, magnitude
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRAStack:
         """A stack with copies on another device or in another dtype; of what is there already, itself."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device, dtype)
-        return LoRAStack(self.lora_a.to(device, dtype), self.lora_b.to(device, dtype), self.places, magnitude)
+        return self._with(self.lora_a.to(device, dtype), self.lora_b.to(device, dtype), magnitude)
 
     # ------------------------------------------------------------------------------------------------ changing
 
-    @torch.no_grad()
     def add(
         self, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None = None, *, at: int | None = None
     ) -> int:
@@ -169,27 +226,40 @@ class LoRAStack:
 
         Raises:
             ValueError, TypeError: as :meth:`from_factors`, factors that do not fit this stack's linear, an id that is
-                taken. The stack is then as it was.
+                taken, a sliced stack. The stack is then as it was.
             RuntimeError: the factors train (their optimizer state would no longer fit them).
         """
-        self._refuse_training("add")
-        lora_a, lora_b, scaling, magnitude = _checked("the adapter", lora_a, lora_b, scaling, magnitude)
-        rank, k = lora_a.shape
-        if (k, lora_b.shape[0]) != (self.in_features, self.out_features):
+        if self.is_sliced:
+            raise ValueError("LoRAStack.add: expected a stack without slices; use add_sliced")
+        factors = (lora_a, lora_b, scaling) if magnitude is None else (lora_a, lora_b, scaling, magnitude)
+        return self._add("add", factors, None, at)
+
+    def add_sliced(self, factors: SlicedFactors, *, at: int | None = None) -> int:
+        """:meth:`add` for a sliced stack: a tuple, or None, for each slice, as :meth:`from_factors` takes them."""
+        if not self.is_sliced:
+            raise ValueError("LoRAStack.add_sliced: expected a stack with slices; use add")
+        return self._add("add_sliced", factors, self.slices, at)
+
+    @torch.no_grad()
+    def _add(self, verb: str, factors: Factors | SlicedFactors, slices: Sequence[int] | None, at: int | None) -> int:
+        self._refuse_training(verb)
+        lora_a, lora_b, place, magnitude = _checked("the adapter", factors, slices)
+        if (lora_a.shape[-1], lora_b.shape[1]) != (self.in_features, self.out_features):
             raise ValueError(
-                f"LoRAStack.add: expected factors of (K, N) = ({self.in_features}, {self.out_features}), "
-                f"got ({k}, {lora_b.shape[0]})"
+                f"LoRAStack.{verb}: expected factors of (K, N) = ({self.in_features}, {self.out_features}), "
+                f"got ({lora_a.shape[-1]}, {lora_b.shape[1]})"
             )
         ranks = self.ranks
         adapter = next((i for i, r in enumerate(ranks) if r == 0), len(ranks)) if at is None else at
         if adapter < 0 or (adapter < len(ranks) and ranks[adapter]):
-            raise ValueError(f"LoRAStack.add: expected at to be a free id, got {at}")
-        start = self.first_gap(rank)
-        self.reserve(start + rank)
-        self.lora_a[start : start + rank] = lora_a
-        self.lora_b[start : start + rank] = lora_b.T
+            raise ValueError(f"LoRAStack.{verb}: expected at to be a free id, got {at}")
+        start = self.first_gap(place.rank)
+        own = slice(start, start + place.rank)
+        self.reserve(own.stop)
+        self.lora_a[..., own, :] = lora_a
+        self.lora_b[own] = lora_b
         row = -1 if magnitude is None else self._add_magnitude(magnitude)
-        self._set(adapter, Place(start, rank, scaling, row))
+        self._set(adapter, place._replace(start=start, magnitude=row))
         return adapter
 
     def _add_magnitude(self, magnitude: Tensor) -> int:
@@ -221,10 +291,11 @@ class LoRAStack:
 
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows of rank in all; adapters keep their places."""
-        missing = rows - self.lora_a.shape[0]
+        missing = rows - self.lora_b.shape[0]
         if missing > 0:
             self._refuse_training("reserve")
-            self.lora_a = torch.cat([self.lora_a, self.lora_a.new_empty(missing, self.in_features)])
+            more = self.lora_a.new_empty(*self.lora_a.shape[:-2], missing, self.in_features)
+            self.lora_a = torch.cat([self.lora_a, more], dim=-2)
             self.lora_b = torch.cat([self.lora_b, self.lora_b.new_empty(missing, self.out_features)])
 
     @torch.no_grad()
@@ -245,7 +316,7 @@ class LoRAStack:
             magnitude = self.magnitude[[places[i].magnitude for i in dora]]
         for row, i in enumerate(dora):
             places[i] = places[i]._replace(magnitude=row)
-        self.lora_a, self.lora_b, self.magnitude = self.lora_a[index], self.lora_b[index], magnitude
+        self.lora_a, self.lora_b, self.magnitude = self.lora_a[..., index, :], self.lora_b[index], magnitude
         self._place(places)
 
     def first_gap(self, rank: int) -> int:
@@ -268,11 +339,14 @@ class LoRAStack:
         self.max_rank = max(self.ranks, default=0)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
-        device = self.lora_a.device
-        table = [(place.start, place.rank, place.magnitude) for place in self.places]
+        device, each = self.lora_a.device, range(len(self.slices))
+        of = [[p.slices[s] if p.slices else (p.rank, p.scaling) for p in self.places] for s in each]
+        table = [[(p.start, r, p.magnitude) for p, (r, _) in zip(self.places, of[s], strict=True)] for s in each]
+        scalings = [[scaling for _, scaling in of[s]] for s in each]
+        lead = (len(self.slices),) if self.is_sliced else ()
         return (
-            torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 3),
-            torch.tensor([place.scaling for place in self.places], dtype=torch.float32, device=device),
+            torch.tensor(table, dtype=torch.int32, device=device).reshape(*lead, len(self.places), 3),
+            torch.tensor(scalings, dtype=torch.float32, device=device).reshape(*lead, len(self.places)),
         )
 
     def _refuse_training(self, verb: str) -> None:
@@ -284,13 +358,48 @@ class LoRAStack:
 
     def __repr__(self) -> str:
         dora = sum(p.magnitude >= 0 for p in self.places)
+        slices = f", slices={self.slices}" if self.is_sliced else ""
         return (
-            f"LoRAStack(in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}, "
+            f"LoRAStack(in_features={self.in_features}, out_features={self.out_features}{slices}, ranks={self.ranks}, "
             f"dora={dora}, dtype={self.lora_a.dtype}, device={self.lora_a.device})"
         )
 
 
-def _checked(
+def _checked(name: str, factors: Any, slices: Sequence[int] | None) -> _Given:
+    if slices is None:
+        lora_a, lora_b, scaling, magnitude = _checked_factors(name, *factors)
+        return _Given(lora_a, lora_b.T, Place(0, lora_a.shape[0], scaling), magnitude)
+    parts: list[Any] = list(factors)
+    if len(parts) != len(slices):
+        raise ValueError(f"LoRAStack: expected {len(slices)} slices of {name}, factors or None each, got {len(parts)}")
+    given = [None if part is None else _checked_factors(f"slice {s} of {name}", *part) for s, part in enumerate(parts)]
+    there = [(s, part) for s, part in enumerate(given) if part is not None]
+    if not there:
+        raise ValueError(f"LoRAStack: expected factors in at least one slice of {name}")
+    first = there[0][1][0]
+    for s, (lora_a, lora_b, _, _) in there:
+        if (lora_a.shape[1], lora_b.shape[0]) != (first.shape[1], slices[s]) or lora_a.device != first.device:
+            raise ValueError(
+                f"LoRAStack: expected slice {s} of {name} of (K, N) = ({first.shape[1]}, {slices[s]}) on "
+                f"{first.device}, got ({lora_a.shape[1]}, {lora_b.shape[0]}) on {lora_a.device}"
+            )
+    with_magnitude = sum(magnitude is not None for _, (*_, magnitude) in there)
+    if with_magnitude not in (0, len(slices)):
+        raise ValueError(f"LoRAStack: expected a magnitude in every slice of {name}, or in none")
+    rank = max(part[0].shape[0] for _, part in there)
+    of_a: list[Tensor] = []
+    of_b: list[Tensor] = []
+    for part, width in zip(given, slices, strict=True):
+        lora_a, lora_b = part[:2] if part else (first.new_zeros(0, first.shape[1]), first.new_zeros(width, 0))
+        missing = rank - lora_a.shape[0]
+        of_a.append(torch.nn.functional.pad(lora_a, (0, 0, 0, missing)))
+        of_b.append(torch.nn.functional.pad(lora_b.T, (0, 0, 0, missing)))
+    own = tuple((0, 0.0) if part is None else (part[0].shape[0], part[2]) for part in given)
+    magnitude = torch.cat([part[3] for _, part in there if part[3] is not None]) if with_magnitude else None
+    return _Given(torch.stack(of_a), torch.cat(of_b, dim=1), Place(0, rank, there[0][1][2], slices=own), magnitude)
+
+
+def _checked_factors(
     name: str, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
     tensors = [("lora_a", lora_a), ("lora_b", lora_b), *([] if magnitude is None else [("magnitude", magnitude)])]
@@ -312,4 +421,6 @@ def _checked(
         )
     if not math.isfinite(scaling):
         raise ValueError(f"LoRAStack: expected a finite scaling of {name}, got {scaling}")
+    if lora_b.device != lora_a.device:
+        raise ValueError(f"LoRAStack: expected lora_b of {name} on {lora_a.device} like lora_a, got {lora_b.device}")
     return lora_a, lora_b, float(scaling), magnitude

@@ -85,6 +85,13 @@ def _plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tenso
     return functional.multi_lora_linear(x, weight, LoRAStack(lora_a, lora_b, _PLACES), ids)
 
 
+def _sliced(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+    """Two slices of 24 and 16 columns; of the second, the second adapter has nothing."""
+    places = [p._replace(slices=((p.rank, 1.0), (p.rank * (i != 1), 0.5))) for i, p in enumerate(_PLACES)]
+    stack = LoRAStack(torch.stack([lora_a, lora_a + 1]), lora_b, places, slices=(24, 16))
+    return functional.multi_lora_linear(x, weight, stack, ids)
+
+
 def _with_everything(
     x: Tensor,
     weight: Tensor,
@@ -111,6 +118,7 @@ FAMILY = OpFamily(
     },
     traced=(
         Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
+        Traced("slices", _sliced, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
         Traced("a DoRA adapter, bias, dropout each", _with_everything, _traced_tensors(_BF16, _F32)),  # type: ignore[arg-type]
     ),
 )

@@ -91,10 +91,10 @@ def _multi_lora_down_kernel(
 def _multi_lora_up_kernel(
     y_ptr, p_ptr, factor_ptr, table_ptr, scalings_ptr, order_ptr, tiles_ptr, weights_ptr,
     threshold_ptr, keep_scale_ptr, seed_ptr, scale_ptr, bias_ptr, out_ptr,
-    M, C, max_rank, splits, stride_fr,
+    M, C, max_rank, splits, stride_ym, stride_fr, stride_scale, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[m] += drop'(s w P[m] factor[own rows]) in place, y (M, C) contiguous; P is the sum of its splits, in order.
+    """y[m] += drop'(s w P[m] factor[own rows]) in place, y (M, C); P is the sum of its splits, in order.
 
     With a scale (the DoRA adapters' g, a row of C each): y keeps that sum u, out = g ∘ u + bias, for every row of the
     batch; without an out, y becomes that. Grid: (tiles, cdiv(C, BLOCK_C)).
@@ -129,20 +129,22 @@ def _multi_lora_up_kernel(
         if seed_ptr is not None:
             threshold = tl.load(threshold_ptr + adapter, mask=there, other=0)
             acc = tl.where(dropout_keep_rows(tl.load(seed_ptr), rows, c0, threshold, BLOCK_C), acc, 0.0)
-        acc += _load_rows(y_ptr, rows, mask_rows, c0, C, C, BLOCK_C).to(tl.float32)
+        acc += _load_rows(y_ptr, rows, mask_rows, c0, C, stride_ym, BLOCK_C).to(tl.float32)
         target = y_ptr
+        stride = stride_ym
         if scale_ptr is not None:
             if out_ptr is not None:
-                _store_rows(y_ptr, acc, rows, mask_rows, c0, C, C, BLOCK_C)
+                _store_rows(y_ptr, acc, rows, mask_rows, c0, C, stride_ym, BLOCK_C)
                 target = out_ptr
+                stride = stride_om
             cols = c0 + tl.arange(0, BLOCK_C)
             dora = tl.load(table_ptr + 3 * adapter + 2, mask=there, other=-1)
             # Rows of LoRA adapters, and those without one, are not scaled.
             scaled = (cols < C) & (dora >= 0)
-            acc *= tl.load(scale_ptr + dora.to(tl.int64) * C + cols, mask=scaled, other=1.0)[None, :]
+            acc *= tl.load(scale_ptr + dora.to(tl.int64) * stride_scale + cols, mask=scaled, other=1.0)[None, :]
             if bias_ptr is not None:
                 acc += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        _store_rows(target, acc, rows, mask_rows, c0, C, C, BLOCK_C)
+        _store_rows(target, acc, rows, mask_rows, c0, C, stride, BLOCK_C)
 
 
 @triton.jit
@@ -233,8 +235,8 @@ def multi_lora_up_(
 ) -> None:  # fmt: skip
     """y += drop'(s w P factor), each row by its own adapter, in place; with ``column_scale`` see the kernel.
 
-    y (M, C) contiguous; p from :func:`multi_lora_down`; ``dtype``: what P and the factor are rounded to, y's unless y
-    is a wider sum.
+    y and out (M, C) with unit column stride; p from :func:`multi_lora_down`; ``dtype``: what P and the factor are
+    rounded to, y's unless y is a wider sum.
     """
     splits, M, max_rank = p.shape
     C = y.shape[1]
@@ -245,7 +247,8 @@ def multi_lora_up_(
     threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
     _multi_lora_up_kernel[(tiles.shape[0], triton.cdiv(C, t.BLOCK_C))](
         y, p, factor, table, scalings, order, tiles, weights, threshold, keep_scale, seed, column_scale, bias, out,
-        M, C, max_rank, splits, factor.stride(0),
+        M, C, max_rank, splits, y.stride(0), factor.stride(0),
+        0 if column_scale is None else column_scale.stride(0), 0 if out is None else out.stride(0),
         BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, DTYPE=_TRITON[dtype], PRECISION=_precision(dtype),
         **t.options,
     )  # fmt: skip

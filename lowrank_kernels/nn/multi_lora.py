@@ -84,7 +84,7 @@ class MultiLoRALinear(nn.Module):
 
     Parameters: ``base_layer.weight`` (N, K) and ``base_layer.bias`` (N,), the wrapped layer's own, frozen and not
     copied; ``lora_A`` (ΣR, K) and ``lora_B`` (ΣR, N), the adapters one after another along the rank; with DoRA
-    adapters ``lora_magnitude`` (D, N).
+    adapters ``lora_magnitude`` (D, N). With slices ``lora_A`` is (S, ΣR, K); see ``lk.LoRAStack``.
 
     Args:
         base_layer: a plain nn.Linear of a float dtype.
@@ -121,6 +121,7 @@ class MultiLoRALinear(nn.Module):
             )
         self.dropout = tuple(float(p) for p in each)
         self.places = stack.places
+        self.slices = stack.slices if stack.is_sliced else None
         self.merged_adapter: int | None = None
         self.weight_shared_with: tuple[str, ...] = ()
         self._unmerged: Tensor | None = None
@@ -144,29 +145,46 @@ class MultiLoRALinear(nn.Module):
         dropout: float | Sequence[float] = 0.0,
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
+        slices: Sequence[int] | None = None,
     ) -> MultiLoRALinear:
-        """Wrap ``linear`` with a fresh adapter of each rank; settings as of ``LoRALinear``, for all adapters alike."""
+        """Wrap ``linear`` with a fresh adapter of each rank; settings as of ``LoRALinear``, for all adapters alike.
+
+        ``slices``: widths of the projections that the linear is made of (Q, K, V; gate, up). An adapter then has
+        factors of that rank for each of them.
+        """
         weight = linear.weight
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        widths = (linear.out_features,) if slices is None else tuple(slices)
+        if sum(widths) != linear.out_features:
+            raise ValueError(f"MultiLoRALinear: expected slices that add up to N = {linear.out_features}, got {widths}")
         adapters: list[Any] = []
         for r in ranks:
             check_lora_settings("MultiLoRALinear", r=r, alpha=alpha, dropout=0.0, train="both", dtype=dtype)
-            lora_a = torch.empty(r, linear.in_features, dtype=dtype, device=weight.device)
-            lora_b = torch.empty(linear.out_features, r, dtype=dtype, device=weight.device)
-            init_factors_(lora_a, lora_b, init, sampled="a")
-            adapters.append((lora_a, lora_b, alpha / (math.sqrt(r) if rslora else r)))
+            adapters.append([])
+            for n in widths:
+                lora_a = torch.empty(r, linear.in_features, dtype=dtype, device=weight.device)
+                lora_b = torch.empty(n, r, dtype=dtype, device=weight.device)
+                init_factors_(lora_a, lora_b, init, sampled="a")
+                adapters[-1].append((lora_a, lora_b, alpha / (math.sqrt(r) if rslora else r)))
         if dora:
-            ones = torch.ones(linear.out_features, dtype=dtype, device=weight.device)
-            norm, _ = stack_column_scale(weight.detach(), LoRAStack.from_factors((*a, ones) for a in adapters))
-            adapters = [(*a, n.to(dtype)) for a, n in zip(adapters, norm, strict=True)]
-        return cls(linear, LoRAStack.from_factors(adapters), dropout=dropout)
+            ones = [torch.ones(n, dtype=dtype, device=weight.device) for n in widths]
+            plain = [[(*part, one) for part, one in zip(parts, ones, strict=True)] for parts in adapters]
+            norm, _ = stack_column_scale(weight.detach(), LoRAStack.from_factors(plain, slices=widths))
+            adapters = [
+                [(*part, m) for part, m in zip(parts, of_one.to(dtype).split(widths), strict=True)]
+                for parts, of_one in zip(adapters, norm, strict=True)
+            ]
+        if slices is None:
+            adapters = [parts[0] for parts in adapters]
+        return cls(linear, LoRAStack.from_factors(adapters, slices=slices), dropout=dropout)
 
     @property
     def stack(self) -> LoRAStack:
         """The adapters, sharing the parameters."""
         return LoRAStack(
-            self.lora_A, self.lora_B, self.places, self.lora_magnitude, table_and_scalings=(self.table, self.scalings)
-        )
+            self.lora_A, self.lora_B, self.places, self.lora_magnitude,
+            slices=self.slices, table_and_scalings=(self.table, self.scalings),
+        )  # fmt: skip
 
     @property
     def weight(self) -> Tensor:
@@ -212,14 +230,21 @@ class MultiLoRALinear(nn.Module):
                 f"MultiLoRALinear.merge_: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
-        lora_a, lora_b, scaling, magnitude = self.stack.factors(adapter)
-        weight = self.base_layer.weight
+        stack, weight = self.stack, self.base_layer.weight
         kept = weight.detach().clone()
-        if magnitude is None:
-            merge_lora_(weight, lora_a, lora_b, scaling=scaling)
-        else:
-            _, scale = stack_column_scale(kept, self.stack)
-            merge_dora_(weight, lora_a, lora_b, scale[self.places[adapter].magnitude], scaling=scaling)
+        row = self.places[adapter].magnitude
+        scale = None if row < 0 else stack_column_scale(kept, stack)[1][row]
+        try:
+            for s in range(len(stack.slices)):
+                lora_a, lora_b, scaling, _ = stack.factors(adapter, s)
+                own = stack.columns(s)
+                if scale is not None:
+                    merge_dora_(weight[own], lora_a, lora_b, scale[own], scaling=scaling)
+                elif lora_a.shape[0]:
+                    merge_lora_(weight[own], lora_a, lora_b, scaling=scaling)
+        except ValueError:
+            weight.copy_(kept)
+            raise
         self._unmerged, self.merged_adapter = kept, adapter
         return self
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .batch_plan import check_range
 from .library import define, no_double_backward, register_autocast
 from .lora import own_product, unit_columns
 
-_STACK = "Tensor table, Tensor scalings, int max_rank"
+_STACK = "Tensor table, Tensor scalings, int max_rank, int[]? slices"
 _PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
 _OPTIONS = "Tensor? norm, Tensor? column_scale, Tensor? dropout_p, Tensor? dropout_seed"
 _FORWARD = (
@@ -48,9 +50,9 @@ def check_multi_lora_linear(
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{op}: expected x of shape (..., K) = (..., {k}), got {tuple(x.shape)}")
-    if (lora_a.shape[1], lora_b.shape[1]) != (k, n):
+    if (lora_a.shape[-1], lora_b.shape[1]) != (k, n):
         raise ValueError(
-            f"{op}: expected a stack for (K, N) = ({k}, {n}), got one for ({lora_a.shape[1]}, {lora_b.shape[1]})"
+            f"{op}: expected a stack for (K, N) = ({k}, {n}), got one for ({lora_a.shape[-1]}, {lora_b.shape[1]})"
         )
     rows = x.shape[:-1].numel()
     if adapter_ids.shape[0] != rows:
@@ -105,13 +107,40 @@ def _summed(parts: Tensor) -> Tensor:
     return parts if parts.dim() == 2 else parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
+class _Slice(NamedTuple):
+    """A slice of the outputs, as the kernels see it: a linear of its own, with the same rows and ids."""
+
+    columns: slice | None  # None: all of them
+    lora_a: Tensor
+    lora_b: Tensor
+    table: Tensor
+    scalings: Tensor
+
+    def of(self, t: Tensor | None) -> Any:
+        """Its columns of a tensor (..., N)."""
+        return t if t is None or self.columns is None else t[..., self.columns]
+
+
+def _slices_of(
+    lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, slices: Sequence[int] | None
+) -> list[_Slice]:
+    if slices is None:
+        return [_Slice(None, unit_columns(lora_a), unit_columns(lora_b), table, scalings)]
+    lora_a, lora_b, found, begin = lora_a.contiguous(), unit_columns(lora_b), [], 0
+    for s, width in enumerate(slices):
+        columns = slice(begin, begin + width)
+        found.append(_Slice(columns, lora_a[s], lora_b[:, columns], table[s], scalings[s]))
+        begin += width
+    return found
+
+
 def _column(weights: Tensor | None, j: int) -> Tensor | None:
     return None if weights is None else weights[:, j].contiguous()
 
 
 def _forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
-    table: Tensor, scalings: Tensor, max_rank: int,
+    table: Tensor, scalings: Tensor, max_rank: int, slices: Sequence[int] | None,
     adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
     norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
     save_p: bool, save_u: bool, backend: str,
@@ -121,36 +150,38 @@ def _forward(
     if name == "reference":
         y, p, u = multi_lora_linear_ref(
             x2, weight, lora_a, lora_b, table, scalings, adapter_ids, bias,
-            weights=weights, column_scale=column_scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            slices=slices, weights=weights, column_scale=column_scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
         p = torch.nn.functional.pad(p, (0, max_rank - p.shape[-1]))
     else:
-        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        x2, parts = unit_columns(x2), _slices_of(lora_a, lora_b, table, scalings, slices)
         own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
         if name == "cpu" and own_product(x2, weight):
             u = torch.ops.lowrank_kernels.frozen_linear(x2, weight, own)
         else:
             u = torch.nn.functional.linear(x2, weight, own)
         if order is None or tiles is None:
-            _add_unplanned(u, x2, lora_a, lora_b, table, scalings, adapter_ids)
+            for part in parts:
+                _add_unplanned(part, u, x2, adapter_ids)
             return u.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0), x.new_empty(0)
         y = torch.empty_like(u) if save_u else u
-        p = x.new_empty(order.shape[0], x2.shape[0], max_rank) if save_p else x.new_empty(0)
+        p = x.new_empty(order.shape[0] * len(parts), x2.shape[0], max_rank) if save_p else x.new_empty(0)
         if max_rank:
             kernels = _kernels(name)
             # Several corrections are added up in float32, so that the sum is rounded once.
             total = u.float() if order.shape[0] > 1 else u
             rounding = {} if name == "cpu" else {"dtype": x.dtype}
-            for j in range(order.shape[0]):
-                parts = kernels.multi_lora_down(
-                    x2, lora_a, table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
+            for i, (j, part) in enumerate(itertools.product(range(order.shape[0]), parts)):
+                down = kernels.multi_lora_down(
+                    x2, part.lora_a, part.table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
                 )
                 kernels.multi_lora_up_(
-                    total, parts, lora_b, table, scalings, order[j], tiles[j], _column(weights, j), None, None,
-                    column_scale, bias if column_scale is not None else None, y if save_u else None, **rounding,
+                    part.of(total), down, part.lora_b, part.table, part.scalings, order[j], tiles[j],
+                    _column(weights, j), None, None, part.of(column_scale),
+                    part.of(bias) if column_scale is not None else None, part.of(y) if save_u else None, **rounding,
                 )  # fmt: skip
                 if save_p:
-                    p[j] = _summed(parts)
+                    p[i] = _summed(down)
             if total is not u:
                 y = total.to(x.dtype)
     return (
@@ -165,20 +196,20 @@ def may_stay_unplanned(x: Tensor, adapter_ids: Tensor, backend: str) -> bool:
     return adapter_ids.shape[1] == 1 and resolve_backend("multi_lora_linear", backend, x) == "cpu"
 
 
-def _add_unplanned(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, adapter_ids: Tensor
-) -> None:
+def _add_unplanned(part: _Slice, y: Tensor, x: Tensor, adapter_ids: Tensor) -> None:
     """y += s P Bᵀ in one call of the extension, from ids to sum."""
     try:
-        torch.ops.lowrank_kernels.multi_lora_add_(y, x, lora_a, lora_b, table, scalings, adapter_ids)
+        torch.ops.lowrank_kernels.multi_lora_add_(
+            part.of(y), x, part.lora_a, part.lora_b, part.table, part.scalings, adapter_ids
+        )
     except RuntimeError:
-        check_range(adapter_ids, len(table))
+        check_range(adapter_ids, len(part.table))
         raise
 
 
 def _backward(
     grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, p: Tensor | None,
-    u: Tensor | None, table: Tensor, scalings: Tensor, max_rank: int,
+    u: Tensor | None, table: Tensor, scalings: Tensor, max_rank: int, slices: Sequence[int] | None,
     adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
     norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
     needs: Needs, backend: str,
@@ -190,7 +221,7 @@ def _backward(
     if name == "reference":
         grads: tuple[Tensor | None, ...] = multi_lora_linear_backward_ref(
             dy, x2, weight, lora_a, lora_b, table, scalings, adapter_ids, p,
-            weights=weights, column_scale=column_scale, norm=norm, u=u,
+            slices=slices, weights=weights, column_scale=column_scale, norm=norm, u=u,
             dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
         )  # fmt: skip
     else:
@@ -199,38 +230,41 @@ def _backward(
         if column_scale is not None:
             du, grad_m = _dora_gradients(dy, u if need_m else None, table, adapter_ids, norm, column_scale)
         grad_x = du @ weight if need_x else None
+        parts = _slices_of(lora_a, lora_b, table, scalings, slices)
+        choices = range(order.shape[0] if max_rank and dy.shape[0] else 0)
+        # What several corrections add up to is added up in float32, so that it is rounded once.
         several = order.shape[0] > 1
-        total = grad_x.float() if grad_x is not None and several else grad_x
-        grad_a = torch.zeros_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
-        grad_b = torch.zeros_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
-        lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
-        for j in range(order.shape[0] if max_rank and dy.shape[0] else 0):
-            kernels, w = _kernels(name), _column(weights, j)
-            parts = None
+        total = grad_x.float() if grad_x is not None and len(parts) * len(choices) > 1 else grad_x
+        dtype_a, dtype_b = (torch.float32 if several else t.dtype for t in (lora_a, lora_b))
+        of_a: list[Tensor | None] = [None] * len(parts)
+        of_b: list[Tensor | None] = [None] * len(parts)
+        kernels = _kernels(name)
+        for i, (j, (s, part)) in enumerate(itertools.product(choices, enumerate(parts))):
+            w, du_s, down = _column(weights, j), part.of(du), None
             if need_x or need_a:
-                parts = kernels.multi_lora_down(du, lora_b, table, max_rank, order[j], tiles[j], None, None)
+                down = kernels.multi_lora_down(du_s, part.lora_b, part.table, max_rank, order[j], tiles[j], None, None)
             if total is not None:
                 rounding = {} if name == "cpu" else {"dtype": dy.dtype}
                 kernels.multi_lora_up_(
-                    total, parts, lora_a, table, scalings, order[j], tiles[j], w, dropout_p, dropout_seed,
-                    None, None, None, **rounding,
+                    total, down, part.lora_a, part.table, part.scalings, order[j], tiles[j], w, dropout_p,
+                    dropout_seed, None, None, None, **rounding,
                 )  # fmt: skip
-            if grad_a is not None:
-                assert parts is not None and x2 is not None
-                grad_a = _plus(grad_a, several, kernels.multi_lora_grad(
-                    x2, _summed(parts), table, scalings, order[j], bounds[j], w, dropout_p, dropout_seed,
-                    lora_a.shape[0], torch.float32 if several else lora_a.dtype,
-                ))  # fmt: skip
-            if grad_b is not None:
+            if need_a:
+                assert down is not None and x2 is not None
+                more = kernels.multi_lora_grad(
+                    x2, _summed(down), part.table, part.scalings, order[j], bounds[j], w, dropout_p, dropout_seed,
+                    lora_b.shape[0], dtype_a,
+                )  # fmt: skip
+                of_a[s] = _plus(of_a[s], more)
+            if need_b:
                 assert p is not None
-                grad_b = _plus(grad_b, several, kernels.multi_lora_grad(
-                    du, p[j], table, scalings, order[j], bounds[j], w, None, None,
-                    lora_b.shape[0], torch.float32 if several else lora_b.dtype,
-                ))  # fmt: skip
-        if several:
-            grad_x = None if total is None else total.to(dy.dtype)
-            grad_a = None if grad_a is None else grad_a.to(lora_a.dtype)
-            grad_b = None if grad_b is None else grad_b.to(lora_b.dtype)
+                more = kernels.multi_lora_grad(
+                    du_s, p[i], part.table, part.scalings, order[j], bounds[j], w, None, None, lora_b.shape[0], dtype_b
+                )
+                of_b[s] = _plus(of_b[s], more)
+        grad_x = None if total is None else total.to(dy.dtype)
+        grad_a = _joined(of_a, lora_a, slices is not None, torch.stack) if need_a else None
+        grad_b = _joined(of_b, lora_b, slices is not None, lambda of: torch.cat(of, dim=1)) if need_b else None
         grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
     grad_x = grads[0]
     if grad_x is not None:
@@ -238,9 +272,17 @@ def _backward(
     return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
 
 
-def _plus(total: Tensor, several: bool, more: Tensor) -> Tensor:
-    """What a choice of adapters adds to a gradient: the whole of it where there is one choice."""
-    return total + more if several else more
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+def _joined(
+    of_slices: list[Tensor | None], factor: Tensor, sliced: bool, join: Callable[[list[Any]], Tensor]
+) -> Tensor:
+    """The slices' gradients as the factor's own; zero where nothing was added up."""
+    if of_slices[0] is None:
+        return torch.zeros_like(factor, memory_format=torch.contiguous_format)
+    return (join(of_slices) if sliced else of_slices[0]).to(factor.dtype)
 
 
 def _dora_gradients(
@@ -251,7 +293,7 @@ def _dora_gradients(
     The sums are a product with the 0/1 matrix of which row is whose: in a fixed order, and without synchronising.
     """
     ids = adapter_ids[:, 0]
-    dora = torch.where(ids < 0, -1, table[ids.clamp(min=0), 2])
+    dora = torch.where(ids < 0, -1, table.reshape(-1, 3)[ids.clamp(min=0), 2])  # the same in every slice
     scale = torch.cat([column_scale, torch.ones_like(column_scale[:1])])[torch.where(dora < 0, len(column_scale), dora)]
     du = (dy * scale).to(dy.dtype)
     if u is None:
@@ -266,20 +308,20 @@ def _dora_gradients(
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
-    x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, adapter_ids, order, bounds, tiles, weights,
-    norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend,
+    x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, slices, adapter_ids, order, bounds, tiles,
+    weights, norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend,
 ):  # fmt: skip
     rows, n = x.numel() // x.shape[-1], weight.shape[0]
     return (
         x.new_empty(*x.shape[:-1], n),
-        x.new_empty(order.shape[0], rows, max_rank) if save_p else x.new_empty(0),
+        x.new_empty(order.shape[0] * len(slices or (0,)), rows, max_rank) if save_p else x.new_empty(0),
         x.new_empty(rows, n) if save_u else x.new_empty(0),
     )
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, max_rank, adapter_ids, order, bounds, tiles, weights,
-    norm, column_scale, dropout_p, dropout_seed, needs, backend,
+    grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, max_rank, slices, adapter_ids, order, bounds, tiles,
+    weights, norm, column_scale, dropout_p, dropout_seed, needs, backend,
 ):  # fmt: skip
     n, k = weight.shape
     shapes = (
@@ -291,7 +333,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, ids, order, bounds, tiles, weights,
+    (x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, slices, ids, order, bounds, tiles, weights,
      norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend) = inputs  # fmt: skip
     _, p, u = output
     ctx.mark_non_differentiable(p, u)
@@ -300,26 +342,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         x if lora_a.requires_grad else None, weight, lora_a, lora_b, p if save_p else None, u if save_u else None,
         table, scalings, ids, order, bounds, tiles, weights, norm, column_scale, dropout_p, dropout_seed,
     )  # fmt: skip
-    ctx.max_rank, ctx.backend = max_rank, backend
+    ctx.max_rank, ctx.slices, ctx.backend = max_rank, slices, backend
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.magnitude_dtype = None if magnitude is None else magnitude.dtype
 
 
 def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 21
+        return (None,) * 22
     x, weight, lora_a, lora_b, p, u, table, scalings, *rest = ctx.saved_tensors
     need_x, _, need_a, need_b, need_m, need_bias = ctx.needs_input_grad[:6]
     needs = (need_x, need_a, need_b, need_m, need_bias)
     grads = _call_backward(
-        grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, ctx.max_rank, *rest, needs, ctx.backend,
+        grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, ctx.max_rank, ctx.slices, *rest, needs, ctx.backend
     )  # fmt: skip
     grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     if grad_m is not None:
         grad_m = grad_m.to(ctx.magnitude_dtype)
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, grad_a, grad_b, grad_m, grad_bias, *(None,) * 15
+    return grad_x, None, grad_a, grad_b, grad_m, grad_bias, *(None,) * 16
 
 
 def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:

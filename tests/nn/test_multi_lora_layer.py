@@ -12,9 +12,9 @@ from lowrank_kernels.nn import MultiLoRALinear, use_adapters
 K, N = 24, 18
 
 
-def make_layer(ranks=(4, 2, 7), dora=False, dtype=torch.float32, **settings):
+def make_layer(ranks=(4, 2, 7), dora=False, dtype=torch.float32, n=N, **settings):
     torch.manual_seed(0)
-    layer = MultiLoRALinear.from_linear(nn.Linear(K, N, dtype=dtype), ranks, dora=dora, **settings)
+    layer = MultiLoRALinear.from_linear(nn.Linear(K, n, dtype=dtype), ranks, dora=dora, **settings)
     with torch.no_grad():
         layer.lora_B.copy_(torch.randn_like(layer.lora_B))
     return layer
@@ -47,6 +47,37 @@ def test_each_row_is_what_its_adapter_alone_gives(dora):
                 alone.lora_magnitude_vector.copy_(m)
         torch.testing.assert_close(y[ids == i], alone(x)[ids == i], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y[ids == -1], layer.base_layer(x[ids == -1]))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_slices_are_linears_of_their_own(dora):
+    """One layer over Q, K and V, against three layers over its rows; and each adapter merged."""
+    slices = (8, 4, 6)
+    fused, x = make_layer((3, 5), dora=dora, slices=slices), torch.randn(6, K)
+    ids, parts, begin = torch.tensor([0, 1, -1, 1, 0, 0]), [], 0
+    assert fused.lora_A.shape == (3, 8, K) and fused.lora_B.shape == (8, N)
+    for s, width in enumerate(slices):
+        alone, own = make_layer((3, 5), dora=dora, n=width), slice(begin, begin + width)
+        alone.base_layer.weight.copy_(fused.weight[own])
+        alone.base_layer.bias.copy_(fused.bias[own])
+        with torch.no_grad():
+            alone.lora_A.copy_(fused.lora_A[s])
+            alone.lora_B.copy_(fused.lora_B[:, own])
+            if dora:
+                alone.lora_magnitude.copy_(fused.lora_magnitude[:, own])
+        parts.append(alone(x, ids))
+        begin += width
+    y = fused(x, ids)
+    torch.testing.assert_close(y, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-5)
+    fused.merge_(1)
+    torch.testing.assert_close(fused(x)[ids == 1], y[ids == 1], rtol=1e-4, atol=1e-4)
+    fused.unmerge_()
+    with torch.no_grad():
+        fused.lora_B[4, -1] = torch.nan  # in the last slice: the first ones are merged before it is seen
+    before = fused.weight.clone()
+    with pytest.raises(ValueError, match="expected finite factors"):
+        fused.merge_(1)
+    assert torch.equal(fused.weight, before) and not fused.merged
 
 
 def test_ids_of_the_context():
@@ -116,6 +147,8 @@ def test_bad_settings():
         MultiLoRALinear(linear, lk.LoRAStack.empty(K, N + 1))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected 0 <= dropout < 1"):
         MultiLoRALinear.from_linear(linear, (2, 3), dropout=(0.1,))
+    with pytest.raises(ValueError, match=r"MultiLoRALinear: expected slices that add up to N = 18, got \(8, 9\)"):
+        MultiLoRALinear.from_linear(linear, (2, 3), slices=(8, 9))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected r to be an integer"):
         MultiLoRALinear.from_linear(linear, (2, 0))
     with pytest.raises(TypeError, match=r"cannot be wrapped: not an nn\.Linear"):

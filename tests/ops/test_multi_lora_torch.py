@@ -128,7 +128,7 @@ def test_opcheck(backend, dora):
     stack, plan = make_stack(dora=dora, grad=True), lk.plan_batch(population("mixed", 10, 3), 3)
     norm, scale = lk.stack_column_scale(weight, stack) if dora else (None, None)
     p, seed = torch.tensor([0.0, 0.25, 0.5], dtype=torch.float64), torch.tensor(3)
-    tail = (stack.table, stack.scalings, 7, *plan, None, norm, scale, p, seed)
+    tail = (stack.table, stack.scalings, 7, None, *plan, None, norm, scale, p, seed)
     forward = torch.ops.lowrank_kernels.multi_lora_linear.default
     factors = x, weight, stack.lora_a, stack.lora_b
     torch.library.opcheck(forward, (*factors, stack.magnitude, torch.randn(N), *tail, True, bool(dora), backend))

@@ -157,3 +157,82 @@ def test_training_factors_do_not_move():
     for change in (lambda: stack.add(*adapter(1)), lambda: stack.remove(0), stack.compact, lambda: stack.reserve(9)):
         with pytest.raises(RuntimeError, match="expected factors that do not train"):
             change()
+
+
+# ----------------------------------------------------------------------------------------------------------- slices
+
+SLICES = (10, 5, 3)
+
+
+def sliced(*ranks, seed=0, dora=False):
+    """An adapter of Q, K and V; rank 0: none there."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for s, (rank, width) in enumerate(zip(ranks, SLICES, strict=True)):
+        factors = torch.randn(rank, K, generator=generator), torch.randn(width, rank, generator=generator)
+        magnitude = (torch.rand(width, generator=generator),) if dora else ()
+        parts.append((*factors, 0.5 + s, *magnitude) if rank else None)
+    return parts
+
+
+def holds_slices(stack, i, given):
+    for s, part in enumerate(given):
+        lora_a, lora_b, scaling, magnitude = stack.factors(i, s)
+        place = stack.places[i]
+        if part is None:
+            assert lora_a.shape == (0, K) and stack.table[s, i].tolist() == [place.start, 0, -1]
+            continue
+        assert torch.equal(lora_a, part[0]) and torch.equal(lora_b, part[1]) and scaling == part[2]
+        assert magnitude is None if len(part) == 3 else torch.equal(magnitude, part[3])
+        assert stack.table[s, i].tolist() == [place.start, part[0].shape[0], place.magnitude]
+        assert float(stack.scalings[s, i]) == scaling
+
+
+def test_slices_take_their_own_columns():
+    given = [sliced(4, 4, 4), sliced(2, 0, 7, seed=1), sliced(3, 1, 3, seed=2, dora=True)]
+    stack = lk.LoRAStack.from_factors(given, slices=SLICES)
+    assert stack.lora_a.shape == (3, 14, K) and stack.lora_b.shape == (14, N) and stack.ranks == (4, 7, 3)
+    for i, factors in enumerate(given):
+        holds_slices(stack, i, factors)
+    assert "slices=(10, 5, 3)" in repr(stack) and stack.to(dtype=torch.bfloat16).slices == SLICES
+
+
+def test_sliced_adapters_come_and_go():
+    stack = lk.LoRAStack.empty(K, N, slices=SLICES)
+    given = [sliced(4, 4, 4), sliced(8, 0, 7, seed=1), sliced(2, 1, 2, seed=2, dora=True)]
+    for factors in given:
+        stack.add_sliced(factors)
+    before = stack.snapshot()
+    stack.remove(1)
+    stack.compact()
+    assert stack.lora_b.shape[0] == 6 and stack.add_sliced(given[1]) == 1
+    for i, factors in enumerate(given):
+        holds_slices(stack, i, factors)
+        holds_slices(before, i, factors)
+
+
+def test_gradients_reach_sliced_factors():
+    given = sliced(2, 0, 3)
+    for part in (given[0], given[2]):
+        part[0].requires_grad_()
+    stack = lk.LoRAStack.from_factors([given], slices=SLICES)
+    stack.lora_a.sum().backward()
+    assert torch.equal(given[0][0].grad, torch.ones(2, K)) and torch.equal(given[2][0].grad, torch.ones(3, K))
+
+
+def test_slices_that_do_not_fit():
+    for factors, message in (
+        (sliced(2, 2, 2)[:2], "expected 3 slices of adapter 0, factors or None each, got 2"),
+        (sliced(0, 0, 0), "expected factors in at least one slice of adapter 0"),
+        ([sliced(2, 2, 2)[0]] * 3, r"expected slice 1 of adapter 0 of \(K, N\) = \(24, 5\) on cpu, got \(24, 10\)"),
+        ([*sliced(2, 2, 2, dora=True)[:2], sliced(2, 2, 2)[2]], "expected a magnitude in every slice of adapter 0"),
+    ):
+        with pytest.raises(ValueError, match=f"LoRAStack: {message}"):
+            lk.LoRAStack.from_factors([factors], slices=SLICES)
+    stack = lk.LoRAStack.empty(K, N, slices=SLICES)
+    with pytest.raises(ValueError, match=r"LoRAStack\.add: expected a stack without slices; use add_sliced"):
+        stack.add(*adapter(3))
+    with pytest.raises(ValueError, match=r"LoRAStack\.add_sliced: expected a stack with slices; use add"):
+        lk.LoRAStack.empty(K, N).add_sliced(sliced(1, 1, 1))
+    with pytest.raises(ValueError, match=r"LoRAStack\.empty: expected slices that add up to N = 18"):
+        lk.LoRAStack.empty(K, N, slices=(10, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def eager_multi_lora_linear(
     base = x @ weight.T
     y = base
     for j in range(ids.shape[1]):
-        for i, (start, rank, scaling, dora) in enumerate(places):
+        for i, (start, rank, scaling, dora, _) in enumerate(places):
             mine = (ids[:, j] == i)[:, None]
             a, b = (f[start : start + rank].to(x.dtype) for f in (lora_a, lora_b))
             dropped = x
@@ -91,6 +92,55 @@ def multi_lora_problem(
     return Problem(f"multi_lora: {name}", tensors, run, eager)
 
 
+def eager_sliced(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None = None,
+    magnitude: Tensor | None = None, *, places: Sequence[Place], slices: Sequence[int], **settings: Any,
+) -> Tensor:  # fmt: skip
+    """Every slice as a linear of its own, with the rows of the weight and of everything else that are its own."""
+    parts, begin = [], 0
+    for s, width in enumerate(slices):
+        own = slice(begin, begin + width)
+        of_slice = [Place(p.start, *p.slices[s], p.magnitude) for p in places]
+        parts.append(eager_multi_lora_linear(
+            x, weight[own], lora_a[s], lora_b[:, own], adapter_ids, None if bias is None else bias[own],
+            None if magnitude is None else magnitude[:, own], places=of_slice, **settings,
+        ))  # fmt: skip
+        begin += width
+    return torch.cat(parts, dim=1)
+
+
+def sliced_problem(
+    name: str, ids: Tensor, K: int, slices: Sequence[int], ranks: Sequence[Sequence[int]], dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None, **settings: Any,
+) -> Problem:  # fmt: skip
+    """``ranks``: an adapter's in each slice, 0 for none."""
+    dropout_p = settings.get("dropout_p", 0.0)
+    plain = multi_lora_problem(name, ids, K, sum(slices), [max(r) for r in ranks], dtype, factor_dtype, **settings)
+    tensors = dict(plain.tensors)
+    generator = torch.Generator().manual_seed(7)
+    total = tensors["lora_b"].shape[0]
+    more = K**-0.5 * torch.randn(len(slices), total, K, generator=generator)
+    tensors["lora_a"] = more.to(tensors["lora_a"].dtype).requires_grad_()
+    places, start, dora = [], 0, settings.get("dora", ())
+    for i, each in enumerate(ranks):
+        of_slices = tuple((r, 0.5 + 0.25 * ((i + s) % 4) if r else 0.0) for s, r in enumerate(each))
+        row = list(dora).index(i) if i in dora else -1
+        places.append(Place(start, max(each), of_slices[0][1], row, of_slices))
+        start += max(each)
+
+    def run(t: dict[str, Tensor], backend: str) -> Tensor:
+        stack = lk.LoRAStack(t["lora_a"], t["lora_b"], places, t.get("magnitude"), slices=slices)
+        return lk.multi_lora_linear(
+            t["x"], t["weight"], stack, t["adapter_ids"], t.get("bias"),
+            dropout_p=dropout_p, dropout_seed=SEED, backend=backend,
+        )  # fmt: skip
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return eager_sliced(**t, places=places, slices=slices, dropout_p=dropout_p)
+
+    return Problem(f"multi_lora: {name}", tensors, run, eager)
+
+
 def population(name: str, rows: int, adapters: int, seed: int = 0) -> Tensor:
     """Punica's populations, and the batches without adapters: (rows,) ids, shuffled."""
     generator = torch.Generator().manual_seed(seed)
@@ -139,3 +189,11 @@ def problems() -> Iterator[Problem]:
     yield multi_lora_problem("dropout, float32", several, 67, 45, (4, 8, 3), F32, dropout_p=0.3, weighted=True)
     yield multi_lora_problem("one row", population("distinct", 1, 1), 136, 88, (16,), BF16)
     yield multi_lora_problem("no row", torch.zeros(0, dtype=torch.int64), 136, 88, (16, 3), BF16, bias=True)
+    qkv = {"K": 72, "slices": (40, 24, 24), "ranks": ((4, 4, 4), (3, 0, 9), (0, 16, 0))}
+    yield sliced_problem("slices", population("mixed", 40, 3), dtype=BF16, factor_dtype=F32, bias=True, **qkv)
+    yield sliced_problem("slices, dropout", population("mixed", 40, 3), dtype=F32, dropout_p=0.3, **qkv)
+    odd = {"K": 67, "slices": (33, 51), "ranks": ((5, 7), (1, 20), (2, 2))}
+    yield sliced_problem("slices, DoRA", population("mixed", 40, 3), dtype=F32, bias=True, dora=(0, 2), **odd)
+    yield sliced_problem(
+        "slices, several a row", several.clamp(max=1), dtype=F16, **(odd | {"ranks": ((5, 7), (1, 20))})
+    )
