@@ -42,6 +42,54 @@ class _Part(NamedTuple):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
 
+    def factors(self, device: torch.device) -> Any:
+        """As a stack takes them."""
+        lora_a, lora_b, scaling, magnitude, *_ = self
+        tensors = lora_a.to(device), lora_b.to(device), scaling
+        return tensors if magnitude is None else (*tensors, magnitude.to(device))
+
+    def split(self, widths: Sequence[int]) -> list[_Part]:
+        """The same as an adapter of each slice, A in every one of them."""
+        _, lora_b, scaling, *others = self
+        each = [[None] * len(widths) if t is None else t.split(list(widths)) for t in (lora_b, *others)]
+        return [_Part(self.lora_a, b, scaling, *rest) for b, *rest in zip(*each, strict=True)]
+
+
+class _SlicedPart(NamedTuple):
+    """An adapter on a linear that is several: a part of each slice, None for those that it leaves alone."""
+
+    parts: tuple[_Part | None, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        there = [part for part in self.parts if part is not None]
+        rank, lora_a = max(part.lora_a.shape[0] for part in there), there[0].lora_a  # what a stack gives every slice
+        factors = rank * (len(self.parts) * lora_a.shape[1] + sum(self.widths)) * lora_a.element_size()
+        return factors + sum(t.numel() * t.element_size() for part in there for t in part[3:] if t is not None)
+
+    def factors(self, device: torch.device) -> Any:
+        return [None if part is None else part.factors(device) for part in self.parts]
+
+    def _joined(self, key: str) -> Tensor | None:
+        of = [None if part is None else getattr(part, key) for part in self.parts]
+        first = next((t for t in of if t is not None), None)
+        if first is None:
+            return None
+        return torch.cat([first.new_zeros(n) if t is None else t for t, n in zip(of, self.widths, strict=True)])
+
+    @property
+    def norm(self) -> Tensor | None:
+        return self._joined("norm")
+
+    @property
+    def column_scale(self) -> Tensor | None:
+        return self._joined("column_scale")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._joined("bias")
+
 
 @dataclass
 class _Adapter:
@@ -50,7 +98,7 @@ class _Adapter:
     name: str
     folder: Path
     nbytes: int
-    parts: Mapping[str, _Part] | None  # the host's copy
+    parts: Mapping[str, _Part | _SlicedPart] | None  # the host's copy
     pinned: bool
     slot: int | None = None  # its id in every stack; None: evicted
     batches: int = 0  # that use it now
@@ -136,6 +184,9 @@ class AdapterBank:
             are evicted to stay within it, and come back when a batch names them.
         host_bytes: of copies on the host, from which evicted adapters come back; None: no limit. Beyond it the least
             recently used copies are dropped, and such an adapter is read from its folder again.
+        fused: linears that are several in one, by the last part of their path: the parts' names and widths in order,
+            ``{"qkv_proj": {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}}``. Adapters may then target the whole, or
+            parts by these names beside it, as if they were there; one base product serves both kinds.
 
     Adapters may be LoRA, rsLoRA and DoRA of any ranks, with rank and alpha patterns and lora_bias, on different linears
     each. A folder is checked whole before anything changes; see ``lk.load_adapter`` for what is refused, and how.
@@ -146,7 +197,14 @@ class AdapterBank:
     folder blocks no batch: only the copy of its factors into the stacks does.
     """
 
-    def __init__(self, model: nn.Module, budget_bytes: int | None = None, *, host_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget_bytes: int | None = None,
+        *,
+        host_bytes: int | None = None,
+        fused: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: expected model to be a torch.nn.Module, got {type(model).__name__}")
         for name, limit in (("budget_bytes", budget_bytes), ("host_bytes", host_bytes)):
@@ -156,6 +214,7 @@ class AdapterBank:
         # The module tree as adapters' settings name it; parameters and buffers are the model's own.
         kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._plain = copy.deepcopy(model, kept)
+        self._fused = {name: dict(parts) for name, parts in _fused_linears(self._plain, fused or {})}
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
         self._adapters: dict[str, _Adapter] = {}
@@ -311,7 +370,7 @@ class AdapterBank:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _read(self, folder: Path) -> dict[str, _Part]:
+    def _read(self, folder: Path) -> dict[str, _Part | _SlicedPart]:
         """An adapter's parts by linear, on the host: everything that can fail, before anything changes."""
         file = read_adapter(self._plain, folder)
         if file.config.bias != "none":
@@ -319,7 +378,19 @@ class AdapterBank:
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
                 f"a batch share; a bank cannot serve it"
             )
-        return {name: _part(name, linear, file) for name, linear in file.plan.targets.items()}
+        parts: dict[str, Any] = {name: _part(name, linear, file) for name, linear in file.plan.targets.items()}
+        for name, widths in self._fused.items():
+            whole, own = parts.pop(name, None), [parts.pop(part, None) for part in widths]
+            if whole is not None and any(own):
+                raise ValueError(f"load_adapter: {folder} targets {name} and parts of it at once")
+            own = own if whole is None else whole.split(tuple(widths.values()))
+            if any(own):
+                if any(part is not None and part.magnitude is not None for part in own):
+                    own = [
+                        part or _untouched(self._plain.get_submodule(n)) for n, part in zip(widths, own, strict=True)
+                    ]
+                parts[name] = _SlicedPart(tuple(own), tuple(widths.values()))
+        return parts
 
     # ---------------------------------------------------------------------------------------------- under the lock
 
@@ -338,7 +409,9 @@ class AdapterBank:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _bring_in(self, adapter: _Adapter, parts: Mapping[str, _Part], instead_of: _Adapter | None = None) -> None:
+    def _bring_in(
+        self, adapter: _Adapter, parts: Mapping[str, _Part | _SlicedPart], instead_of: _Adapter | None = None
+    ) -> None:
         """Give an adapter a slot and copy its parts into the stacks; evicts others for it. Raises before it changes."""
         self._make_room(adapter, instead_of)
         for name in parts:
@@ -356,17 +429,21 @@ class AdapterBank:
             raise
         self._publish(parts)
 
-    def _stack(self, name: str, part: _Part, slot: int) -> None:
-        weight, rank = self._wrapped[name].weight, part.lora_a.shape[0]
+    def _stack(self, name: str, part: _Part | _SlicedPart, slot: int) -> None:
+        weight, factors = self._wrapped[name].weight, part.factors(self._wrapped[name].weight.device)
+        slices = part.widths if isinstance(part, _SlicedPart) else None
         if name not in self._stacks:
             n, k = weight.shape
-            self._stacks[name] = LoRAStack.empty(k, n, dtype=weight.dtype, device=weight.device)
+            self._stacks[name] = LoRAStack.empty(k, n, slices=slices, dtype=weight.dtype, device=weight.device)
         stack = self._stacks[name]
-        rows = stack.lora_a.shape[0]
+        rank = max(each[0].shape[0] for each in (factors if slices else [factors]) if each is not None)
+        rows = stack.lora_b.shape[0]
         if rows - sum(stack.ranks) >= rank and stack.first_gap(rank) + rank > rows:
             stack.compact()  # makes new tensors: running batches keep theirs
-        magnitude = None if part.magnitude is None else part.magnitude.to(weight.device)
-        stack.add(part.lora_a.to(weight.device), part.lora_b.to(weight.device), part.scaling, magnitude, at=slot)
+        if slices:
+            stack.add_sliced(factors, at=slot)
+        else:
+            stack.add(*factors, at=slot)
 
     def _make_room(self, adapter: _Adapter, instead_of: _Adapter | None) -> None:
         """Evict the least recently used until ``adapter`` fits; nothing is evicted where it cannot."""
@@ -462,6 +539,48 @@ def _part(name: str, linear: nn.Linear, file: AdapterFile) -> _Part:
         linear.weight.detach(), lora_a.to(device), lora_b.to(device), magnitude.to(device), scaling=scaling
     )
     return part._replace(magnitude=magnitude.to(dtype), norm=norm.float().cpu(), column_scale=scale.float().cpu())
+
+
+def _untouched(linear: nn.Module) -> _Part:
+    """What leaves a slice as it is, beside DoRA's others: B = 0, and a scale of 1."""
+    weight: Any = linear.weight
+    n, k = weight.shape
+    ones = torch.ones(n)
+    return _Part(torch.zeros(1, k, dtype=weight.dtype), torch.zeros(n, 1, dtype=weight.dtype), 0.0,
+                 ones.to(weight.dtype), ones, ones)  # fmt: skip
+
+
+def _fused_linears(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """(path, (path, width) of each part) of the fused linears; the parts are put beside them, as views.
+
+    Raises:
+        ValueError: widths that do not add up, a name that nothing has, a part's name that something has.
+    """
+    found = []
+    for key, widths in fused.items():
+        paths = [path for path, module in model.named_modules()
+                 if path.rpartition(".")[2] == key and isinstance(module, nn.Linear)]  # fmt: skip
+        if not paths:
+            raise ValueError(f"AdapterBank: expected fused to name linears of the model, and {key!r} names none")
+        for path in paths:
+            parent, linear = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            if sum(widths.values()) != linear.out_features or any(hasattr(parent, name) for name in widths):
+                raise ValueError(
+                    f"AdapterBank: expected the parts of {path} to have names of their own and widths that add up to "
+                    f"{linear.out_features}, got {dict(widths)}"
+                )
+            begin, parts = 0, []
+            for name, width in widths.items():
+                part = nn.Linear(linear.in_features, width, linear.bias is not None, device="meta")
+                part.weight = nn.Parameter(linear.weight.detach()[begin : begin + width], requires_grad=False)
+                if linear.bias is not None:
+                    part.bias = nn.Parameter(linear.bias.detach()[begin : begin + width], requires_grad=False)
+                parent.add_module(name, part)
+                parts.append((f"{path.removesuffix(key)}{name}", width))
+                begin += width
+            found.append((path, parts))
+    return found
 
 
 __all__ = ["AdapterBank", "BankLinear"]

@@ -397,3 +397,73 @@ def test_an_adapter_of_more_layers_is_refused(bank, tmp_path):
     folder = write_adapter(tmp_path / "one", r=2, target_modules=["gate_proj"], layers_to_transform=[0])
     with pytest.raises(ValueError, match="layers_to_transform"):
         bank.load("one", folder)
+
+
+# ---------------------------------------------------------------------------------------------- several linears in one
+
+
+WIDTHS = {"q_proj": 12, "k_proj": 5, "v_proj": 7}
+
+
+class Attention(torch.nn.Module):
+    """Q, K and V as one linear, or apart with the same weights."""
+
+    def __init__(self, fused):
+        super().__init__()
+        torch.manual_seed(0)
+        whole = torch.nn.Linear(16, 24)
+        if fused:
+            self.qkv_proj = whole
+        else:
+            parts = zip(whole.weight.split((12, 5, 7)), whole.bias.split((12, 5, 7)), strict=True)
+            for (name, n), (weight, bias) in zip(WIDTHS.items(), parts, strict=True):
+                linear = torch.nn.Linear(16, n)
+                linear.weight.data, linear.bias.data = weight.detach().clone(), bias.detach().clone()
+                self.add_module(name, linear)
+
+    def forward(self, x):
+        linears = [self.qkv_proj] if hasattr(self, "qkv_proj") else [getattr(self, name) for name in WIDTHS]
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+@torch.no_grad()
+def test_adapters_of_the_whole_and_of_its_parts(tmp_path):
+    """In one batch, on one base product: adapters trained on the fused linear, and on Q, K and V apart."""
+    settings = {
+        "whole": (True, lk.LoRAConfig(r=3, target_modules=("qkv_proj",), lora_bias=True)),
+        "whole dora": (True, lk.DoRAConfig(r=2, target_modules=("qkv_proj",))),
+        "q and v": (False, lk.LoRAConfig(r=4, target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 6})),
+        "k dora": (False, lk.DoRAConfig(r=2, target_modules=("k_proj",))),
+        "all dora": (False, lk.DoRAConfig(r=2, target_modules=("q_proj", "k_proj", "v_proj"))),
+    }
+    alone, torch_model = {None: Attention(True)}, Attention(True)
+    for i, (name, (fused, config)) in enumerate(settings.items()):
+        torch.manual_seed(i)
+        alone[name] = Attention(fused)
+        lk.adapt(alone[name], config)
+        for key, p in alone[name].named_parameters():
+            if "lora_" in key:
+                p.add_(0.3 * torch.randn_like(p))
+        lk.save_adapter(alone[name], tmp_path / name)
+    names = [*settings, None, "q and v"]
+    x = torch.randn(len(names), 3, 16)
+    with AdapterBank(torch_model, fused={"qkv_proj": WIDTHS}) as bank:
+        for name in settings:
+            bank.load(name, tmp_path / name)
+        for _ in range(2):
+            with bank.batch(names):
+                y = bank.model(x)
+            for row, name in enumerate(names):
+                torch.testing.assert_close(y[row], alone[name].eval()(x[row]), rtol=1e-5, atol=1e-5, msg=str(name))
+            bank.unload("whole dora")  # a gap in the stack, filled again
+            bank.load("whole dora", tmp_path / "whole dora")
+        assert bank._adapters["q and v"].nbytes == 4 * 6 * (3 * 16 + 24)
+        assert bank._stacks["qkv_proj"].lora_b.shape == (3 + 2 + 6 + 2 + 2, 24)
+    assert isinstance(torch_model.qkv_proj, torch.nn.Linear) and not hasattr(torch_model, "q_proj")
+
+
+def test_parts_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="AdapterBank: expected fused to name linears of the model, and 'mlp' names"):
+        AdapterBank(Attention(True), fused={"mlp": {"gate": 1}})
+    with pytest.raises(ValueError, match=r"parts of qkv_proj to have names of their own and widths that add up to 24"):
+        AdapterBank(Attention(True), fused={"qkv_proj": {"q_proj": 12, "k_proj": 5}})
