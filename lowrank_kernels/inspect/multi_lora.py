@@ -10,7 +10,13 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import multi_lora as launchers
-from ..kernels.multi_lora_tiles import multi_lora_tiles, tile_capacity
+from ..kernels.multi_lora_tiles import (
+    choose_multi_strategy,
+    multi_lora_main_tiles,
+    multi_lora_seconds,
+    multi_lora_tiles,
+    tile_capacity,
+)
 from ..kernels.target import Target
 from ..stack import LoRAStack, Place
 from .registry import KernelWork, LaunchCase, OpFamily, Traced
@@ -22,7 +28,7 @@ _DTYPES = {"bf16": (_BF16, _BF16), "bf16/f32": (_BF16, _F32), "f32": (_F32, _F32
 def _case(
     M: int, R: int, dtypes: str, *, dora: bool = False, weighted: bool = False, dropout: bool = False
 ) -> LaunchCase:
-    """The three kernels on a batch of 64 adapters of rank R, as forward and backward launch them."""
+    """The kernels on a batch of 64 adapters of rank R, as forward and backward launch them."""
     dtype, factor_dtype = _DTYPES[dtypes]
 
     def run(target: Target) -> None:
@@ -41,6 +47,10 @@ def _case(
         down = launchers.multi_lora_down(x, factor, table, R, order, tiles, p, seed, choice)
         launchers.multi_lora_up_(
             x, down, factor, table, scalings, order, tiles, weights, p, seed, scale, bias, out, choice
+        )  # fmt: skip
+        launchers.multi_lora_linear_fwd(
+            x, empty(width, width), down, factor, table, scalings, empty(M, of=i32), weights, scale,
+            bias, empty(M, width), out, multi_lora_main_tiles(target, M, dtype),
         )  # fmt: skip
         grad = replace(choice, splits=1)
         launchers.multi_lora_grad(
@@ -61,6 +71,8 @@ def _cases() -> Iterator[LaunchCase]:
     yield _case(2048, 64, "bf16", dropout=True)
     yield _case(64, 16, "bf16", dora=True)
     yield _case(64, 16, "bf16", weighted=True)
+    yield _case(512, 16, "bf16", dora=True)
+    yield _case(512, 16, "bf16", weighted=True)
 
 
 _PLACES = (Place(0, 8, 2.0), Place(8, 3, 0.5), Place(11, 16, 1.0))
@@ -107,13 +119,27 @@ def _with_everything(
     return functional.multi_lora_linear(x, weight, stack, ids, bias, dropout_p=(0.0, 0.1, 0.2), dropout_seed=seed)
 
 
+def _choices(target: Target) -> Iterator[tuple[str, str]]:
+    K = N = 4096
+    for M, adapters in ((1, 1), (16, 16), (64, 64), (512, 8), (2048, 8)):
+        for R in (16, 64):
+            seconds = multi_lora_seconds(target, M, K, N, R, adapters, _BF16)
+            choice = choose_multi_strategy(target, M, K, N, R, adapters, _BF16)
+            words = ", ".join(f"{strategy} {1e6 * s:.0f} µs" for strategy, s in seconds.items())
+            yield f"M={M}, {adapters} adapters, K=N={K}, R={R}, bfloat16", f"{choice}: {words}"
+
+
 FAMILY = OpFamily(
     name="multi_lora",
     ops=("multi_lora_linear",),
     cases=_cases,
+    choices=_choices,
     work={
         "_multi_lora_down_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["max_rank"]),
         "_multi_lora_up_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["max_rank"], in_place=("y_ptr",)),
+        "_multi_lora_linear_fwd_kernel": KernelWork(
+            lambda a: 2.0 * a["M"] * a["N"] * (a["K"] + a["max_rank"]), main=True
+        ),
         "_multi_lora_grad_kernel": KernelWork(lambda a: 2.0 * a["big_ptr"].shape[0] * a["C"] * a["small_ptr"].shape[1]),
     },
     traced=(

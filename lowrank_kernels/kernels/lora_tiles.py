@@ -136,8 +136,11 @@ def fused_fits(M: int, R: int, dtype: torch.dtype, dropout: bool) -> bool:
     return R <= _FUSED_MAX_RANK and not dropout
 
 
-def _main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, widest: int) -> MainTiles:
-    """``widest``: columns of a large tile at most, for what else its program has to hold."""
+def main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, widest: int) -> MainTiles:
+    """Tiles of a product of M rows with the weight.
+
+    ``widest``: columns of a large tile at most, for what else its program has to hold.
+    """
     few = M <= DECODE_ROWS
     block_m, block_n, block_k, warps, stages = (_DECODE if few else _LARGE)[target.arch]
     if dtype == torch.float32:
@@ -168,7 +171,7 @@ def predicted_seconds(
     if not fused_fits(M, R, dtype, dropout):
         candidates = ("two_kernel", "library")
     columns = _cdiv(
-        N, _main_tiles(target, M, 16, dtype, True, 128 if target.arch in _NARROW_WHEN_FUSED else 256).BLOCK_N
+        N, main_tiles(target, M, 16, dtype, True, 128 if target.arch in _NARROW_WHEN_FUSED else 256).BLOCK_N
     )
     return {s: lora_forward_seconds(target, s, M, K, N, R, dtype, columns) for s in candidates}
 
@@ -214,9 +217,9 @@ def lora_tiles(
     burdened = rank > 32 or not aligned
     return LoRATiles(
         strategy=strategy,
-        main=_main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1)),
+        main=main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1)),
         # The mask of a wider tile would not fit into registers beside its accumulator.
-        main_dx=_main_tiles(target, M, appended, dtype, aligned, widest=128 if dropout else 256),
+        main_dx=main_tiles(target, M, appended, dtype, aligned, widest=128 if dropout else 256),
         down=ThinTiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),

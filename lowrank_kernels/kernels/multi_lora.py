@@ -6,21 +6,35 @@ serve both directions: with ``down`` P = drop(x) Aᵀ and Q = dY B, with ``up`` 
 and works at that adapter's own rank. Programs take their rows from the plan's tiles, through its order: no row is
 moved, and rows without an adapter cost nothing.
 
+``up`` adds to a library's base product. Where our own base product is to be had for less than that product and another
+pass over y (a few rows: the weight is read either way), one kernel makes both, ``multi_lora_linear_fwd``.
+
 Every kernel accumulates in float32 and rounds once; nothing is added by atomics. The grid depends on shapes alone, so
 that a captured graph replays with other ids and other ranks: programs without work return.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora import _precision
-from .multi_lora_tiles import DOWN_COLUMNS, TILE_ROWS, MultiLoRATiles, multi_lora_tiles
+from .lora import _can_describe, _describe, _precision
+from .lora_tiles import MainTiles
+from .multi_lora_tiles import (
+    DOWN_COLUMNS,
+    TILE_ROWS,
+    MultiLoRATiles,
+    MultiStrategy,
+    choose_multi_strategy,
+    multi_lora_main_tiles,
+    multi_lora_tiles,
+)
 from .target import target_of
-from .tiles import cast, dot, dropout_keep_rows, load_tile, store_tile
+from .tiles import cast, dot, dropout_keep_rows, load_tile, store_tile, tile_position
 
 _NO_SPECIALIZE = ["M"]
 
@@ -147,6 +161,61 @@ def _multi_lora_up_kernel(
         _store_rows(target, acc, rows, mask_rows, c0, C, stride, BLOCK_C)
 
 
+@triton.jit(do_not_specialize=_NO_SPECIALIZE)
+def _multi_lora_linear_fwd_kernel(
+    x, w, y_ptr,  # (M, K), (N, K): descriptors if USE_TMA, else pointers; (M, N)
+    p_ptr, factor_ptr, table_ptr, scalings_ptr, ids_ptr, weights_ptr, scale_ptr, bias_ptr, u_ptr,
+    M, N, K, max_rank, stride_xm, stride_wn, stride_wk, stride_ym, stride_fr, stride_scale, stride_um,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP_M: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) tile of y = g ∘ (x Wᵀ + s w P B) + bias, in one accumulator; P is from the down kernel.
+
+    The rows are as they come, each with its own adapter: rank by rank, every row reads its own row of the factor, and
+    none past its rank. Nothing of one row meets another's. BLOCK_R ranks are read at once, since each is a wait.
+    With a scale (the DoRA adapters' g, a row of N each) u_ptr keeps the sum. Grid: (tiles,).
+    """
+    pid_m, pid_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0 = pid_m * BLOCK_M
+    n0 = pid_n * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        x_tile = load_tile(x, m0, k0, M, K, stride_xm, 1, BLOCK_M, BLOCK_K, USE_TMA)
+        w_tile = load_tile(w, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, USE_TMA)
+        acc = dot(x_tile, w_tile.T, acc, PRECISION)
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    mask_rows = rows < M
+    ids = tl.load(ids_ptr + rows, mask=mask_rows, other=-1)
+    rows = rows.to(tl.int64)
+    there = ids >= 0
+    rank = tl.load(table_ptr + 3 * ids + 1, mask=there, other=0)
+    first = tl.load(table_ptr + 3 * ids, mask=there, other=0).to(tl.int64)
+    scaling = tl.load(scalings_ptr + ids, mask=there, other=0.0)
+    if weights_ptr is not None:
+        scaling *= tl.load(weights_ptr + rows, mask=mask_rows, other=0.0)
+    for r in tl.range(0, tl.max(rank), num_stages=1, loop_unroll_factor=BLOCK_R):
+        mine = r < rank
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(p_ptr + (split * M.to(tl.int64) + rows) * max_rank + r, mask=mine, other=0.0)
+        mask = mine[:, None] & (cols < N)[None, :]
+        factor = tl.load(factor_ptr + (first + r)[:, None] * stride_fr + cols[None, :], mask=mask, other=0.0)
+        acc += (total * scaling)[:, None] * cast(factor, DTYPE).to(tl.float32)
+
+    if scale_ptr is not None:
+        if u_ptr is not None:
+            _store_rows(u_ptr, acc, rows, mask_rows, n0, N, stride_um, BLOCK_N)
+        dora = tl.load(table_ptr + 3 * ids + 2, mask=there, other=-1)
+        # Rows of LoRA adapters, and those without one, are not scaled.
+        scaled = (dora >= 0)[:, None] & (cols < N)[None, :]
+        acc *= tl.load(scale_ptr + dora.to(tl.int64)[:, None] * stride_scale + cols[None, :], mask=scaled, other=1.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    _store_rows(y_ptr, acc, rows, mask_rows, n0, N, stride_ym, BLOCK_N)
+
+
 @triton.jit
 def _multi_lora_grad_kernel(
     big_ptr, small_ptr, table_ptr, scalings_ptr, order_ptr, bounds_ptr, weights_ptr,
@@ -254,6 +323,45 @@ def multi_lora_up_(
     )  # fmt: skip
 
 
+def multi_lora_linear_fwd(
+    x: Tensor, weight: Tensor, p: Tensor, factor: Tensor, table: Tensor, scalings: Tensor, ids: Tensor,
+    weights: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, y: Tensor, u: Tensor | None,
+    tiles: MainTiles | None = None,
+) -> None:  # fmt: skip
+    """y = g ∘ (x Wᵀ + s w P factor) + bias, each row by its own adapter, in one kernel, rounded once.
+
+    x (M, K), factor (ΣR, N), y and u (M, N) with unit column stride, weight (N, K) of any strides, p from
+    :func:`multi_lora_down`, ids (M,) int32; ``u``: receives y before g and bias.
+    """
+    splits, M, max_rank = p.shape
+    N, K = weight.shape
+    if M == 0 or N == 0:
+        return
+    aligned = _can_describe(x, weight)
+    t = tiles or multi_lora_main_tiles(target_of(x.device), M, x.dtype, aligned)
+    use_tma = t.tma and aligned
+    x_arg, w_arg = _describe(use_tma, (x, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_N, t.BLOCK_K]))
+    _multi_lora_linear_fwd_kernel[(t.programs(M, N),)](
+        x_arg, w_arg, y, p, factor, table, scalings, ids, weights, column_scale, bias, u,
+        M, N, K, max_rank, x.stride(0), weight.stride(0), weight.stride(1), y.stride(0), factor.stride(0),
+        0 if column_scale is None else column_scale.stride(0), 0 if u is None else u.stride(0),
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, SPLITS=splits,
+        GROUP_M=t.GROUP_M, USE_TMA=use_tma, DTYPE=_TRITON[x.dtype], PRECISION=_precision(x.dtype), **t.options,
+    )  # fmt: skip
+
+
+def multi_lora_strategy(
+    x: Tensor, weight: Tensor, factors: Sequence[Tensor], max_rank: int, adapters: int
+) -> MultiStrategy:
+    """How such a forward goes: our product with the correction in it, or the library's and then ``up``.
+
+    ``factors``: B of each slice.
+    """
+    N, K = weight.shape
+    aligned = _can_describe(x, weight, *factors)
+    return choose_multi_strategy(target_of(x.device), x.shape[0], K, N, max_rank, adapters, x.dtype, aligned)
+
+
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -281,4 +389,4 @@ def multi_lora_grad(
     return out
 
 
-__all__ = ["multi_lora_down", "multi_lora_grad", "multi_lora_up_"]
+__all__ = ["multi_lora_down", "multi_lora_grad", "multi_lora_linear_fwd", "multi_lora_strategy", "multi_lora_up_"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
+from .lora_tiles import DECODE_ROWS, MainTiles, main_tiles
+from .roofline import multi_lora_forward_seconds
 from .target import Target
+
+MultiStrategy = Literal["one_kernel", "library"]
 
 TILE_ROWS = 32
 """Rows of one adapter that a program takes, for every batch: one matrix instruction, and so one order of sums."""
@@ -58,3 +63,32 @@ def multi_lora_tiles(target: Target, tiles: int, width: int, max_rank: int, dtyp
         # Left to itself the compiler spills a few words for an occupancy that these grids do not need.
         max_registers=255 if target.arch.startswith("sm_") else None,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def multi_lora_main_tiles(target: Target, M: int, dtype: torch.dtype, aligned: bool = True) -> MainTiles:
+    """Tiles of the base product that adds the correction to its accumulator; BLOCK_K is the same for any M.
+
+    ``aligned``: rows of x and of the weight start at multiples of 16 bytes, with unit column stride.
+    """
+    # Pointers and values of BLOCK_R ranks of the factor are at hand beside the sums: few columns. One program a tile.
+    main = main_tiles(target, M, 16, dtype, aligned, widest=64)
+    return replace(main, BLOCK_R=4 if M <= DECODE_ROWS else 2, num_programs=None, flatten=False)
+
+
+def multi_lora_seconds(
+    target: Target, M: int, K: int, N: int, max_rank: int, adapters: int, dtype: torch.dtype
+) -> dict[MultiStrategy, float]:
+    """What the roofline (``roofline.multi_lora_forward_seconds``) gives each strategy."""
+    strategies: tuple[MultiStrategy, ...] = ("one_kernel", "library")
+    return {s: multi_lora_forward_seconds(target, s, M, K, N, max_rank, adapters, dtype) for s in strategies}
+
+
+def choose_multi_strategy(
+    target: Target, M: int, K: int, N: int, max_rank: int, adapters: int, dtype: torch.dtype, aligned: bool = True
+) -> MultiStrategy:
+    """The strategy with the least predicted time; operands with unaligned rows go to the library."""
+    if not aligned:  # every row of a tile reads its own row of a factor: one by one, the pointers would not fit
+        return "library"
+    seconds = multi_lora_seconds(target, M, K, N, max_rank, adapters, dtype)
+    return min(seconds, key=lambda s: seconds[s])

@@ -47,4 +47,27 @@ def lora_forward_seconds(
     return down + launch_seconds(target, x + w + y, main, size) + up
 
 
-__all__ = ["LAUNCH_SECONDS", "OWN_PRODUCT_EFFICIENCY", "launch_seconds", "lora_forward_seconds"]
+def multi_lora_forward_seconds(
+    target: Target, strategy: str, M: int, K: int, N: int, R: int, adapters: int, dtype: torch.dtype
+) -> float:
+    """Predicted seconds of the base product and each row's correction, "one_kernel" or "library" with an addition.
+
+    Which rows are whose is not known beforehand: every adapter that can be there is taken to be. In "one_kernel" each
+    row multiplies by its own factor, rank by rank, on the units of float32 products.
+    """
+    size, there = dtype.itemsize, min(M, adapters)
+    x, w, y, p, of_b = M * K * size, N * K * size, M * N * size, 4 * M * R, there * R * N * size
+    main, up = 2.0 * M * N * K, 2.0 * M * R * N
+    if strategy == "one_kernel":
+        share = up if size == 4 else 16 * up  # in products at the ceiling that launch_seconds takes
+        return launch_seconds(target, x + w + y + p + of_b, main / OWN_PRODUCT_EFFICIENCY + share, size)
+    return launch_seconds(target, x + w + y, main, size) + launch_seconds(target, 2 * y + p + of_b, up, size)
+
+
+__all__ = [
+    "LAUNCH_SECONDS",
+    "OWN_PRODUCT_EFFICIENCY",
+    "launch_seconds",
+    "lora_forward_seconds",
+    "multi_lora_forward_seconds",
+]

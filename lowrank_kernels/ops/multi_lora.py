@@ -156,39 +156,55 @@ def _forward(
     else:
         x2, parts = unit_columns(x2), _slices_of(lora_a, lora_b, table, scalings, slices)
         own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
-        if name == "cpu" and own_product(x2, weight):
-            u = torch.ops.lowrank_kernels.frozen_linear(x2, weight, own)
-        else:
-            u = torch.nn.functional.linear(x2, weight, own)
         if order is None or tiles is None:
+            u = _base_product(name, x2, weight, own)
             for part in parts:
                 _add_unplanned(part, u, x2, adapter_ids)
             return u.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0), x.new_empty(0)
+        kernels, choices = _kernels(name), order.shape[0]
+        one_kernel = (
+            name == "triton" and choices == 1 and max_rank
+            and kernels.multi_lora_strategy(
+                x2, weight, [part.lora_b for part in parts], max_rank, table.shape[-2]
+            ) == "one_kernel"
+        )  # fmt: skip
+        u = x2.new_empty(x2.shape[0], weight.shape[0]) if one_kernel else _base_product(name, x2, weight, own)
         y = torch.empty_like(u) if save_u else u
-        p = x.new_empty(order.shape[0] * len(parts), x2.shape[0], max_rank) if save_p else x.new_empty(0)
-        if max_rank:
-            kernels = _kernels(name)
-            # Several corrections are added up in float32, so that the sum is rounded once.
-            total = u.float() if order.shape[0] > 1 else u
-            rounding = {} if name == "cpu" else {"dtype": x.dtype}
-            for i, (j, part) in enumerate(itertools.product(range(order.shape[0]), parts)):
-                down = kernels.multi_lora_down(
-                    x2, part.lora_a, part.table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
-                )
-                kernels.multi_lora_up_(
-                    part.of(total), down, part.lora_b, part.table, part.scalings, order[j], tiles[j],
-                    _column(weights, j), None, None, part.of(column_scale),
-                    part.of(bias) if column_scale is not None else None, part.of(y) if save_u else None, **rounding,
+        p = x.new_empty(choices * len(parts), x2.shape[0], max_rank) if save_p else x.new_empty(0)
+        # Several corrections are added up in float32, so that the sum is rounded once.
+        total = u.float() if choices > 1 and max_rank else u
+        for i, (j, part) in enumerate(itertools.product(range(choices if max_rank else 0), parts)):
+            down = kernels.multi_lora_down(
+                x2, part.lora_a, part.table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
+            )
+            w, scale = _column(weights, j), part.of(column_scale)
+            if one_kernel:
+                kernels.multi_lora_linear_fwd(
+                    x2, weight if part.columns is None else weight[part.columns], down, part.lora_b, part.table,
+                    part.scalings, adapter_ids[:, j].contiguous(), w, scale, part.of(bias), part.of(y),
+                    part.of(u) if save_u else None,
                 )  # fmt: skip
-                if save_p:
-                    p[i] = _summed(down)
-            if total is not u:
-                y = total.to(x.dtype)
+            else:
+                rounding = {} if name == "cpu" else {"dtype": x.dtype}
+                kernels.multi_lora_up_(
+                    part.of(total), down, part.lora_b, part.table, part.scalings, order[j], tiles[j], w, None, None,
+                    scale, None if scale is None else part.of(bias), part.of(y) if save_u else None, **rounding,
+                )  # fmt: skip
+            if save_p:
+                p[i] = _summed(down)
+        if total is not u:
+            y = total.to(x.dtype)
     return (
         y.reshape(*x.shape[:-1], weight.shape[0]),
         p if save_p else x.new_empty(0),
         u if save_u else x.new_empty(0),
     )
+
+
+def _base_product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if name == "cpu" and own_product(x, weight):
+        return torch.ops.lowrank_kernels.frozen_linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def may_stay_unplanned(x: Tensor, adapter_ids: Tensor, backend: str) -> bool:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 import lowrank_kernels as lk
 from lowrank_kernels.inspect.memory import record_memory
+from lowrank_kernels.kernels import multi_lora as launchers
 from lowrank_kernels.kernels.multi_lora import multi_lora_down, multi_lora_grad, multi_lora_up_
-from lowrank_kernels.kernels.multi_lora_tiles import multi_lora_tiles
+from lowrank_kernels.kernels.multi_lora_tiles import choose_multi_strategy, multi_lora_main_tiles, multi_lora_tiles
 from lowrank_kernels.kernels.target import TARGETS
 from lowrank_kernels.ops.batch_plan import BatchPlan, BatchPlanner
+from tests.problems import Problem, differentiate, leaves
 from tests.problems.lora import BF16, F16, F32
-from tests.problems.multi_lora import POPULATIONS, RANKS, population
+from tests.problems.multi_lora import POPULATIONS, RANKS, population, problems
+from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
 K, N = 200, 136
 
@@ -135,3 +138,83 @@ def test_one_launch_serves_other_ids_and_other_ranks() -> None:
             expected = float(scalings[i]) * x[mine].double() @ a.T @ b
             torch.testing.assert_close(y[mine].double(), expected, rtol=1e-2, atol=1e-2)
         assert not y[ids == -1].any()
+
+
+# ------------------------------------------------------------------- the base product with the correction in it, or not
+
+
+def _whole(x: Tensor, weight: Tensor, stack: lk.LoRAStack, ids: Tensor, u: Tensor | None = None) -> Tensor:
+    """The base product and the correction by one kernel, whatever the rule says."""
+    plan = lk.plan_batch(ids, len(stack))
+    p = multi_lora_down(x, stack.lora_a, stack.table, stack.max_rank, plan.order[0], plan.tiles[0], None, None)
+    y = torch.full((x.shape[0], N), torch.nan, dtype=x.dtype)
+    launchers.multi_lora_linear_fwd(
+        x, weight, p, stack.lora_b, stack.table, stack.scalings, plan.adapter_ids[:, 0], None, None, None, y, u
+    )
+    return y
+
+
+def _named(words: tuple[str, ...]) -> list[Problem]:
+    return [p for p in problems() if p.name.removeprefix("multi_lora: ") in words]
+
+
+@pytest.mark.parametrize("strategy", ["one_kernel", "library"])
+@pytest.mark.parametrize(
+    "problem",
+    _named(("torch.bfloat16", "torch.float32", "long segments", "DoRA among LoRA", "weighted", "slices, DoRA")),
+    ids=lambda p: p.name,
+)  # fmt: skip
+def test_either_strategy_is_as_exact_as_eager(problem: Problem, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "multi_lora_strategy", lambda *_: strategy)
+    with record_memory() as record:
+        y, grads = differentiate(lambda t: problem.run(t, "triton"), leaves(problem.tensors))
+    assert ("multi_lora_linear_fwd_kernel" in {launch.name for launch in record.launches}) == (strategy == "one_kernel")
+    eager_y, eager_grads = differentiate(problem.eager, leaves(problem.tensors))
+    oracle_y, oracle = differentiate(lambda t: problem.run(t, "reference"), leaves(problem.tensors, torch.float64))
+    assert_as_exact_as_eager(y, eager_y, oracle_y, what="y")
+    for name in grads:
+        assert_as_exact_as_eager(grads[name], eager_grads[name], oracle[name], factor=GRADIENT_FACTOR, what=name)
+
+
+@pytest.mark.parametrize("name", ["mixed", "distinct", "identical"])
+def test_a_row_of_one_kernel_does_not_feel_its_batch(name: str) -> None:
+    stack, x, ids = _stack(), _x(50), population(name, 50, len(RANKS))
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(3)).to(F16)
+    together = _whole(x, weight, stack, ids)
+    turn = torch.randperm(50, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(_whole(x[turn], weight, stack, ids[turn]), together[turn])
+    for row in (0, 41):
+        alone = _whole(x[row : row + 1], weight, stack, ids[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_factor_with_inf_stays_with_its_own_rows() -> None:
+    stack, x, ids = _stack((4, 8, 3)), _x(50), population("mixed", 50, 3)
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(3)).to(F16)
+    before = _whole(x, weight, stack, ids)
+    stack.lora_b[4:12] = torch.inf
+    after = _whole(x, weight, stack, ids)
+    assert torch.equal(after[ids != 1], before[ids != 1]) and not after[ids == 1].isfinite().any()
+
+
+def test_one_kernel_reads_the_weight_and_each_factor_once() -> None:
+    stack, x, ids = _stack(), _x(40), population("mixed", 40, len(RANKS))
+    there = sorted(set(ids.tolist()) - {-1})
+    with record_memory() as record:
+        _whole(x, torch.randn(N, K).to(F16), stack, ids)
+    down, whole = (launch for launch in record.launches if launch.name.startswith("multi_lora"))
+    assert whole.tensors["w"].read == 2 * N * K and whole.tensors["x"].read == 2 * 40 * K
+    assert whole.tensors["factor_ptr"].read == 2 * N * sum(stack.ranks[i] for i in there)
+    assert (whole.tensors["y_ptr"].read, whole.tensors["y_ptr"].written) == (0, 2 * 40 * N)
+    assert down.tensors["factor_ptr"].read == 2 * K * sum(stack.ranks[i] for i in there)
+
+
+def test_decoding_takes_one_kernel_and_prefill_the_library() -> None:
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        target = TARGETS[arch]
+        for rows in (1, 16, 64):
+            assert choose_multi_strategy(target, rows, 4096, 4096, 16, 64, BF16) == "one_kernel"
+        assert choose_multi_strategy(target, 8192, 4096, 4096, 16, 8, BF16) == "library"
+    assert choose_multi_strategy(TARGETS["sm_90"], 16, 4096, 4097, 16, 8, BF16, aligned=False) == "library"
+    sizes = {multi_lora_main_tiles(TARGETS["sm_90"], rows, BF16).BLOCK_K for rows in (1, 64, 65, 8192)}
+    assert len(sizes) == 1  # a row's sum has one order
