@@ -1,6 +1,6 @@
 """Load on the batcher and the bank for a while: nothing wrong, nothing lost, memory flat. A tiny Llama on a CPU.
 
-    python benchmarks/soak_serving.py [--minutes 20] [--json FILE]
+    python benchmarks/soak_serving.py [--minutes 20] [--threads 2] [--json FILE]
 
 Clients ask for adapters at random (few of them often, most rarely), some rows for the base, and cancel some requests;
 operators load, replace and unload adapters, and try corrupt folders, all with a budget for a tenth of the adapters.
@@ -11,6 +11,7 @@ wrong, a request was lost, something failed as it should not have, or memory gre
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import random
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ def continued(model: Any, seed: int) -> tuple[list[int], list[int]]:
             return prompt, made.sequences[0, len(prompt) :].tolist()
 
 
+def outcome(future: Future[Any], seconds: float = 60.0) -> Any:
+    """The future's result, waited for in steps: a process that is stopped for a while has not waited meanwhile."""
+    for _ in range(int(10 * seconds)):
+        with contextlib.suppress(TimeoutError):
+            return future.result(0.1)
+    raise TimeoutError
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -148,7 +157,7 @@ class Soak:
                     job.future.cancel()
             for job in jobs:
                 try:
-                    tokens = job.future.result(60).tokens
+                    tokens = outcome(job.future).tokens
                 except CancelledError:
                     self.count("cancelled")
                 except ValueError as error:
@@ -192,10 +201,10 @@ class Soak:
         threads += [threading.Thread(target=self.operator, args=(100 + i,)) for i in range(operators)]
         for thread in threads:
             thread.start()
-        memory, start = [], time.monotonic()
-        while (now := time.monotonic() - start) < seconds:
+        memory, samples = [], 200
+        for _ in range(samples):  # a process that is stopped for a while goes on where it was
             memory.append(resident_bytes())
-            time.sleep(max(0.0, min(seconds / 200, seconds - now)))
+            time.sleep(seconds / samples)
         self.stop.set()
         for thread in threads:
             thread.join(120)
@@ -219,11 +228,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--resident", type=int, default=20, help="adapters that the budget holds (default 20)")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from cost_over_frozen import conditions
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         found = Soak(Path(folder), args.adapters, args.resident).run(60 * args.minutes)
     print(json.dumps(found, indent=1))
