@@ -184,6 +184,27 @@ def train_many_adapters() -> str:
     return "\n".join(lines)
 
 
+def compare_serving_references() -> str:
+    """The table of `benchmarks/compare_serving_references.py`."""
+    found = json.loads((RESULTS / "compare_serving_references.json").read_text())
+    c = found["conditions"]
+    lines = [
+        "Largest errors against float64, and the largest difference between the two, over the largest value of a case.",
+        f"{c['device']}; torch {c['torch']}, commit {c['commit']}, {c['date']}.",
+        "",
+        "| reference | shapes | dtype | agree | our error | theirs | apart |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for package, result in found["packages"].items():
+        for row in result["rows"]:
+            lines.append(
+                f"| {package} {result['version']}, `{row['function']}` | {row['shapes']} | {row['dtype']} | "
+                f"{row['cases'] - row['apart']} of {row['cases']} | {row['our_error']:.0e} | "
+                f"{row['their_error']:.0e} | {row['largest_difference']:.0e} |"
+            )
+    return "\n".join(lines)
+
+
 def dora_demo_task() -> str:
     """The result of `benchmarks/dora_demo_task.py`."""
     found = json.loads((RESULTS / "dora_demo_task.json").read_text())
@@ -233,7 +254,7 @@ def bench() -> str:
 
 TABLES = (
     cost_over_frozen, demo, bench, dora_demo_task, smt_gradient, smt_training, smt_demo_task, many_adapters,
-    train_many_adapters,
+    train_many_adapters, compare_serving_references,
 )  # fmt: skip
 
 

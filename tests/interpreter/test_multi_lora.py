@@ -218,3 +218,24 @@ def test_decoding_takes_one_kernel_and_prefill_the_library() -> None:
     assert choose_multi_strategy(TARGETS["sm_90"], 16, 4096, 4097, 16, 8, BF16, aligned=False) == "library"
     sizes = {multi_lora_main_tiles(TARGETS["sm_90"], rows, BF16).BLOCK_K for rows in (1, 64, 65, 8192)}
     assert len(sizes) == 1  # a row's sum has one order
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_splits_change_no_bit_of_one_kernel(dtype: torch.dtype) -> None:
+    width = 2304
+    stack, x = _stack((3, 16, 40), dtype, width), _x(9, dtype, width)
+    weight = torch.randn(N, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+    plan = lk.plan_batch(population("mixed", 9, 3), 3)
+    found = []
+    for splits in (1, 3):
+        choice = multi_lora_tiles(TARGETS["interpreter"], plan.tiles.shape[1], width, stack.max_rank, dtype)
+        p = multi_lora_down(
+            x, stack.lora_a, stack.table, stack.max_rank, plan.order[0], plan.tiles[0], None, None,
+            replace(choice, splits=splits),
+        )  # fmt: skip
+        found.append(torch.full((9, N), torch.nan, dtype=dtype))
+        ids = plan.adapter_ids[:, 0]
+        launchers.multi_lora_linear_fwd(
+            x, weight, p, stack.lora_b, stack.table, stack.scalings, ids, None, None, None, found[-1], None
+        )
+    assert torch.equal(*found) and not torch.equal(found[0], x @ weight.T)
