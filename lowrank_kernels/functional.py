@@ -471,8 +471,9 @@ def multi_lora_linear(
         y (..., N) in x's dtype.
 
     The rows of an adapter are multiplied at its own rank, whatever the others' are; rows with id -1 cost nothing beyond
-    the base product, which is the library's (on a CPU the extension's, for few tokens), and to which the correction is
-    added in float32. Deterministic. A row's correction does not depend on the other rows, nor on its place among them.
+    the base product. That is the library's, to which the correction is added in float32; for few tokens the extension's
+    on a CPU, and on a GPU our own, in whose float32 accumulator the correction rides, rounded once. Deterministic. A
+    row's correction does not depend on the other rows, nor on its place among them.
 
     Raises:
         ValueError: shapes or devices that do not fit, ids out of range (on a GPU: a device-side assertion), a weight
