@@ -205,6 +205,28 @@ def compare_serving_references() -> str:
     return "\n".join(lines)
 
 
+def soak_serving() -> str:
+    """The result of `benchmarks/soak_serving.py`."""
+    found = json.loads((RESULTS / "soak_serving.json").read_text())
+    c, n, memory = found["conditions"], found["counts"], found["memory"]
+    early, late = (memory[part] / 2**20 for part in ("second_quarter", "last_quarter"))
+    lines = [
+        f"{found['seconds'] / 60:.0f} minutes on a tiny Llama; {found['adapters']} adapters of ranks 1 to 16, LoRA and "
+        f"DoRA, a budget of {found['budget_bytes'] / 1024:.0f} KiB,",
+        "20 of the largest, and no copies on the host; four clients, two operators.",
+        f"{n['asked']} rows asked for: {n['right']} as their merged model says, {n.get('wrong', 0)} not, "
+        f"{n['cancelled']} cancelled, {n.get('unloaded', 0)} refused since",
+        f"their adapter had just been unloaded, {n.get('failed', 0)} failed, "
+        f"{n.get('lost', 0) + found['unaccounted']} lost. {n['loads'] + n['unloads']} loads, {n['unloads']} unloads, "
+        f"{n['corrupt refused']} corrupt folders refused.",
+        f"Resident memory {early:.0f} MiB in the second quarter of the time, {late:.0f} MiB in the last.",
+        f"{c['device'].replace('1 threads', 'one thread')}, shared with other work; torch {c['torch']}, "
+        f"Python {c['python']}, commit {c['commit']}, {c['date']}.",
+        "Repeat: `python benchmarks/soak_serving.py --minutes 20 --threads 1`.",
+    ]
+    return "\n".join(lines)
+
+
 def dora_demo_task() -> str:
     """The result of `benchmarks/dora_demo_task.py`."""
     found = json.loads((RESULTS / "dora_demo_task.json").read_text())
@@ -254,7 +276,7 @@ def bench() -> str:
 
 TABLES = (
     cost_over_frozen, demo, bench, dora_demo_task, smt_gradient, smt_training, smt_demo_task, many_adapters,
-    train_many_adapters, compare_serving_references,
+    train_many_adapters, compare_serving_references, soak_serving,
 )  # fmt: skip
 
 
