@@ -107,6 +107,11 @@ def _one_of_many(
     tensors: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, MultiLoRALinear):
+            if layer.slices is not None:
+                raise ValueError(
+                    f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
+                    f"format has no words for; save layer.stack.factors(adapter, slice) yourself"
+                )
             lora_a, lora_b, _, magnitude = layer.stack.factors(adapter)
             tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
             if magnitude is not None:

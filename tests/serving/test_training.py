@@ -77,6 +77,15 @@ def test_saved_and_served(dora, tmp_path):
         lk.save_adapter(model, tmp_path / "which")
 
 
+def test_slices_are_not_saved_as_something_else(tmp_path):
+    model = adapted(False)
+    layer = model.model.layers[1].self_attn.q_proj
+    model.model.layers[1].self_attn.q_proj = lk.nn.MultiLoRALinear.from_linear(layer.base_layer, RANKS, slices=(20, 12))
+    with pytest.raises(ValueError, match="q_proj has factors of its own for each of 2 slices"):
+        lk.save_adapter(model, tmp_path / "sliced", adapter=0)
+    assert not (tmp_path / "sliced").exists()
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="MultiLoRAConfig: expected a rank, and a dropout, an adapter"):
         lk.MultiLoRAConfig(ranks=(2, 3), dropout=(0.1,))
