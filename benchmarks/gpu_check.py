@@ -23,6 +23,7 @@ import torch
 
 from lowrank_kernels.bench import OPS, Problem, Roofs, Row, interleaved, measure, measure_roofs, write_csv
 from lowrank_kernels.bench.run import conditions
+from lowrank_kernels.bench.tune import Settled, shapes, tunables, tune
 from lowrank_kernels.kernels import lora as launchers
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
@@ -181,10 +182,27 @@ def time_ops(device: torch.device, dry: bool, end: float) -> tuple[list[Row], li
     return rows, [f"time: {left} of {len(waiting)} benchmark problems were left out"] if left else []
 
 
+def tune_ops(path: Path, device: torch.device, dry: bool, end: float) -> list[str]:
+    """What `lrk tune` does, until the time is up, for half precision, a shape of each op before the next of any."""
+    path.unlink(missing_ok=True)
+    work = []
+    for tunable in tunables(device.type).values():
+        some = [problem.shape for problem in problems(tunable.bench, dry)][:1] if dry else shapes(tunable, device.type)
+        work += [(place, tunable, Problem(shape, torch.bfloat16, tunable.training)) for place, shape in enumerate(some)]
+    work.sort(key=lambda item: item[0])
+    found = list(tune(path, [item[1:] for item in work], 0.0 if dry else 0.1, end - time.monotonic(), device))
+    settled = [(key, what) for key, what in found if isinstance(what, Settled)]
+    for key, what in settled:
+        refused = "".join(f"; refused {name}: {why}" for name, why in what.refused.items())
+        print(f"{key}: {what.choice or 'rule'}, {what.over_plain:.2f} of plain PyTorch's time{refused}", flush=True)
+    print(f"tuned {len(settled)} of {len(found)} classes of shapes; the table: {path}")
+    return [f"tune: {key}: {what}" for key, what in found if isinstance(what, str)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="the same script on a CPU, at small sizes")
-    parser.add_argument("--seconds", type=float, default=420.0, help="stop starting new shapes after this time")
+    parser.add_argument("--seconds", type=float, default=360.0, help="stop starting new shapes after this time")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
@@ -204,6 +222,7 @@ def main() -> int:
     where = conditions(device, " ".join(["python", *sys.argv]))
     args.results.mkdir(parents=True, exist_ok=True)
     name = "dry" if args.dry else "gpu"
+    failures += tune_ops(args.results / f"{name}_tune.json", device, args.dry, start + args.seconds + 75)
     write_csv(args.results / f"{name}_bench.csv", rows, where)
     found = {"conditions": where, "strategies_over_frozen": strategies, "failures": failures}
     (args.results / f"{name}_check.json").write_text(json.dumps(found, indent=1) + "\n")

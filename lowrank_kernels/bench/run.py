@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuned import cpu_model
 from .cases import Bench, Inputs, Problem, Provider
 from .timing import Roofs, Sample, interleaved
 
@@ -27,8 +28,8 @@ class Row:
     """One line of the table. Times in microseconds; what could not be measured is empty and ``reason`` says why.
 
     Attributes:
-        spread: half the range between the quartiles over the median.
-        over_floor: the median over that of "floor", or of "plain" where the op has no floor.
+        over_floor: the time over that of "floor", or of "plain" where the op has no floor: the median over rounds.
+        spread: half the range between the quartiles over the median, of ``over_floor``; of the time, for the floor.
         over_roof: the median over what the measured roofs give the forward's bytes and FLOPs; inference only.
         error: largest error over that of "plain" in the same dtype, both against float64.
     """
@@ -149,9 +150,11 @@ def measure(
 
 
 def _figures(sample: Sample, base: Sample | None, least: float | None) -> dict[str, float | None]:
+    ratio, spread = (
+        (1.0, sample.spread) if base is sample else (None, sample.spread) if base is None else sample.over(base)
+    )
     return {
-        "median_us": sample.median * 1e6, "spread": sample.spread,
-        "over_floor": None if base is None else sample.median / base.median,
+        "median_us": sample.median * 1e6, "spread": spread, "over_floor": ratio,
         "over_roof": None if least is None else sample.median / least,
     }  # fmt: skip
 
@@ -166,8 +169,7 @@ def conditions(device: torch.device, command: str) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
         driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
-        models = [line.split(":")[1].strip() for line in output("lscpu").splitlines() if line.startswith("Model name")]
-        name, driver = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads", ""
+        name, driver = f"{cpu_model()}, {torch.get_num_threads()} threads", ""
     from importlib import metadata
 
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,33 @@ class Sample:
     """What was seen of one call.
 
     Attributes:
-        median: seconds.
-        spread: half the range between the quartiles over the median: a difference below it means nothing.
-        count: how often it ran.
+        times: seconds of each round, in their order.
     """
 
-    median: float
-    spread: float
-    count: int
+    times: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def spread(self) -> float:
+        """Half the range between the quartiles over the median."""
+        return _spread(self.times)
+
+    def over(self, base: Sample) -> tuple[float, float]:
+        """(ratio, its spread) to a call that took turns with this one.
+
+        The median of the ratios round by round, and half the range between their quartiles over it: what else the
+        machine did in a round fell on both, and a difference below the spread means nothing.
+        """
+        ratios = [mine / theirs for mine, theirs in zip(self.times, base.times, strict=True)]
+        return statistics.median(ratios), _spread(ratios)
+
+
+def _spread(values: Sequence[float]) -> float:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / middle
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, Sample]:
@@ -42,12 +61,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, devic
         order.shuffle(names)
         for name in names:
             times[name].append(once(calls[name]))
-    return {name: _sample(values) for name, values in times.items()}
-
-
-def _sample(values: list[float]) -> Sample:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return Sample(middle, (high - low) / 2 / middle, len(values))
+    return {name: Sample(tuple(values)) for name, values in times.items()}
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

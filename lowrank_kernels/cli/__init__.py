@@ -25,6 +25,7 @@ COMMANDS = (
     Command("doctor", "what of this package runs on this machine, which path each op takes, and why", "doctor"),
     Command("inspect", "what the compiler makes of every kernel, for any GPU, without one", "inspect"),
     Command("bench", "what each op costs here, beside plain PyTorch and PEFT's calls", "bench"),
+    Command("tune", "settle on this device which way of running each op is right and fastest", "tune"),
     Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
     Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
     Command("serve", "answer OpenAI-compatible requests with many adapters over one model", "serve"),

@@ -15,7 +15,7 @@ import torch
 from ..bench.run import PROVIDERS
 from .doctor import Row, print_table
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +40,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--plot", type=Path, help="draw the cost over the floor, a panel an op")
 
 
-def _choice(option: str, given: str, known: Any) -> list[str]:
+def one_of(option: str, given: str, known: Any) -> list[str]:
+    """The names in ``given``, separated by commas, each of them known."""
     names = given.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -48,7 +49,8 @@ def _choice(option: str, given: str, known: Any) -> list[str]:
     return names
 
 
-def _shape(words: str, like: dict[str, int], op: str) -> dict[str, int]:
+def shape_of(words: str, like: dict[str, int], op: str) -> dict[str, int]:
+    """{"M": 16, ...} of "M=16,..." with the names that ``like`` has."""
     try:
         shape = {k: int(v) for k, _, v in (pair.partition("=") for pair in words.split(","))}
     except ValueError:
@@ -67,16 +69,16 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.plot import draw
     from ..bench.run import conditions
 
-    providers = _choice("--providers", args.providers, PROVIDERS)
-    dtypes = [_DTYPES[name] for name in _choice("--dtypes", args.dtypes, _DTYPES)]
-    modes = _choice("--modes", args.modes, ("inference", "training"))
-    ops = [OPS[name] for name in _choice("--op", ",".join(args.op or OPS), OPS)]
+    providers = one_of("--providers", args.providers, PROVIDERS)
+    dtypes = [DTYPES[name] for name in one_of("--dtypes", args.dtypes, DTYPES)]
+    modes = one_of("--modes", args.modes, ("inference", "training"))
+    ops = [OPS[name] for name in one_of("--op", ",".join(args.op or OPS), OPS)]
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     problems = []
     for bench in ops:
         own = bench.gpu_shapes if device.type == "cuda" else bench.shapes
-        shapes = [_shape(words, dict(own[0]), bench.name) for words in args.shapes] if args.shapes else own
+        shapes = [shape_of(words, dict(own[0]), bench.name) for words in args.shapes] if args.shapes else own
         for shape in shapes:
             for dtype in dtypes:
                 problems += [

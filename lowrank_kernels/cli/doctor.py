@@ -24,7 +24,10 @@ Row = tuple[str, ...]
 
 
 def add_parser(subparsers: Any) -> None:
-    subparsers.add_parser("doctor", help=__doc__, description=__doc__)
+    parser = subparsers.add_parser("doctor", help=__doc__, description=__doc__)
+    parser.add_argument(
+        "--selftest", action="store_true", help="run every op once here: is it right, is it faster than plain PyTorch?"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -80,14 +83,47 @@ def _path(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _path_rows(ops: tuple[str, ...]) -> Iterator[Row]:
-    for op in ops:
-        for device_type in ("cpu", "cuda"):
-            # Dtypes that go one way share a line.
+    for device_type in ("cpu", "cuda"):
+        # Dtypes that go one way share a line, and so do ops.
+        lines: dict[Row, list[str]] = {}
+        for op in ops:
             groups: dict[tuple[str, str], list[str]] = {}
             for dtype in _DTYPES:
                 groups.setdefault(_path(op, device_type, dtype), []).append(str(dtype).removeprefix("torch."))
             for (path, why), dtypes in groups.items():
-                yield op, device_type.upper() if device_type == "cpu" else "CUDA", ", ".join(dtypes), path, why
+                lines.setdefault((", ".join(dtypes), path, why), []).append(op)
+        for (dtypes_, path, why), alike in lines.items():
+            which = "every op" if len(alike) == len(ops) else ", ".join(alike)
+            yield device_type.upper(), dtypes_, path, which
+            yield "", "", "", f"({why})"
+
+
+def _table_rows() -> Iterator[Row]:
+    from ..tuned import describe
+
+    yield "CPU", describe("cpu")
+    if torch.cuda.is_available():
+        yield "CUDA", describe("cuda")
+
+
+def _verdicts() -> Iterator[tuple[bool, Row]]:
+    """(whether it is right, a line) of every op at its first shape, in two dtypes."""
+    from ..bench import OPS, Problem, measure
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for op, bench in OPS.items():
+        shape = (bench.gpu_shapes if device.type == "cuda" else bench.shapes)[0]
+        for dtype in (torch.float32, torch.bfloat16):
+            _, row = measure(bench, Problem(shape, dtype, False), ("plain", "ours"), 0.3, device)
+            words = row.reason or "right"
+            speed = ""
+            if row.over_floor is not None and row.spread is not None:
+                verdict = "as fast as" if abs(1 - row.over_floor) <= row.spread else "faster than"
+                verdict = "slower than" if row.over_floor > 1 + row.spread else verdict
+                speed = (
+                    f"{verdict} plain PyTorch ({row.over_floor:.2f} ± {row.over_floor * row.spread:.2f} of its time)"
+                )
+            yield not row.reason, (op, row.shape, row.dtype, words, speed)
 
 
 def print_table(rows: list[Row], indent: str = "  ") -> None:
@@ -121,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         ops = ("lora_linear",)
     print("\nbackend='auto' runs")
     print_table(list(_path_rows(ops)))
+    print("\nTable of lrk tune")
+    print_table(list(_table_rows()))
     choices = list(_strategies()) if have_triton else []
     if choices:
         where = "" if torch.cuda.is_available() else " (no GPU here: for sm_90)"
@@ -128,4 +166,9 @@ def run(args: argparse.Namespace) -> int:
         print_table(choices)
     print("\nOptional packages")
     print_table([(name, _version(name) or "missing", f"for {use}") for name, use in _OPTIONAL])
+    if args.selftest:
+        found = list(_verdicts())
+        print("\nSelf-test: every op against float64, then beside plain PyTorch")
+        print_table([line for _, line in found])
+        return 0 if all(right for right, _ in found) else 1
     return 0

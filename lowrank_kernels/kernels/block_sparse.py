@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuned
 from .block_sparse_tiles import BlockGradTiles, block_grad_tiles
 from .lora import _can_describe, _ordered_sum, _precision
 from .target import Target, target_of
@@ -128,7 +129,8 @@ def block_grad(
     if n == 0 or M == 0:
         return out.zero_()
     t = tiles or block_grad_tiles(
-        target or target_of(x.device), M, n, bm, bn, x.dtype, _can_describe(x, grad_y)
+        target or target_of(x.device), M, n, bm, bn, x.dtype, _can_describe(x, grad_y),
+        tuned.choice("block_sparse_weight_grad", x, lambda: {"M": M, "blocks": n, "size": max(bm, bn)}),
     )  # fmt: skip
     partial = out if t.splits == 1 else x.new_empty(t.splits, n, bm, bn, dtype=torch.float32)
     rows_per_split = triton.cdiv(triton.cdiv(M, t.splits), t.BLOCK_M) * t.BLOCK_M

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import tuned
 from .lora_tiles import LoRATiles, lora_tiles
 from .target import target_of
 from .tiles import _ordered_sum_kernel, cast, dot, dropout_keep, load_tile, store_tile, tile_position
@@ -342,12 +343,15 @@ def _ordered_sum(partial: Tensor, out: Tensor, tail: Tensor | None = None) -> Te
     return out
 
 
-def _tiles(rows: Tensor, weight: Tensor, R: int, dropout_p: float, scaled: bool = False) -> LoRATiles:
-    """Tiles for a product of ``rows`` (x or dY) with the weight."""
-    N, K = weight.shape
+def _tiles(
+    rows: Tensor, weight: Tensor, R: int, dropout_p: float, scaled: bool = False, backward: bool = False
+) -> LoRATiles:
+    """Tiles for a product of ``rows`` (x or dY) with the weight: those that `lrk tune` settled, or the rule's."""
+    M, (N, K) = rows.shape[0], weight.shape
+    op = ("dora_linear" if scaled else "lora_linear") + ("_backward" if backward else "")
     return lora_tiles(
-        target_of(rows.device), rows.shape[0], K, N, R, rows.dtype, dropout_p > 0.0,
-        aligned=_can_describe(rows, weight), scaled=scaled,
+        target_of(rows.device), M, K, N, R, rows.dtype, dropout_p > 0.0, aligned=_can_describe(rows, weight),
+        scaled=scaled, chosen=tuned.choice(op, rows, lambda: {"M": M, "K": K, "N": N, "R": R}),
     )  # fmt: skip
 
 
@@ -409,8 +413,11 @@ def lora_linear_fwd(
         return x.new_empty(M, N), x.new_empty(M, R) if store_p else None
     tiles = tiles or _tiles(x, weight, R, dropout_p, column_scale is not None)
     fused = tiles.strategy == "fused"
-    p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
-    if tiles.strategy == "library":
+    if tiles.strategy == "plain" and dropout_p == 0.0:
+        p = x @ lora_a.T.to(x.dtype)
+    else:
+        p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
+    if tiles.strategy in ("library", "plain"):
         assert p is not None
         if column_scale is None:
             y = torch.nn.functional.linear(x, weight, bias)
@@ -457,7 +464,7 @@ def lora_linear_bwd_dx(
     """
     M, N = grad_y.shape
     R, K = lora_a.shape
-    if tiles.strategy == "library":
+    if tiles.strategy in ("library", "plain"):
         grad_x = (grad_y if grad_u is None else grad_u) @ weight
         _up_add(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed, tiles)
         return grad_x
@@ -555,7 +562,7 @@ def lora_linear_bwd(
             torch.zeros_like(lora_b) if need_b else None,
             grad_y.new_zeros(0, R) if need_q else None,
         )
-    tiles = tiles or _tiles(grad_y, weight, R, dropout_p)
+    tiles = tiles or _tiles(grad_y, weight, R, dropout_p, backward=True)
     q = grad_x = grad_a = grad_b = None
     if need_b and need_q:
         assert p is not None

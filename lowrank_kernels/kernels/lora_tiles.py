@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
+from ..tuned import parse
 from .roofline import lora_forward_seconds
 from .target import Target
 
-Strategy = Literal["fused", "two_kernel", "library"]
+Strategy = Literal["fused", "two_kernel", "library", "plain"]
+"""One kernel; two; the library's main product between two thin kernels; or the library's thin products too (where
+there is no mask to draw). The last is taken only where `lrk tune` found it best: the roofline has no reason for it."""
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -198,6 +201,7 @@ def lora_tiles(
     strategy: Strategy | None = None,
     aligned: bool = True,
     scaled: bool = False,
+    chosen: str | None = None,
 ) -> LoRATiles:
     """Tiles for one shape. Reductions are cut by K, N and R alone, never by M, so that a row does not feel its batch.
 
@@ -205,8 +209,12 @@ def lora_tiles(
         strategy: take this one; None: the one that ``choose_strategy`` predicts to be fastest.
         aligned: rows of x and of the weight start at multiples of 16 bytes, with unit column stride.
         scaled: the sum is kept beside the result that is scaled (DoRA).
+        chosen: what `lrk tune` settled, "two_kernel BLOCK_M=64 num_warps=4"; not taken where it does not fit.
     """
-    strategy = strategy or choose_strategy(target, M, K, N, R, dtype, dropout, aligned)
+    name, changes = parse(chosen)
+    if name not in get_args(Strategy) or not aligned or (name == "fused" and not fused_fits(M, R, dtype, dropout)):
+        name, changes = None, {}
+    strategy = strategy or cast(Strategy | None, name) or choose_strategy(target, M, K, N, R, dtype, dropout, aligned)
     wide = dtype == torch.float32
     rank = min(max(16, _power_of_two(R)), 32 if wide else 64)
     appended = min(rank, 16 if wide else 32)
@@ -215,11 +223,13 @@ def lora_tiles(
     burdens = fused + scaled + (target.arch in _NARROW_WHEN_FUSED)
     # Fewer rows a program mean more partial sums of dB: for u beside dY a small rank gives up columns instead.
     burdened = rank > 32 or not aligned
+    main = main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1))
+    # The mask of a wider tile would not fit into registers beside its accumulator.
+    main_dx = main_tiles(target, M, appended, dtype, aligned, widest=128 if dropout else 256)
     return LoRATiles(
         strategy=strategy,
-        main=main_tiles(target, M, rank if fused else appended, dtype, aligned, widest=256 >> max(0, burdens - 1)),
-        # The mask of a wider tile would not fit into registers beside its accumulator.
-        main_dx=main_tiles(target, M, appended, dtype, aligned, widest=128 if dropout else 256),
+        main=replace(main, **changes),
+        main_dx=main_dx if dropout else replace(main_dx, **changes),
         down=ThinTiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),

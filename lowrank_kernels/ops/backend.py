@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, tuned
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -72,17 +73,29 @@ def automatic(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str |
     return "reference", reasons[-1]
 
 
-def resolve_backend(op: str, backend: str, x: Tensor) -> str:
+def product_sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
+    """What a choice for x (M, K) times the frozen weight may depend on."""
+    return {"M": x.shape[0], "K": x.shape[1], "N": weight.shape[0]}
+
+
+def factor_sizes(weight: Tensor, lora_a: Tensor) -> dict[str, int]:
+    """What a choice for the weight and its factors alone may depend on."""
+    return {"K": weight.shape[1], "N": weight.shape[0], "R": lora_a.shape[0]}
+
+
+def resolve_backend(op: str, backend: str, x: Tensor, sizes: Callable[[], dict[str, int]] | None = None) -> str:
     """The backend that runs ``op`` on tensors like ``x``.
 
     "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors; it falls back to
-    "reference" with one log line.
+    "reference" with one log line, and takes it where `lrk tune` found it best for shapes of these ``sizes``.
     A named backend is taken or refused.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot run, with the reason.
     """
     if backend == "auto":
+        if sizes is not None and tuned.choice(op, x, sizes) == "reference":
+            return "reference"
         name, reason = automatic(op, x.device.type, x.dtype)
         if name == "reference":
             _say_once(f"{op}: backend 'auto' runs 'reference' here: {reason}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..reference.block_sparse import (
     block_adamw_ref_,
     block_sparse_linear_ref,
@@ -155,6 +156,10 @@ def _block_grad(
 ) -> Tensor:
     """dW_b from x (M, K) and dY (M, N)."""
     name = resolve_backend(op, backend, x)
+    if backend == "auto":
+        sizes = lambda: {"M": x.shape[0], "blocks": len(block_index), "size": max(size)}  # noqa: E731
+        chosen = tuned.choice("block_sparse_weight_grad", x, sizes)
+        name = chosen if chosen == "reference" else name
     if name == "reference":
         return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)
     if dtype == torch.float64:  # float64 blocks over a narrower weight: kernels sum in float32

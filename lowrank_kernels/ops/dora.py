@@ -13,7 +13,7 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from .backend import resolve_backend
+from .backend import factor_sizes, product_sizes, resolve_backend
 from .library import define, no_double_backward, register_autocast
 from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_grad_product, own_product, unit_columns
 
@@ -75,7 +75,7 @@ def _norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     weight_sq_norm: Tensor | None, magnitude: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    name = resolve_backend("dora_weight_norm", backend, weight)
+    name = resolve_backend("dora_weight_norm", backend, weight, lambda: factor_sizes(weight, lora_a))
     if name == "reference":
         norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
         if weight_sq_norm is None:
@@ -144,7 +144,7 @@ def _forward(
     detach_norm: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x2 = x.reshape(-1, x.shape[-1])
-    name = resolve_backend("dora_linear", backend, x)
+    name = resolve_backend("dora_linear", backend, x, lambda: product_sizes(x2, weight))
     if name == "reference":
         y, p, u = dora_linear_ref(
             x2, weight, lora_a, lora_b, column_scale, bias,
@@ -188,7 +188,7 @@ def _scaled_product(
 
         return dora_linear_fwd(x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save)
     cpp = torch.ops.lowrank_kernels
-    if own_product(x, weight):
+    if own_product(x, weight, "dora_linear"):
         return cpp.lora_linear_fused(
             x, weight, lora_a, lora_b, bias, None, scaling, dropout_seed, dropout_p, column_scale, save
         )

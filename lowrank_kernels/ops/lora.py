@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, tuned
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
-from .backend import resolve_backend
+from .backend import product_sizes, resolve_backend
 from .library import define, no_double_backward, register_autocast
 
 _FORWARD = (
@@ -83,7 +83,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x2 = x.reshape(-1, x.shape[-1])
     p: Tensor | None
-    name = resolve_backend("lora_linear", backend, x)
+    name = resolve_backend("lora_linear", backend, x, lambda: product_sizes(x2, weight))
     if name == "reference":
         y, p = lora_linear_ref(
             x2, weight, lora_a, lora_b, bias,
@@ -167,10 +167,15 @@ _FEW_ROWS = {
 _MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
 
 
-def own_product(x: Tensor, weight: Tensor) -> bool:
+def own_product(x: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     """Whether the extension computes x Wᵀ too, with the correction in its accumulators."""
+    if weight.stride(1) != 1:
+        return False
+    chosen = tuned.choice(op, x, lambda: product_sizes(x, weight))
+    if chosen in ("own_product", "library_product"):
+        return chosen == "own_product"
     n, k = weight.shape
-    return weight.stride(1) == 1 and (_within(_FEW_ROWS, x) or (n <= k and _within(_MANY_ROWS, x)))
+    return _within(_FEW_ROWS, x) or (n <= k and _within(_MANY_ROWS, x))
 
 
 def own_grad_product(grad_y: Tensor, weight: Tensor) -> bool:

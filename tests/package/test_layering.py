@@ -18,9 +18,10 @@ OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn"})
 # layer -> what it may import: parts of this package, and packages from outside.
 ALLOWED = {
     "reference": (set(), {"torch"}),
-    "kernels": (set(), {"torch", "triton"}),
     "_extension": (set(), {"torch"}),
-    "ops": ({"reference", "kernels", "_extension"}, {"torch"}),
+    "tuned": ({"_extension"}, {"torch"}),
+    "kernels": ({"tuned"}, {"torch", "triton"}),
+    "ops": ({"reference", "kernels", "tuned", "_extension"}, {"torch"}),
     "stack": (set(), {"torch"}),
     "functional": ({"ops", "stack"}, {"torch"}),
     "merge": ({"ops"}, {"torch"}),
