@@ -133,8 +133,8 @@ def _loses(over_plain: float, spread: float) -> bool:
 
 
 def decide(rows: Sequence[Row]) -> Settled:
-    """The fastest right candidate; the rule's, where that is right and does not lose to plain PyTorch, unless another
-    is faster beyond the spread.
+    """The fastest right candidate. The rule's stays, where it is right, unless another is faster beyond the spread, or
+    loses to plain PyTorch no more while the rule's does.
 
     Raises:
         ValueError: no candidate was right.
@@ -148,7 +148,7 @@ def decide(rows: Sequence[Row]) -> Settled:
     if RULE in ratio:
         (fast, spread), (rule, rule_spread) = ratio[best], ratio[RULE]
         tie = rule - fast <= max(fast * spread, rule * rule_spread, MARGIN * rule)
-        if tie and not _loses(rule, rule_spread):
+        if tie and (_loses(fast, spread) or not _loses(rule, rule_spread)):
             best = RULE
     over, spread = ratio[best]
     rule_over = ratio[RULE][0] if RULE in ratio else None
