@@ -12,6 +12,12 @@ from torch.nn.functional import linear
 
 import lowrank_kernels as lk
 
+from ..kernels import roofline
+from ..kernels.block_sparse_tiles import block_grad_tiles
+from ..kernels.lora_tiles import lora_tiles
+from ..kernels.multi_lora_tiles import multi_lora_tiles, tile_capacity
+from ..kernels.roofline import Work
+from ..kernels.target import Target
 from ..reference import (
     block_sparse_weight_grad_ref,
     dora_column_scale_ref,
@@ -45,6 +51,8 @@ class Bench:
         exact: the formula, for float64 inputs.
         trained: inputs that get a gradient in training; empty where the op has no backward.
         nbytes, flops: (shape, itemsize) and (shape,) -> those of the forward, each tensor once.
+        launches: (target, shape, dtype) -> (the rule's choice in words, what our Triton kernels move and multiply):
+            more than ``nbytes`` where an operand is read again, or an intermediate one is written.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Bench:
     exact: Provider
     nbytes: Callable[[Shape, int], float]
     flops: Callable[[Shape], float]
+    launches: Callable[[Target, Shape, torch.dtype], tuple[str, tuple[Work, ...]]]
     trained: tuple[str, ...] = ()
 
 
@@ -109,11 +118,12 @@ def _dora_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     return inputs | {"norm_and_scale": (norm, scale)}
 
 
-def _dora_ours(i: Inputs) -> Tensor:
+def _dora_ours(i: Inputs, backend: str = "auto") -> Tensor:
     """As the layer calls it: ‖W‖² is kept while it trains, and g while it does not."""
     training = i["lora_a"].requires_grad
     kept = {"weight_sq_norm": i["weight_sq_norm"]} if training else {"norm_and_scale": i["norm_and_scale"]}
-    return lk.dora_linear(i["x"], i["weight"], i["lora_a"], i["lora_b"], i["magnitude"], scaling=2.0, **kept)
+    operands = (i[k] for k in ("x", "weight", "lora_a", "lora_b", "magnitude"))
+    return lk.dora_linear(*operands, scaling=2.0, **kept, backend=backend)
 
 
 def _dora_exact(i: Inputs) -> Tensor:
@@ -156,11 +166,27 @@ def _norm_bytes(s: Shape, size: int) -> float:
 # ------------------------------------------------------------------------------------------------------ block-sparse
 
 
+def _chosen_blocks(s: Shape) -> Tensor:
+    """(row block, column block) of so many blocks of the weight, always the same ones of a shape."""
+    across = s["K"] // s["size"]
+    order = torch.randperm((s["N"] // s["size"]) * across, generator=torch.Generator().manual_seed(0))
+    chosen = order[: s["blocks"]].sort().values
+    return torch.stack([chosen // across, chosen % across], 1).to(torch.int32)
+
+
+def distinct_blocks(s: Shape) -> tuple[int, int]:
+    """(row blocks, column blocks) that the chosen ones are of: what is read of dY and of x."""
+    rows, columns = _chosen_blocks(s).unbind(1)
+    return len(rows.unique()), len(columns.unique())
+
+
+def _block_bytes(s: Shape, size: int) -> float:
+    return size * s["size"] * (s["M"] * sum(distinct_blocks(s)) + s["blocks"] * s["size"]) + 8 * s["blocks"]
+
+
 def _block_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    M, K, N, B, size = (s[k] for k in ("M", "K", "N", "blocks", "size"))
-    across = K // size
-    chosen = torch.randperm((N // size) * across)[:B].sort().values
-    index = torch.stack([chosen // across, chosen % across], 1).to(torch.int32).to(device)
+    M, K, N, size = (s[k] for k in ("M", "K", "N", "size"))
+    index = _chosen_blocks(s).to(device)
     return {"x": _normal(M, K, dtype=dtype, device=device), "grad_y": _normal(M, N, dtype=dtype, device=device),
             "block_index": index, "size": size}  # fmt: skip
 
@@ -216,6 +242,35 @@ def _multi_bytes(s: Shape, size: int) -> float:
     return size * (M * K + N * K + M * N + min(G, M) * R * (K + N))
 
 
+# ---------------------------------------------------------------------------------------------- launches of our kernels
+
+
+def _lora_launches(target: Target, s: Shape, dtype: torch.dtype, scaled: bool = False) -> tuple[str, tuple[Work, ...]]:
+    M, K, N, R = (s[k] for k in "MKNR")
+    tiles = lora_tiles(target, M, K, N, R, dtype, False, scaled=scaled)
+    launches = roofline.lora_forward(
+        tiles.strategy, M, K, N, R, dtype.itemsize, -(-N // tiles.main.BLOCK_N), store_p=False, scaled=scaled
+    )
+    return tiles.strategy, launches
+
+
+def _dora_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
+    return _lora_launches(target, s, dtype, scaled=True)
+
+
+def _block_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
+    M, blocks, size = (s[k] for k in ("M", "blocks", "size"))
+    splits = block_grad_tiles(target, M, blocks, size, size, dtype).splits
+    words = f"{splits} parts" if splits > 1 else "one part"
+    return words, roofline.block_sparse_weight_grad(M, blocks, size, dtype.itemsize, distinct_blocks(s), splits)
+
+
+def _multi_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
+    M, K, N, R, G = (s[k] for k in "MKNRG")
+    splits = multi_lora_tiles(target, tile_capacity(M, G), K, R, dtype).splits
+    return f"library, {splits} parts", roofline.multi_lora_forward(M, K, N, R, G, dtype.itemsize, splits)
+
+
 # ------------------------------------------------------------------------------------------------------------- table
 
 
@@ -233,14 +288,15 @@ OPS: dict[str, Bench] = {
         Bench(
             "lora_linear", _CPU_LINEAR, _GPU_LINEAR, _lora_inputs,
             {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _lora_plain, "peft": _lora_peft,
-             "ours": lambda i: lk.lora_linear(i["x"], i["weight"], i["lora_a"], i["lora_b"], scaling=2.0)},
-            _lora_plain, _lora_bytes, _lora_flops, trained=("x", "lora_a", "lora_b"),
+             "ours": lambda i, backend="auto": lk.lora_linear(
+                i["x"], i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
+            _lora_plain, _lora_bytes, _lora_flops, _lora_launches, trained=("x", "lora_a", "lora_b"),
         ),
         Bench(
             "dora_linear", _CPU_LINEAR, _GPU_LINEAR, _dora_inputs,
             {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _dora_plain, "peft": _dora_peft,
              "ours": _dora_ours},
-            _dora_exact, lambda s, size: _lora_bytes(s, size) + 8 * s["N"], _lora_flops,
+            _dora_exact, lambda s, size: _lora_bytes(s, size) + 4 * s["N"], _lora_flops, _dora_launches,
             trained=("x", "lora_a", "lora_b", "magnitude"),
         ),
         Bench(
@@ -249,9 +305,11 @@ OPS: dict[str, Bench] = {
             _shapes(*((k, n, r) for k, n in _WIDTHS for r in (8, 16, 64, 256, 384, 512)), names="K N R"),
             lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
             {"plain": _factored_norm, "peft": _dense_norm,
-             "ours": lambda i: lk.dora_weight_norm(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0)},
+             "ours": lambda i, backend="auto": lk.dora_weight_norm(
+                i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
             lambda i: dora_weight_norm_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
             _norm_bytes, lambda s: 2.0 * s["N"] * s["R"] * (s["K"] + s["R"]) + 2.0 * s["N"] * s["K"],
+            lambda t, s, dtype: ("", roofline.dora_weight_norm(*(s[k] for k in "KNR"), dtype.itemsize)),
         ),
         Bench(
             "merge_lora_",
@@ -259,10 +317,12 @@ OPS: dict[str, Bench] = {
             _shapes(*((k, n, r) for k, n in _WIDTHS for r in (16, 64)), names="K N R"),
             lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
             {"plain": lambda i: i["weight"] + (2.0 * (i["lora_b"].float() @ i["lora_a"].float())).to(i["weight"].dtype),
-             "ours": lambda i: lk.merge_lora_(i["weight"].clone(), i["lora_a"], i["lora_b"], scaling=2.0)},
+             "ours": lambda i, backend="auto": lk.merge_lora_(
+                i["weight"].clone(), i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
             lambda i: merge_lora_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
             lambda s, size: size * (2 * s["N"] * s["K"] + s["R"] * (s["K"] + s["N"])),
             lambda s: 2.0 * s["N"] * s["K"] * s["R"],
+            lambda t, s, dtype: ("", roofline.merge_lora(*(s[k] for k in "KNR"), dtype.itemsize)),
         ),
         Bench(
             "block_sparse_weight_grad",
@@ -272,10 +332,11 @@ OPS: dict[str, Bench] = {
                     (2048, 8192, 28672, 31, 256), names="M K N blocks size"),
             _block_inputs,
             {"floor": _block_dense, "plain": _block_gathered,
-             "ours": lambda i: lk.block_sparse_weight_grad(i["x"], i["grad_y"], i["block_index"], i["size"])},
+             "ours": lambda i, backend="auto": lk.block_sparse_weight_grad(
+                i["x"], i["grad_y"], i["block_index"], i["size"], backend=backend)},
             lambda i: block_sparse_weight_grad_ref(i["x"], i["grad_y"], i["block_index"], (i["size"], i["size"])),
-            lambda s, size: size * (s["M"] * (s["K"] + s["N"]) + s["blocks"] * s["size"] ** 2),
-            lambda s: 2.0 * s["M"] * s["blocks"] * s["size"] ** 2,
+            _block_bytes,
+            lambda s: 2.0 * s["M"] * s["blocks"] * s["size"] ** 2, _block_launches,
         ),
         Bench(
             "multi_lora_linear",
@@ -285,8 +346,9 @@ OPS: dict[str, Bench] = {
                     names="M K N R G"),
             _multi_inputs,
             {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _multi_gathered, "peft": _multi_loop,
-             "ours": lambda i: lk.multi_lora_linear(i["x"], i["weight"], i["stack"], i["ids"])},
-            _multi_gathered, _multi_bytes, _lora_flops,
+             "ours": lambda i, backend="auto": lk.multi_lora_linear(
+                i["x"], i["weight"], i["stack"], i["ids"], backend=backend)},
+            _multi_gathered, _multi_bytes, _lora_flops, _multi_launches,
         ),
     )
 }  # fmt: skip

@@ -151,6 +151,8 @@ _FREE = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size",
 )  # fmt: skip
 
+_UNREAD = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zero_", "fill_")
+
 
 def _distinct_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements, an expanded one's once."""
@@ -171,18 +173,25 @@ class _OpWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "lowrank_kernels":
-            # An op of ours is what it launches: run its implementation with this mode still on.
+        key = "CompositeExplicitAutograd"
+        ours = func.namespace == "lowrank_kernels"
+        if ours and torch._C._dispatch_has_kernel_for_dispatch_key(func._schema.name, key):
+            # An op of ours in Python is what it launches: run its implementation with this mode still on.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         result = func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
+        name = func._schema.name.partition("::")[2]
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        if not outputs:  # it writes arguments alone
+            written = zip(func._schema.arguments, args, strict=False)
+            outputs = _tensors([v for a, v in written if a.alias_info is not None and a.alias_info.is_write])
         storages = {t.untyped_storage().data_ptr() for t in inputs if t.numel()}
         is_view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in storages for t in outputs)
         if name in _FREE or is_view or not sum(t.numel() for t in outputs):
             return result
-        traffic = {f"in{i}": Traffic(_distinct_bytes(t), 0) for i, t in enumerate(inputs)}
+        # A tensor that is two operands is read once, and one that says what to make is not read at all.
+        read = {} if name in _UNREAD else {t.data_ptr(): t for t in sorted(inputs, key=_distinct_bytes)}
+        traffic = {f"in{i}": Traffic(_distinct_bytes(t), 0) for i, t in enumerate(read.values())}
         traffic |= {f"out{i}": Traffic(0, _distinct_bytes(t)) for i, t in enumerate(outputs)}
         self.record.launches.append(CountedLaunch(name, traffic))
         return result
@@ -192,8 +201,9 @@ class _OpWatch(TorchDispatchMode):
 def record_memory() -> Iterator[MemoryRecord]:
     """Context that counts launches and bytes of CPU code, and what autograd saves.
 
-    Counted: every aten op that computes (views and allocations are free), and, under TRITON_INTERPRET=1, every Triton
-    kernel, with the distinct bytes that it reads and writes of each argument; masked lanes touch nothing.
+    Counted: every aten op that computes (views and allocations are free) and every C++ op of ours, as one launch that
+    reads its inputs and writes its outputs; and, under TRITON_INTERPRET=1, every Triton kernel, with the distinct bytes
+    that it reads and writes of each argument; masked lanes touch nothing.
 
     Raises:
         AccessFault: inside the context: a kernel accesses an address outside of its arguments, or between the rows of

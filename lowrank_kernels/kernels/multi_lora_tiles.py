@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from .lora_tiles import DECODE_ROWS, MainTiles, main_tiles
-from .roofline import multi_lora_forward_seconds
+from .roofline import multi_lora_forward, seconds
 from .target import Target
 
 MultiStrategy = Literal["one_kernel", "library"]
@@ -79,9 +79,10 @@ def multi_lora_main_tiles(target: Target, M: int, dtype: torch.dtype, aligned: b
 def multi_lora_seconds(
     target: Target, M: int, K: int, N: int, max_rank: int, adapters: int, dtype: torch.dtype
 ) -> dict[MultiStrategy, float]:
-    """What the roofline (``roofline.multi_lora_forward_seconds``) gives each strategy."""
+    """What the roofline (``roofline.multi_lora_forward``) gives each strategy."""
     strategies: tuple[MultiStrategy, ...] = ("one_kernel", "library")
-    return {s: multi_lora_forward_seconds(target, s, M, K, N, max_rank, adapters, dtype) for s in strategies}
+    sizes = M, K, N, max_rank, adapters, dtype.itemsize
+    return {s: seconds(target, multi_lora_forward(*sizes, strategy=s)) for s in strategies}
 
 
 def choose_multi_strategy(

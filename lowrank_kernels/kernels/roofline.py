@@ -1,10 +1,14 @@
-"""Bytes, FLOPs and launches of each strategy, and the time that a roofline gives them.
+"""Bytes, FLOPs and launches of each op's forward by Triton, and the time that a roofline gives them.
 
 A prediction, not a measurement: time = max(bytes / copy ceiling, FLOPs / matrix ceiling) + launches · launch cost, each
-launch on its own roof. The ceilings belong to the target (``target.TARGETS``).
+launch on its own roof. The ceilings belong to the target (``target.TARGETS``). Bytes are the distinct ones of a launch;
+that they are what the kernels move is tested in the interpreter (tests/interpreter/test_bench_bytes.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -17,57 +21,100 @@ OWN_PRODUCT_EFFICIENCY = 0.80
 replaced by `lrk tune`: hand-written Triton products on Hopper are reported between 0.7 and 0.95 of cuBLAS."""
 
 
+class Work(NamedTuple):
+    """One launch: distinct bytes, FLOPs (our main product's over its assumed efficiency), bytes of an element."""
+
+    nbytes: float
+    flops: float
+    itemsize: int = 2
+
+
 def launch_seconds(target: Target, bytes_moved: float, flops: float, itemsize: int = 2) -> float:
     """Roofline time of one launch; float32 products run at a sixteenth of the half-precision ceiling (FMA units)."""
     peak = target.matrix_flops_per_s / (1 if itemsize == 2 else 16)
     return max(bytes_moved / target.copy_bytes_per_s, flops / peak) + LAUNCH_SECONDS
 
 
+def seconds(target: Target, launches: Iterable[Work]) -> float:
+    """Roofline time of launches, one after the other."""
+    return sum(launch_seconds(target, *launch) for launch in launches)
+
+
+def lora_forward(
+    strategy: str, M: int, K: int, N: int, R: int, size: int, columns: int = 1, *, store_p: bool = True,
+    scaled: bool = False,
+) -> tuple[Work, ...]:  # fmt: skip
+    """Launches of y = x Wᵀ + s (x Aᵀ) Bᵀ by one strategy ("fused", "two_kernel" or "library").
+
+    Args:
+        size: bytes of an element, of the factors too.
+        columns: how many programs share a row of tiles; with "fused" each of them computes P.
+        store_p: "fused" writes P, for backward; the others always do.
+        scaled: columns are multiplied by a float32 vector (DoRA).
+    """
+    x, w, y, p, a, b = (size * n for n in (M * K, N * K, M * N, M * R, R * K, R * N))
+    scale, main = 4 * N * scaled, 2.0 * M * N * K
+    if strategy == "fused":
+        flops = (main + 2.0 * M * R * (columns * K + N)) / OWN_PRODUCT_EFFICIENCY
+        return (Work(x + w + y + p * store_p + a + b + scale, flops, size),)
+    down = Work(x + a + p, 2.0 * M * R * K, size)
+    if strategy == "two_kernel":
+        return down, Work(x + w + y + p + b + scale, (main + 2.0 * M * R * N) / OWN_PRODUCT_EFFICIENCY, size)
+    return down, Work(x + w + y, main, size), Work(2 * y + p + b + scale, 2.0 * M * R * N, size)
+
+
 def lora_forward_seconds(
     target: Target, strategy: str, M: int, K: int, N: int, R: int, dtype: torch.dtype, columns: int
 ) -> float:
-    """Predicted seconds of y = x Wᵀ + s (x Aᵀ) Bᵀ by one strategy ("fused", "two_kernel" or "library").
+    """Predicted seconds of :func:`lora_forward`."""
+    return seconds(target, lora_forward(strategy, M, K, N, R, dtype.itemsize, columns))
 
-    ``columns``: how many programs share a row of tiles; with "fused" each of them computes P.
+
+def dora_weight_norm(K: int, N: int, R: int, size: int) -> tuple[Work, ...]:
+    """One pass over W, in which the tiles of W + s B A are formed and squared; n and ‖W‖² of N rows are written."""
+    # Three products of reduced precision a pair, on matrix units at half the rate of half precision.
+    return (Work(size * (N * K + R * (K + N)) + 8 * N, 2 * 3 * 2.0 * N * R * K + 4.0 * N * K),)
+
+
+def merge_lora(K: int, N: int, R: int, size: int) -> tuple[Work, ...]:
+    """W read and written, in one launch."""
+    return (Work(size * (2 * N * K + R * (K + N)), 2.0 * N * K * R, size),)
+
+
+def block_sparse_weight_grad(
+    M: int, blocks: int, block: int, size: int, distinct: tuple[int, int], splits: int = 1
+) -> tuple[Work, ...]:
+    """The chosen columns of dY and x once (``distinct``: row and column blocks), the blocks, and their index.
+
+    With tokens in ``splits`` parts, each part's blocks are written in float32, and added up by a launch of its own.
     """
-    size = dtype.itemsize
-    x, w, y, p, factors = M * K * size, N * K * size, M * N * size, M * R * size, R * (K + N) * size
-    main = 2.0 * M * N * K
-    down = launch_seconds(target, x + R * K * size + p, 2.0 * M * R * K, size)
-    if strategy == "fused":
-        return launch_seconds(
-            target, x + w + y + p + factors, (main + 2.0 * M * R * (columns * K + N)) / OWN_PRODUCT_EFFICIENCY, size
-        )
-    if strategy == "two_kernel":
-        own = launch_seconds(
-            target, x + w + y + p + R * N * size, (main + 2.0 * M * R * N) / OWN_PRODUCT_EFFICIENCY, size
-        )
-        return down + own
-    up = launch_seconds(target, 2 * y + p + R * N * size, 2.0 * M * R * N, size)
-    return down + launch_seconds(target, x + w + y, main, size) + up
+    flops, result = 2.0 * M * blocks * block**2, blocks * block**2
+    read = size * M * block * sum(distinct) + 8 * blocks
+    if splits == 1:
+        return (Work(read + size * result, flops, size),)
+    return Work(read + 4 * splits * result, flops, size), Work((4 * splits + size) * result, 1.0 * splits * result, 4)
 
 
-def multi_lora_forward_seconds(
-    target: Target, strategy: str, M: int, K: int, N: int, R: int, adapters: int, dtype: torch.dtype
-) -> float:
-    """Predicted seconds of the base product and each row's correction, "one_kernel" or "library" with an addition.
+def multi_lora_forward(
+    M: int, K: int, N: int, R: int, G: int, size: int, splits: int = 1, strategy: str = "library"
+) -> tuple[Work, ...]:
+    """The base product, P set to zero, the down-projection into it, and the sum; a row has one adapter.
 
-    Which rows are whose is not known beforehand: every adapter that can be there is taken to be. In "one_kernel" each
-    row multiplies by its own factor, rank by rank, on the units of float32 products.
+    The sum is in place of a library's product ("library"), or in the accumulator of ours ("one_kernel"), where each row
+    multiplies by its own factor, rank by rank, on the units of float32 products. Without the plan: a few integers a
+    row. Which rows are whose is not known beforehand: every adapter that can be there is taken to be.
     """
-    size, there = dtype.itemsize, min(M, adapters)
-    x, w, y, p, of_b = M * K * size, N * K * size, M * N * size, 4 * M * R, there * R * N * size
+    x, w, y, p, a, b = (size * M * K, size * N * K, size * M * N, 4 * splits * M * R, min(G, M) * R * K * size,
+                         min(G, M) * R * N * size)  # fmt: skip
     main, up = 2.0 * M * N * K, 2.0 * M * R * N
+    down = Work(p, 0.0, 4), Work(x + a + p, 2.0 * M * R * K, size)
     if strategy == "one_kernel":
         share = up if size == 4 else 16 * up  # in products at the ceiling that launch_seconds takes
-        return launch_seconds(target, x + w + y + p + of_b, main / OWN_PRODUCT_EFFICIENCY + share, size)
-    return launch_seconds(target, x + w + y, main, size) + launch_seconds(target, 2 * y + p + of_b, up, size)
+        return *down, Work(x + w + y + p + b, main / OWN_PRODUCT_EFFICIENCY + share, size)
+    return Work(x + w + y, main, size), *down, Work(2 * y + p + b, up, size)
 
 
 __all__ = [
-    "LAUNCH_SECONDS",
-    "OWN_PRODUCT_EFFICIENCY",
-    "launch_seconds",
-    "lora_forward_seconds",
-    "multi_lora_forward_seconds",
-]
+    "LAUNCH_SECONDS", "OWN_PRODUCT_EFFICIENCY", "Work", "block_sparse_weight_grad", "dora_weight_norm",
+    "launch_seconds", "lora_forward", "lora_forward_seconds", "merge_lora", "multi_lora_forward", "seconds",
+]  # fmt: skip

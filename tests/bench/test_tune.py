@@ -59,7 +59,10 @@ def row(provider, ratio=None, spread=0.01, reason=""):
         ([row(RULE, 1.0), row("own_product", 1.0 - MARGIN / 2)], None),
         ([row(RULE, 1.0), row("own_product", 0.9, spread=0.2)], None),
         ([row(RULE, 1.0, spread=0.2), row("own_product", 0.9)], None),
-        ([row(RULE, 1.3, spread=0.1), row("own_product", 1.0, spread=0.4)], "own_product"),  # the rule alone loses to plain
+        (
+            [row(RULE, 1.3, spread=0.1), row("own_product", 1.0, spread=0.4)],
+            "own_product",
+        ),  # the rule alone loses to plain
         ([row(RULE, 1.3), row("own_product", 1.29)], None),  # both do
         ([row(RULE, 1.0), row("own_product", reason="wrong: not timed")], None),
         ([row(RULE, reason="wrong: not timed"), row("own_product", 1.5)], "own_product"),
