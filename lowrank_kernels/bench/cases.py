@@ -27,7 +27,8 @@ from ..reference import (
 
 Shape = Mapping[str, int]
 Inputs = dict[str, Any]
-Provider = Callable[[Inputs], Tensor]
+Provider = Callable[..., Tensor]
+"""Inputs to result; that of an op of ours takes ``backend`` too."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ OPS: dict[str, Bench] = {
                 i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
             lambda i: dora_weight_norm_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
             _norm_bytes, lambda s: 2.0 * s["N"] * s["R"] * (s["K"] + s["R"]) + 2.0 * s["N"] * s["K"],
-            lambda t, s, dtype: ("", roofline.dora_weight_norm(*(s[k] for k in "KNR"), dtype.itemsize)),
+            lambda t, s, dtype: ("", roofline.dora_weight_norm(s["K"], s["N"], s["R"], dtype.itemsize)),
         ),
         Bench(
             "merge_lora_",
@@ -322,7 +323,7 @@ OPS: dict[str, Bench] = {
             lambda i: merge_lora_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
             lambda s, size: size * (2 * s["N"] * s["K"] + s["R"] * (s["K"] + s["N"])),
             lambda s: 2.0 * s["N"] * s["K"] * s["R"],
-            lambda t, s, dtype: ("", roofline.merge_lora(*(s[k] for k in "KNR"), dtype.itemsize)),
+            lambda t, s, dtype: ("", roofline.merge_lora(s["K"], s["N"], s["R"], dtype.itemsize)),
         ),
         Bench(
             "block_sparse_weight_grad",
