@@ -32,7 +32,7 @@ lint: venv
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: venv
-	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest benchmarks/bench_ops.py -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 
 gpu-check: venv
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DRY),--dry --results runs/gpu-check)

@@ -69,7 +69,8 @@ def _errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
-def _call(provider: Provider, inputs: Inputs, trained: tuple[str, ...]) -> Callable[[], object]:
+def call_of(provider: Provider, inputs: Inputs, trained: tuple[str, ...]) -> Callable[[], object]:
+    """What is timed: the provider without gradients, or forward and backward for the inputs named."""
     if not trained:
 
         def inference() -> object:
@@ -124,7 +125,7 @@ def measure(
                     failed[name] = row(name, error=errors[name], reason="wrong: not timed")
                     continue
             wanted = tuple(k for k in trained if k == "x") if name == "floor" else trained
-            calls[name] = _call(provider, inputs, wanted)
+            calls[name] = call_of(provider, inputs, wanted)
             calls[name]()
         except Exception as error:  # of a peer, a backend, a compiler: a row, not the end
             calls.pop(name, None)
