@@ -46,7 +46,7 @@ def demo() -> str:
     s, e = found["settings"], found["environment"]
     lines = [
         f"`make demo`: rank {s['rank']}, {s['steps']} steps of {s['batch_size']} functions, seed {s['seed']}, float32 "
-        f"on {e['threads']} CPU threads; torch {e['torch']}.",
+        f"on {e['threads']} CPU threads; torch {e['torch']}{', commit ' + e['commit'] if 'commit' in e else ''}.",
         "Losses in nats a target token on held-out functions; memory is the most one forward and backward allocates.",
         "",
         "| | held-out before | after | seconds a step | peak MiB |",

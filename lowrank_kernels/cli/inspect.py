@@ -90,12 +90,14 @@ def _print_arch(arch: str, results: list[tuple[OpFamily, Compiled]]) -> None:
         _print_table([row for _, row in group], widths)
 
 
-def _json_entries(results: Iterable[tuple[OpFamily, Compiled]]) -> Iterator[dict[str, Any]]:
+def json_entries(results: Iterable[tuple[OpFamily, Compiled]]) -> Iterator[dict[str, Any]]:
+    """What `--json` holds: one entry a launch."""
     from ..inspect.compile import predict
 
     for family, compiled in results:
         launch, prediction = compiled.launch, predict(family, compiled.launch)
         yield {
+            "name": launch.name,
             "op": family.name, "arch": launch.arch, "kernel": launch.kernel, "case": launch.case, "tile": launch.tile,
             "grid": list(launch.grid), "options": dict(launch.options), "registers": compiled.registers,
             "spills": compiled.spills, "shared_bytes": compiled.shared_bytes, "tensor_memory": compiled.tensor_memory,
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if not everything:
         raise ValueError(f"inspect: no kernel's name contains {args.kernel!r}")
     if args.json:
-        args.json.write_text(json.dumps(list(_json_entries(everything)), indent=1) + "\n")
+        args.json.write_text(json.dumps(list(json_entries(everything)), indent=1) + "\n")
     if args.save_cubins:
         _save_binaries(args.save_cubins, everything)
     if args.write_budget:

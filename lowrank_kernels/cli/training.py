@@ -246,16 +246,9 @@ def write_docstrings(model: Any, tokenizer: Any, examples: list[Example], device
 
 
 def environment() -> dict[str, str]:
-    """What a figure needs beside it: device, versions."""
-    import platform
+    """What a figure needs beside it: device, versions, commit, date, command."""
+    from ..bench.run import conditions
 
-    import triton
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = str(torch.get_num_threads())
+    return {**conditions(device, "lrk " + " ".join(sys.argv[1:])), "threads": threads}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_kernels.cli.inspect import json_entries
+from lowrank_kernels.inspect.binaries import MATRIX_KINDS
 from lowrank_kernels.inspect.budget import REGENERATE, worse
 from lowrank_kernels.inspect.compile import Compiled, compile_launches, faults, predict
 from lowrank_kernels.inspect.launches import recorded_launches
@@ -57,6 +59,19 @@ def test_the_budget_notices(change: Callable[[Compiled], dict[str, object]], wor
     results[index] = replace(results[index], **change(results[index]))  # type: ignore[arg-type]
     budget = {**BUDGET, "triton": TRITON_VERSION}
     assert any(words in line for line in worse(budget, results))
+
+
+@pytest.mark.skipif(BUDGET["triton"] != TRITON_VERSION, reason="the budget is of another Triton")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_lrk_inspect_writes_as_json_is_what_the_budget_holds(arch: str) -> None:
+    results = [(family(name), result) for name, result in _compiled(arch)]
+    written = json.loads(json.dumps(list(json_entries(results))))
+    held = {name: values for name, values in BUDGET["variants"].items() if name.startswith(f"{arch} ")}
+    assert {e["name"] for e in written} == held.keys()
+    for e in written:
+        matrix = {kind: count for kind, count in e["instructions"].items() if kind in MATRIX_KINDS and count}
+        figures = {"registers": e["registers"], "spills": e["spills"], "shared": e["shared_bytes"], "matrix": matrix}
+        assert (e["arch"], figures) == (arch, held[e["name"]]), f"{e['name']}: regenerate the budget: {REGENERATE}"
 
 
 def test_a_refused_variant_is_a_fault() -> None:
