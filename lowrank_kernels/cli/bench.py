@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--modes", default="inference,training", help="of inference,training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of timing a row of the table (default 1.5)")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of timing a row of the table (default 0.6)")
     parser.add_argument(
         "--budget", type=float, default=600.0, help="seconds in all; what does not fit is said (default 600)"
     )
