@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_kernels.bench import OPS, Row, Sample
+from lowrank_kernels.bench import OPS, Row, Sample, keep_freed_memory
 from lowrank_kernels.bench.run import call_of, conditions, read_csv
 
 FACTOR = 1.5
@@ -38,6 +38,7 @@ CASES = [
 def moved(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """What moved, printed at the end."""
     torch.set_num_threads(2)
+    keep_freed_memory()
     lines: list[str] = []
     yield lines
     here = conditions(CPU, "")["device"]

@@ -2,6 +2,18 @@
 
 from .cases import OPS, Bench, Problem
 from .run import Row, measure, write_csv
-from .timing import Roofs, Sample, interleaved, measure_roofs
+from .timing import Roofs, Sample, interleaved, keep_freed_memory, measure_roofs
 
-__all__ = ["OPS", "Bench", "Problem", "Roofs", "Row", "Sample", "interleaved", "measure", "measure_roofs", "write_csv"]
+__all__ = [
+    "OPS",
+    "Bench",
+    "Problem",
+    "Roofs",
+    "Row",
+    "Sample",
+    "interleaved",
+    "keep_freed_memory",
+    "measure",
+    "measure_roofs",
+    "write_csv",
+]

@@ -84,6 +84,13 @@ def call_of(provider: Provider, inputs: Inputs, trained: tuple[str, ...]) -> Cal
     return lambda: torch.autograd.grad(provider(leaves), wanted, grad_y, allow_unused=True)
 
 
+def _compiled(provider: Provider) -> Provider:
+    """Compiled for one problem's shapes alone: what was compiled for others counts against a limit otherwise."""
+    torch.compiler.reset()
+    compiled: Provider = torch.compile(provider, dynamic=False)
+    return compiled
+
+
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
 
@@ -113,7 +120,7 @@ def measure(
     failed: dict[str, Row] = {}
     errors: dict[str, float | None] = {}
     for name in names:
-        provider = torch.compile(bench.providers["plain"]) if name == COMPILED else bench.providers.get(name)
+        provider = _compiled(bench.providers["plain"]) if name == COMPILED else bench.providers.get(name)
         if provider is None:
             continue
         try:
@@ -181,13 +188,15 @@ def conditions(device: torch.device, command: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def write_csv(path: Path, rows: Iterable[Row], where: dict[str, str]) -> None:
-    """Every row with its conditions; four significant digits."""
+def write_csv(path: Path, rows: Iterable[Row], where: dict[str, str], append: bool = False) -> None:
+    """Every row with its conditions; four significant digits. ``append``: after those that the file holds already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = [*Row.__dataclass_fields__, *where]
-    with path.open("w", newline="") as file:
+    more = append and path.exists()
+    with path.open("a" if more else "w", newline="") as file:
         writer = csv.DictWriter(file, fields)
-        writer.writeheader()
+        if not more:
+            writer.writeheader()
         for row in rows:
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(values | where)

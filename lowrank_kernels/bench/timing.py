@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +64,19 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, devic
         for name in names:
             times[name].append(once(calls[name]))
     return {name: Sample(tuple(values)) for name, values in times.items()}
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to give no freed memory back to the system, from here on, in this process; elsewhere do nothing.
+
+    Whether a large temporary is given back and faulted in anew at each call is a matter of what else lies on the heap:
+    between two runs that made plain PyTorch's time differ by a factor of up to three.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

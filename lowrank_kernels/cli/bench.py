@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--budget", type=float, default=600.0, help="seconds in all; what does not fit is said (default 600)"
     )
     parser.add_argument("--csv", type=Path, help="write every row with its conditions")
+    parser.add_argument("--append", action="store_true", help="to what the CSV holds already")
     parser.add_argument("--json", type=Path, help="the same as JSON")
     parser.add_argument("--plot", type=Path, help="draw the cost over the floor, a panel an op")
 
@@ -65,7 +66,7 @@ def shape_of(words: str, like: dict[str, int], op: str) -> dict[str, int]:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..bench import OPS, Problem, measure, measure_roofs, write_csv
+    from ..bench import OPS, Problem, keep_freed_memory, measure, measure_roofs, write_csv
     from ..bench.plot import draw
     from ..bench.run import conditions
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     ops = [OPS[name] for name in one_of("--op", ",".join(args.op or OPS), OPS)]
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     problems = []
     for bench in ops:
         own = bench.gpu_shapes if device.type == "cuda" else bench.shapes
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     where = conditions(device, "lrk " + " ".join(sys.argv[1:]))
     print("\n" + ", ".join(f"{k} {v}" for k, v in where.items() if v))
     if args.csv:
-        write_csv(args.csv, rows, where)
+        write_csv(args.csv, rows, where, args.append)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"conditions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

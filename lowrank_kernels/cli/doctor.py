@@ -108,8 +108,9 @@ def _table_rows() -> Iterator[Row]:
 
 def _verdicts() -> Iterator[tuple[bool, Row]]:
     """(whether it is right, a line) of every op at its first shape, in two dtypes."""
-    from ..bench import OPS, Problem, measure
+    from ..bench import OPS, Problem, keep_freed_memory, measure
 
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for op, bench in OPS.items():
         shape = (bench.gpu_shapes if device.type == "cuda" else bench.shapes)[0]

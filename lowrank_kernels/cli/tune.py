@@ -31,12 +31,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .. import tuned
-    from ..bench import OPS, Problem
+    from ..bench import OPS, Problem, keep_freed_memory
     from ..bench.tune import Settled, shapes, tunables, tune
 
     path = args.file or tuned.table_path()
     if path is None:
         raise ValueError(f"tune: expected a file for the table, got an empty {tuned.FLAG}; give --file")
+    keep_freed_memory()
     device = torch.device(args.device)
     known = tunables(device.type)
     chosen = [known[name] for name in one_of("--op", ",".join(args.op or known), known)]

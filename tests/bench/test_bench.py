@@ -85,6 +85,8 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     again, where = read_csv(files["csv"])
     assert [r.provider for r in again] == [r["provider"] for r in rows] and where["torch"] == torch.__version__
     assert all(r.median_us > 0 for r in again)
+    assert main(["bench", *arguments, "--modes", "inference", "--append"]) == 0
+    assert len(read_csv(files["csv"])[0]) == 2 * len(rows)
     assert len(json.loads(files["json"].read_text())["rows"]) == len(rows)
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     assert out.count("merge_lora_") >= 4 and "measured roofs, float32" in out
