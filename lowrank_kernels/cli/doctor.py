@@ -106,7 +106,7 @@ def _table_rows() -> Iterator[Row]:
         yield "CUDA", describe("cuda")
 
 
-def _verdicts() -> Iterator[tuple[bool, Row]]:
+def _verdicts(seconds: float = 0.3) -> Iterator[tuple[bool, Row]]:
     """(whether it is right, a line) of every op at its first shape, in two dtypes."""
     from ..bench import OPS, Problem, keep_freed_memory, measure
 
@@ -115,7 +115,7 @@ def _verdicts() -> Iterator[tuple[bool, Row]]:
     for op, bench in OPS.items():
         shape = (bench.gpu_shapes if device.type == "cuda" else bench.shapes)[0]
         for dtype in (torch.float32, torch.bfloat16):
-            _, row = measure(bench, Problem(shape, dtype, False), ("plain", "ours"), 0.3, device)
+            _, row = measure(bench, Problem(shape, dtype, False), ("plain", "ours"), seconds, device)
             words = row.reason or "right"
             speed = ""
             if row.over_floor is not None and row.spread is not None:

@@ -116,3 +116,21 @@ def test_the_gpu_check_runs_dry(tmp_path):
     rows, where = read_csv(tmp_path / "dry_bench.csv")
     assert {row.op for row in rows} == set(OPS) and "--dry" in where["command"]
     assert json.loads((tmp_path / "dry_check.json").read_text())["failures"] == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_selftest_gives_a_verdict_an_op(wrong, monkeypatch, capsys):
+    for name, bench in list(OPS.items()):
+        small = dataclasses.replace(bench, shapes=({key: SMALL[key] for key in bench.shapes[0]},))
+        if wrong and name == "lora_linear":
+            ours = bench.providers["ours"]
+            small = dataclasses.replace(small, providers={**bench.providers, "ours": lambda i, f=ours: f(i) * 1.1})
+        monkeypatch.setitem(OPS, name, small)
+    assert main(["doctor", "--selftest"]) == int(wrong)
+    lines = capsys.readouterr().out.partition("Self-test")[2].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [name for name in OPS for _ in range(2)]
+    for line in lines:
+        if wrong and line.split()[0] == "lora_linear":
+            assert "wrong: not timed" in line and "PyTorch" not in line
+        else:
+            assert "right" in line and "plain PyTorch (" in line
