@@ -38,7 +38,11 @@ def table_path() -> Path | None:
     given = os.environ.get(FLAG)
     if given is not None:
         return Path(given) if given else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank_kernels" / "tune.json"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # nobody's home
+        return None
+    return cache / "lowrank_kernels" / "tune.json"
 
 
 def shape_class(op: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
@@ -97,7 +101,7 @@ def cpu_model() -> str:
 def conditions(device_type: str) -> dict[str, str]:
     """What a table must have been made under to be used: the device and the versions."""
     if device_type == "cuda":
-        device = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     else:
         device = f"{cpu_model()}, {torch.get_num_threads()} threads, {_extension.cpu_isa() or 'no C++ ops'}"
     versions = {"lowrank_kernels": sys.modules[__package__].__version__, "torch": torch.__version__}
@@ -143,7 +147,7 @@ def _table(device_type: str) -> tuple[dict[str, str | None], str]:
     """(class -> choice, what is to be said of the table)."""
     path = table_path()
     if path is None:
-        return {}, f"none: {FLAG} is empty"
+        return {}, f"none: {FLAG} is empty, or there is no home folder"
     try:
         part = read_table(path).get(device_type)
     except ValueError as error:

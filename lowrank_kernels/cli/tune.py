@@ -44,13 +44,10 @@ def run(args: argparse.Namespace) -> int:
     dtypes = [DTYPES[name] for name in one_of("--dtypes", args.dtypes, DTYPES)]
     work = []
     for tunable in chosen:
-        like = dict(OPS[tunable.bench].shapes[0])
-        for shape in (
-            [shape_of(words, like, tunable.op) for words in args.shapes]
-            if args.shapes
-            else shapes(tunable, device.type)
-        ):
-            work += [(tunable, Problem(shape, dtype, tunable.training)) for dtype in dtypes]
+        some = shapes(tunable, device.type)
+        if args.shapes:
+            some = [shape_of(words, dict(OPS[tunable.bench].shapes[0]), tunable.op) for words in args.shapes]
+        work += [(tunable, Problem(shape, dtype, tunable.training)) for shape in some for dtype in dtypes]
     print(", ".join(f"{k} {v}" for k, v in tuned.conditions(device.type).items()))
     rows: list[Row] = [("class of shapes", "choice", "/ plain", "spread", "rule / plain", "")]
     left = 0
