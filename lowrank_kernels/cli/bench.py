@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--csv", type=Path, help="write every row with its conditions")
     parser.add_argument("--append", action="store_true", help="to what the CSV holds already")
     parser.add_argument("--json", type=Path, help="the same as JSON")
-    parser.add_argument("--plot", type=Path, help="draw the cost over the floor, a panel an op")
+    parser.add_argument("--plot", type=Path, help="draw bars, and beside it the roof and what the shapes sweep")
 
 
 def one_of(option: str, given: str, known: Any) -> list[str]:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..bench import OPS, Problem, keep_freed_memory, measure, measure_roofs, write_csv
-    from ..bench.plot import draw
+    from ..bench.plot import draw_all
     from ..bench.run import conditions
 
     providers = one_of("--providers", args.providers, PROVIDERS)
@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"conditions": where, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if args.plot:
-        draw(args.plot, rows, where)
+        for file in draw_all(args.plot, rows, where):
+            print(f"drawn: {file}")
     if left:
         print(f"{left} of {len(problems)} problems did not fit into {args.budget:g} s; see --budget", file=sys.stderr)
     return 1 if any(row.provider == "ours" and row.reason for row in rows) else 0

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import lowrank_kernels
-from lowrank_kernels.bench import OPS, Problem, Roofs, interleaved, measure
+from lowrank_kernels.bench import OPS, Problem, Roofs, Row, interleaved, measure
+from lowrank_kernels.bench.plot import draw_all
 from lowrank_kernels.bench.run import read_csv
 from lowrank_kernels.cli import main
 
@@ -134,3 +135,21 @@ def test_the_selftest_gives_a_verdict_an_op(wrong, monkeypatch, capsys):
             assert "wrong: not timed" in line and "PyTorch" not in line
         else:
             assert "right" in line and "plain PyTorch (" in line
+
+
+def test_pictures_are_drawn_where_the_rows_are_enough_for_them(tmp_path):
+    def row(shape, provider, roof=1.5, op="lora_linear"):
+        return Row(op, shape, "float32", "inference", provider, 100.0, 0.05, 1.2, roof)
+
+    where = {"device": "a CPU", "torch": "2", "commit": "c", "date": "d"}
+    one = [row("M=4 K=8 N=8 R=2", name) for name in ("floor", "plain", "ours")]
+    assert draw_all(tmp_path / "one.png", one, where) == [tmp_path / "one.png", tmp_path / "one-roof.png"]
+    assert draw_all(tmp_path / "no.png", [dataclasses.replace(r, over_roof=None) for r in one], where) == [
+        tmp_path / "no.png"
+    ]
+    assert draw_all(tmp_path / "nothing.png", [], where) == []
+    swept = [row(f"M={m} K=8 N=8 R=2", name) for m in (4, 8, 64) for name in ("floor", "ours")]
+    swept += [row(f"M=64 K=8 N=8 R=2 G={g}", "ours", op="multi_lora_linear") for g in (1, 8, 64)]
+    files = draw_all(tmp_path / "swept.png", swept, where)
+    assert [file.stem for file in files] == ["swept", "swept-roof", "swept-sweeps"]
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
