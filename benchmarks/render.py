@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lowrank_kernels.bench import OPS
-from lowrank_kernels.bench.plot import draw
+from lowrank_kernels.bench.plot import draw_all
 from lowrank_kernels.bench.run import PROVIDERS, Row, read_csv
 from lowrank_kernels.kernels.roofline import Work, seconds
 from lowrank_kernels.kernels.target import TARGETS
@@ -248,14 +248,16 @@ def _ratio_and_spread(row: Row) -> str:
 def bench() -> str:
     """The table and the plot of `lrk bench`, from its CSV."""
     rows, c = read_csv(RESULTS / "cpu_bench.csv")
-    draw(ROOT / "docs" / "images" / "bench.png", rows, c)
+    pictures = draw_all(ROOT / "docs" / "images" / "bench.png", rows, c)
+    command = re.sub(r" --(op|modes) \S+| --append", "", c["command"])
     others = [name for name in PROVIDERS if name != "floor" and any(row.provider == name for row in rows)]
     words = [
         "Time over the floor (over plain PyTorch where the op has none), ± spread. "
         f"{c['device']}; torch {c['torch']}, Python {c['python']},",
-        f"commit {c['commit']}, {c['date']}. Repeat: `{c['command']}`.",
+        f"commit {c['commit']}, {c['date']}. Repeat: `{command}`",
+        "(here op by op, with `--append`).",
         "",
-        "![the same as bars](images/bench.png)",
+        "\n".join(f"![the same as a picture](images/{picture.name})" for picture in pictures),
     ]
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
