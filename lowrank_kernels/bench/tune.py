@@ -13,10 +13,11 @@ import torch
 
 from .. import tuned
 from .cases import OPS, Inputs, Problem, Provider, Shape
-from .run import Row, measure
+from .run import Row, call_of, measure
+from .timing import interleaved
 
 MARGIN = 0.02
-"""A candidate replaces the rule's choice only where it is faster by this share, and by more than either's spread."""
+"""A candidate replaces the rule's choice only where it is faster by this share, and by more than the spread."""
 RULE = "rule"
 """The candidate that is what the op does without a table."""
 
@@ -125,16 +126,14 @@ class Settled:
     @property
     def slower_than_plain(self) -> bool:
         """Whether even the best candidate loses to plain PyTorch by more than the spread."""
-        return _loses(self.over_plain, self.spread)
+        return self.over_plain * (1 - self.spread) > 1 + MARGIN
 
 
-def _loses(over_plain: float, spread: float) -> bool:
-    return over_plain > 1 + max(over_plain * spread, MARGIN)
+def decide(rows: Sequence[Row], duel: Callable[[str], tuple[float, float]]) -> Settled:
+    """The fastest right candidate; but the rule's choice, where that is right and the other does not beat it in a duel.
 
-
-def decide(rows: Sequence[Row]) -> Settled:
-    """The fastest right candidate. The rule's stays, where it is right, unless another is faster beyond the spread, or
-    loses to plain PyTorch no more while the rule's does.
+    Args:
+        duel: candidate -> (its time over that of the rule's choice, spread) where these two take turns.
 
     Raises:
         ValueError: no candidate was right.
@@ -145,10 +144,9 @@ def decide(rows: Sequence[Row]) -> Settled:
         raise ValueError(f"{rows[0].op} {rows[0].shape}: every candidate was refused: {refused}")
     ratio = {row.provider: (row.over_floor or 0.0, row.spread or 0.0) for row in right}
     best = min(ratio, key=lambda name: ratio[name][0])
-    if RULE in ratio:
-        (fast, spread), (rule, rule_spread) = ratio[best], ratio[RULE]
-        tie = rule - fast <= max(fast * spread, rule * rule_spread, MARGIN * rule)
-        if tie and (_loses(fast, spread) or not _loses(rule, rule_spread)):
+    if RULE in ratio and best != RULE:
+        over_rule, spread = duel(best)
+        if 1 - over_rule <= max(over_rule * spread, MARGIN):
             best = RULE
     over, spread = ratio[best]
     rule_over = ratio[RULE][0] if RULE in ratio else None
@@ -159,7 +157,7 @@ def settle(
     tunable: Tunable, problem: Problem, seconds: float, device: torch.device,
     run: Callable[[str, Provider], Provider] | None = None,
 ) -> Settled:  # fmt: skip
-    """Check and time every candidate for one problem, each taking turns with plain PyTorch.
+    """Check and time every candidate for one problem, each taking turns with plain PyTorch, the best with the rule's.
 
     ``run``: (candidate, the op under it) -> what is measured; for tests.
     """
@@ -176,7 +174,15 @@ def settle(
 
         names = (RULE, *tunable.candidates)
         providers = {"plain": bench.providers["plain"], **{name: candidate(name) for name in names}}
-        return decide(measure(replace(bench, providers=providers), problem, providers, seconds, device))
+
+        def duel(name: str) -> tuple[float, float]:
+            inputs = bench.make(problem.shape, problem.dtype, device)
+            trained = bench.trained if problem.training else ()
+            calls = {which: call_of(providers[which], inputs, trained) for which in (name, RULE)}
+            samples = interleaved(calls, seconds, device)
+            return samples[name].over(samples[RULE])
+
+        return decide(measure(replace(bench, providers=providers), problem, providers, seconds, device), duel)
 
 
 def tune(

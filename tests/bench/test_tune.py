@@ -58,31 +58,35 @@ def row(provider, ratio=None, spread=0.01, reason=""):
         ([row(RULE, 1.0), row("own_product", 0.9)], "own_product"),
         ([row(RULE, 1.0), row("own_product", 1.0 - MARGIN / 2)], None),
         ([row(RULE, 1.0), row("own_product", 0.9, spread=0.2)], None),
-        ([row(RULE, 1.0, spread=0.2), row("own_product", 0.9)], None),
-        (
-            [row(RULE, 1.3, spread=0.1), row("own_product", 1.0, spread=0.4)],
-            "own_product",
-        ),  # the rule alone loses to plain
-        ([row(RULE, 1.3), row("own_product", 1.29)], None),  # both do
+        ([row(RULE, 0.9), row("own_product", 1.0)], None),
         ([row(RULE, 1.0), row("own_product", reason="wrong: not timed")], None),
         ([row(RULE, reason="wrong: not timed"), row("own_product", 1.5)], "own_product"),
         ([row("plain", 1.0), row(RULE, 1.5), row("reference", 1.0)], "reference"),
     ],
 )
 def test_what_is_chosen(rows, choice):
-    found = decide(rows)
+    ratio = {r.provider: (r.over_floor, r.spread) for r in rows}
+    found = decide(rows, lambda name: (ratio[name][0] / ratio[RULE][0], ratio[name][1]))
     assert found.choice == choice
-    assert found.over_plain == next(r.over_floor for r in rows if r.provider == (choice or RULE))
+    assert found.over_plain == ratio[choice or RULE][0]
     assert set(found.refused) == {r.provider for r in rows if r.reason}
+
+
+def test_the_best_replaces_the_rules_choice_only_where_it_beats_that_in_turns():
+    rows = [row(RULE, 1.2), row("own_product", 0.6), row("reference", 0.9)]
+    asked = []
+    assert decide(rows, lambda name: asked.append(name) or (0.99, 0.001)).choice is None
+    assert decide(rows, lambda name: (0.97, 0.001)).choice == "own_product" and asked == ["own_product"]
 
 
 def test_nothing_right_is_no_choice():
     with pytest.raises(ValueError, match="every candidate was refused"):
-        decide([row("plain", 1.0), row(RULE, reason="wrong: not timed")])
+        decide([row("plain", 1.0), row(RULE, reason="wrong: not timed")], pytest.fail)
 
 
 def test_losing_to_plain_pytorch_is_said():
-    assert decide([row(RULE, 1.2)]).slower_than_plain and not decide([row(RULE, 1.2, spread=0.3)]).slower_than_plain
+    slow, noisy = (decide([row(RULE, 1.2, spread=spread)], pytest.fail) for spread in (0.01, 0.3))
+    assert slow.slower_than_plain and not noisy.slower_than_plain
 
 
 def test_a_wrong_candidate_is_refused_and_a_slow_one_is_not_chosen():
