@@ -42,10 +42,9 @@ def moved(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     lines: list[str] = []
     yield lines
     here = conditions(CPU, "")["device"]
-    write = request.config.pluginmanager.getplugin("terminalreporter").write_line
-    write(f"\n\nratios against commit {WHERE['commit']} of {WHERE['date']}, {WHERE['device']}; this is {here}")
-    for line in lines or ["nothing moved beyond its spread"]:
-        write(line)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\nratios against commit {WHERE['commit']} of {WHERE['date']}, {WHERE['device']}; this is {here}")
+        print("\n".join(lines or ["nothing moved beyond its spread"]))
 
 
 @pytest.mark.parametrize(("op", "shape", "dtype", "training"), CASES)
