@@ -15,7 +15,7 @@ import lowrank_kernels as lk
 from ..kernels import roofline
 from ..kernels.block_sparse_tiles import block_grad_tiles
 from ..kernels.lora_tiles import lora_tiles
-from ..kernels.multi_lora_tiles import multi_lora_tiles, tile_capacity
+from ..kernels.multi_lora_tiles import choose_multi_strategy, multi_lora_tiles, tile_capacity
 from ..kernels.roofline import Work
 from ..kernels.target import Target
 from ..reference import (
@@ -269,7 +269,10 @@ def _block_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, 
 def _multi_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
     M, K, N, R, G = (s[k] for k in "MKNRG")
     splits = multi_lora_tiles(target, tile_capacity(M, G), K, R, dtype).splits
-    return f"library, {splits} parts", roofline.multi_lora_forward(M, K, N, R, G, dtype.itemsize, splits)
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in (K, N))
+    strategy = choose_multi_strategy(target, M, K, N, R, G, dtype, aligned)
+    launches = roofline.multi_lora_forward(M, K, N, R, G, dtype.itemsize, splits, strategy)
+    return f"{strategy.replace('_', ' ')}, {splits} parts", launches
 
 
 # ------------------------------------------------------------------------------------------------------------- table
