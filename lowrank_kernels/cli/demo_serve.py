@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
                 difference = max(difference, float((mixed[row] - alone).abs().max() / alone.abs().max()))
             batcher.close()
     for name, example, text, equal in zip(names, shown, texts, same, strict=True):
-        print(f"{example.prompt.splitlines()[1]}\n    {name or 'base'}: {text}")
+        print(f"{example.prompt.splitlines()[1]}\n    {name or 'base'}: {' '.join(text.split())}")
         print(f"    {'as' if equal else 'NOT as'} its model alone says")
     print(
         f"\n{sum(same)} of {len(same)} rows say what their adapter, merged alone, says; logits within {difference:.1e}"
