@@ -16,7 +16,7 @@ from .cases import OPS, Inputs, Problem, Provider, Shape
 from .run import Row, call_of, measure
 from .timing import interleaved
 
-MARGIN = 0.02
+MARGIN = 0.03
 """A candidate replaces the rule's choice only where it is faster by this share, and by more than the spread."""
 RULE = "rule"
 """The candidate that is what the op does without a table."""

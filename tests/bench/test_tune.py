@@ -76,7 +76,7 @@ def test_the_best_replaces_the_rules_choice_only_where_it_beats_that_in_turns():
     rows = [row(RULE, 1.2), row("own_product", 0.6), row("reference", 0.9)]
     asked = []
     assert decide(rows, lambda name: asked.append(name) or (0.99, 0.001)).choice is None
-    assert decide(rows, lambda name: (0.97, 0.001)).choice == "own_product" and asked == ["own_product"]
+    assert decide(rows, lambda name: (0.95, 0.001)).choice == "own_product" and asked == ["own_product"]
 
 
 def test_nothing_right_is_no_choice():
