@@ -55,8 +55,8 @@ METHODS = {
     "rac-lora": Method(settings={"train": "b", "init": "orthonormal"}, chain=rac_lora),
     "cola": Method(chain=cola),
     "lora-ga": Method(from_gradients=True, learning_rate=2.5e-4),
-    "lora-plus": Method(optimizer=lora_plus, learning_rate=1.25e-4),
-    "lora-pro": Method(optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr), learning_rate=6.25e-4),
+    "lora-plus": Method(optimizer=lora_plus, learning_rate=5e-4),
+    "lora-pro": Method(optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr), learning_rate=3.90625e-5),
     "lora-rite": Method(optimizer=lambda model, lr: LoRARITE(factor_groups(model), lr=lr), learning_rate=1.25e-4),
     "smt": Method(optimizer=lambda model, lr: BlockAdamW(model, lr=lr), learning_rate=3e-4, blocks=True),
 }
