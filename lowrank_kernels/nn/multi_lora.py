@@ -15,7 +15,7 @@ from ..functional import BatchPlan, multi_lora_linear, plan_batch, stack_column_
 from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
-from .frozen import why_not_frozen
+from .frozen import AroundLinear, check_wrappable
 from .lora import check_lora_settings
 
 
@@ -79,7 +79,7 @@ def _current_batch(num_adapters: int) -> SequenceBatch | None:
     return batches[num_adapters]
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(AroundLinear):
     """y_m = g_i ∘ (W x_m + s_i B_i A_i drop_i(x_m)) + bias, i being the adapter of row m; see ``lk.multi_lora_linear``.
 
     Parameters: ``base_layer.weight`` (N, K) and ``base_layer.bias`` (N,), the wrapped layer's own, frozen and not
@@ -105,9 +105,7 @@ class MultiLoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear, stack: LoRAStack, *, dropout: float | Sequence[float] = 0.0) -> None:
         super().__init__()
-        reason = why_not_frozen(base_layer)
-        if reason is not None:
-            raise TypeError(f"MultiLoRALinear: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
+        check_wrappable("MultiLoRALinear", base_layer)
         shape = (base_layer.in_features, base_layer.out_features)
         if (stack.in_features, stack.out_features) != shape:
             raise ValueError(
@@ -189,10 +187,6 @@ class MultiLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
     @property
     def merged(self) -> bool:

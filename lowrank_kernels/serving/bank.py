@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..checkpoint import AdapterFile, read_adapter
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
+from ..nn.frozen import AroundLinear
 from ..nn.multi_lora import SequenceBatch
 from ..stack import LoRAStack
 
@@ -139,7 +140,7 @@ class _Batch:
         return y
 
 
-class BankLinear(nn.Module):
+class BankLinear(AroundLinear):
     """A linear of a model with a bank: ``base_layer``, and in a batch of the bank each row's adapter."""
 
     def __init__(self, base_layer: nn.Linear, bank: AdapterBank, name: str) -> None:
@@ -151,18 +152,6 @@ class BankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
-
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         batch = _current.get()
