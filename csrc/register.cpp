@@ -162,6 +162,47 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
   return {y, p, u};
 }
 
+// (y, p, u, norm, column_scale): the same with DoRA's column scale, which comes from the same pass
+// over the weight.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_fused(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& magnitude, const Tensor& weight_sq_norm, const std::optional<Tensor>& bias,
+    double scaling, const std::optional<Tensor>& dropout_seed, double dropout_p, bool keep_u) {
+  const char* op = "dora_linear_fused";
+  const lrk::Matrix input = matrix(op, "x", x);
+  const lrk::Matrix w = matrix(op, "weight", weight);
+  check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
+  const lrk::Matrix a = matrix(op, "lora_a", lora_a);
+  check_shape(op, "lora_a", "(R, K)", a, a.rows, input.cols);
+  STD_TORCH_CHECK(a.rows > 0 && a.cols > 0, op, ": expected R and K of 1 or more, got ",
+                  shape_of(lora_a));
+  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+  check_shape(op, "lora_b", "(N, R)", b, w.rows, a.rows);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
+  const std::vector<float> magnitudes = float_values(op, "magnitude", "N", magnitude, w.rows);
+  const std::vector<float> squares =
+      float_values(op, "weight_sq_norm", "N", weight_sq_norm, w.rows);
+  Tensor p = lora_down(x, lora_a, false, dropout_seed, dropout_p);
+  Tensor y = empty({input.rows, w.rows}, x.scalar_type());
+  Tensor u = empty({keep_u ? input.rows : 0, w.rows}, x.scalar_type());
+  Tensor norm = empty({w.rows}, ScalarType::Float), scale = empty({w.rows}, ScalarType::Float);
+  const lrk::DoraNorm norms{a,
+                            b,
+                            scaling,
+                            pointer(squares),
+                            pointer(magnitudes),
+                            static_cast<float*>(norm.mutable_data_ptr()),
+                            nullptr,
+                            static_cast<float*>(scale.mutable_data_ptr())};
+  lrk::Epilogue epilogue;
+  epilogue.scale = norms.column_scale;
+  epilogue.bias = pointer(biases);
+  if (keep_u) epilogue.u = matrix(op, "u", u);
+  lrk::lora_linear(runtime(), matrix(op, "output", y), matrix(op, "p", p), input, w, b, nullptr,
+                   static_cast<float>(scaling), epilogue, &norms);
+  return {y, p, u, norm, scale};
+}
+
 // A matrix that is written: its rows may not overlap.
 lrk::Matrix target(const char* op, const char* name, Tensor t) {
   lrk::Matrix result = matrix(op, name, t);
@@ -377,6 +418,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, Tensor? column_scale, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
   m.def(
+      "dora_linear_fused(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
+      "Tensor weight_sq_norm, Tensor? bias, float scaling, Tensor? dropout_seed, float dropout_p, "
+      "bool keep_u) -> (Tensor y, Tensor p, Tensor u, Tensor norm, Tensor column_scale)");
+  m.def(
       "lora_grad_x(Tensor grad_y, Tensor q, Tensor weight, Tensor lora_a, Tensor? gate, "
       "float scaling, Tensor? dropout_seed, float dropout_p, Tensor? row_scale=None) -> Tensor");
   m.def(
@@ -404,6 +449,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_down", TORCH_BOX(&lora_down));
   m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
+  m.impl("dora_linear_fused", TORCH_BOX(&dora_linear_fused));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
   m.impl("dora_up_", TORCH_BOX(&dora_up_));

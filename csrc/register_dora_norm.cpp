@@ -110,10 +110,10 @@ Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
   const int32_t cpu = aoti_torch_device_type_cpu();
   Tensor norm = empty_floats(o.weight.rows, cpu, 0), sq_norm = empty_floats(o.weight.rows, cpu, 0);
   Tensor scale = empty_floats(magnitude.has_value() ? o.weight.rows : 0, cpu, 0);
-  lrk::dora_norm(lrk::runtime(), o.weight, o.lora_a, o.lora_b, scaling,
-                 squares.empty() ? nullptr : squares.data(),
-                 magnitudes.empty() ? nullptr : magnitudes.data(), floats(norm), floats(sq_norm),
-                 floats(scale));
+  lrk::dora_norm(lrk::runtime(), o.weight,
+                 {o.lora_a, o.lora_b, scaling, squares.empty() ? nullptr : squares.data(),
+                  magnitudes.empty() ? nullptr : magnitudes.data(), floats(norm), floats(sq_norm),
+                  floats(scale)});
   return {norm, sq_norm, scale};
 }
 

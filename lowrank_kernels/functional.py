@@ -214,16 +214,12 @@ def dora_linear(
     """
     check_dora_linear(x, weight, lora_a, lora_b, magnitude, bias, dropout_p)
     _check_backend(backend, "dora_linear")
-    if norm_and_scale is None:
-        check_weight_sq_norm(weight, weight_sq_norm)
-        with torch.no_grad():
-            norm, _, scale = call_dora_weight_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend)
-    else:
-        norm, scale = norm_and_scale
+    check_weight_sq_norm(weight, weight_sq_norm)
+    norm, scale = (None, None) if norm_and_scale is None else norm_and_scale
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (lora_a, lora_b, magnitude))
-    y, _, _ = call_dora_linear(
-        x, weight, lora_a, lora_b, magnitude, norm, scale, bias,
+    y, *_ = call_dora_linear(
+        x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
         scaling, dropout_p, seed, dropout_base, detach_norm, save, backend,
     )  # fmt: skip
     return y

@@ -2,27 +2,23 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
-#include "scratch.h"
+#include "block_product.h"
 
 namespace lrk {
 namespace {
 
-// How sums and work are cut. Functions of shapes alone, so that results do not depend on threads.
-constexpr int64_t kRowBlock = 32;          // rows of x or y that one block product takes
-constexpr int64_t kDepthBlock = 256;       // staged or float32 reduction slice: 32 KiB of rows
-constexpr int64_t kTileDepthBlock = 2048;  // bfloat16 rows read in place: C stays in tiles
-constexpr int64_t kColumnGroup = 64;       // columns of a gradient's block product
-constexpr int64_t kUpColumns = 128;        // columns of an up-projection's block product
-constexpr int64_t kGradRows = 32;  // reduction slice of a gradient: streams a prefetcher follows
+// More of how sums and work are cut: see block_product.h.
+constexpr int64_t kColumnGroup = 64;  // columns of a gradient's block product
+constexpr int64_t kUpColumns = 128;   // columns of an up-projection's block product
+constexpr int64_t kGradRows = 32;     // reduction slice of a gradient: streams a prefetcher follows
 constexpr int64_t kGradColumns = 2048;      // columns of one gradient task: whole pages of rows ...
 constexpr int64_t kGradFewColumns = 1024;   // ... and where there are few rows to share out
 constexpr int64_t kGradFewRows = 512;       // which these are
 constexpr int64_t kGradTaskRows = 256;      // rows of one gradient task
 constexpr int64_t kGradPad = 16;            // sums a power of two apart would share cache sets
-constexpr int64_t kPackPanels = 4;          // panels of one packing task
-constexpr int64_t kPackDepth = 512;         // depth of one packing task
 constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
 constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
 constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
@@ -31,18 +27,6 @@ constexpr int64_t kProductColumns = 256;    // ... and columns of a task, at mos
 constexpr int64_t kProductDepth = 2048;     // slice of the weight in a task's panels: 1 MiB
 constexpr int64_t kProductRows = 1024;      // rows of y that one task takes, at most
 
-// Below this many multiply-adds a second thread costs more than it brings. It costs more where
-// threads share a packed factor, which then moves from one core's cache to the other's.
-struct SerialWork {
-  int64_t down, up, up_few_rows, grad;
-};
-constexpr SerialWork kSerialFloat = {int64_t{1} << 22, int64_t{1} << 21, int64_t{1} << 18,
-                                     int64_t{1} << 18};
-constexpr SerialWork kSerialTile = {int64_t{1} << 23, int64_t{1} << 22, int64_t{1} << 18,
-                                    int64_t{1} << 20};
-// Drawing random words is the larger part of a pass with dropout.
-constexpr int64_t kSerialDropout = int64_t{1} << 14;
-
 // Ask for a rectangle ahead of its use, into the second-level cache: rows a page apart fall into
 // few sets of the first, where a block of them would evict itself.
 void prefetch(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
@@ -50,221 +34,6 @@ void prefetch(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t c
   for (int64_t i = row; i < row + rows; ++i) {
     const char* line = static_cast<const char*>(element(m, i, col));
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
-  }
-}
-
-// The two element types of a block product.
-template <typename Elem>
-struct Engine;
-
-template <>
-struct Engine<float> {
-  static constexpr Dtype kDtype = Dtype::kFloat32;
-  static constexpr SerialWork kSerial = kSerialFloat;
-  // A running float32 sum loses digits with its length: short runs, added up, lose fewer.
-  static constexpr int64_t kDirectDepth = 64;
-  static int64_t depth(int64_t n) { return n; }
-  static int64_t direct_depth(int64_t n) { return n; }
-
-  explicit Engine(const KernelTable& kernels) : kernels_(kernels) {}
-  void stage(float* dst, int64_t stride, const Source& src) const {
-    kernels_.stage_float(dst, stride, src);
-  }
-  void multiply(const BlockProduct<float>& block) const { kernels_.multiply_float(block); }
-
- private:
-  const KernelTable& kernels_;
-};
-
-template <>
-struct Engine<uint16_t> {
-  static constexpr Dtype kDtype = Dtype::kBFloat16;
-  static constexpr SerialWork kSerial = kSerialTile;
-  static constexpr int64_t kDirectDepth = kTileDepthBlock;
-  static int64_t depth(int64_t n) { return n <= 32 ? round_up(n, 2) : round_up(n, 32); }
-  // The part of a reduction that tiles can read in place: whole tile rows only, since past the end
-  // of a row lies the next one.
-  static int64_t direct_depth(int64_t n) { return n < 32 ? (n % 2 ? 0 : n) : n / 32 * 32; }
-
-  explicit Engine(const KernelTable& kernels) : kernels_(kernels) {}
-  ~Engine() {
-    // The tile state goes back to its initial value, as whoever runs next on this thread expects.
-    if (tile_shape_) kernels_.release();
-  }
-  Engine(const Engine&) = delete;
-  Engine& operator=(const Engine&) = delete;
-  void stage(uint16_t* dst, int64_t stride, const Source& src) const {
-    kernels_.stage_bfloat16(dst, stride, src);
-  }
-  void multiply(const BlockProduct<uint16_t>& block) const {
-    kernels_.multiply_bfloat16(block, &tile_shape_);
-  }
-
- private:
-  const KernelTable& kernels_;
-  mutable uint32_t tile_shape_ = 0;
-};
-
-// ---- panels of a factor -------------------------------------------------------------------------
-
-// A factor as the G of a block product, which reduces over `depth` and yields `columns`.
-// `columns_first`: the matrix is (columns, depth), so columns must be transposed into panels.
-// `depth_scale`: null, or a factor for each step of the reduction where the matrix is (depth,
-// columns).
-struct PanelSource {
-  Matrix matrix;
-  bool columns_first;
-  const float* depth_scale = nullptr;
-  int64_t depth() const { return columns_first ? matrix.cols : matrix.rows; }
-  int64_t columns() const { return columns_first ? matrix.rows : matrix.cols; }
-  PanelSource block(int64_t column, int64_t count, int64_t first, int64_t length) const {
-    if (columns_first) return {part(matrix, column, first, count, length), true};
-    return {part(matrix, first, column, length, count), false,
-            depth_scale ? depth_scale + first : nullptr};
-  }
-};
-
-// One packing task's own buffer: 16 rows of kPackDepth, or kPackDepth rows of a panel group.
-constexpr int64_t kPackBuffer = kPackDepth * kPackPanels * kPanel;
-
-void pack_block(const KernelTable& kernels, float* dst, int64_t padded_depth,
-                const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
-                int64_t k1, void* buffer) {
-  const int64_t columns = src.columns();
-  float* rows = static_cast<float*>(buffer);
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    float* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
-    const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
-    if (src.columns_first) {
-      Source s = rectangle(src.matrix, c0, k0, count, k1 - k0);
-      const uint32_t* in = static_cast<const uint32_t*>(s.data);
-      int64_t stride = s.stride;
-      if (s.dtype != Dtype::kFloat32 || count < kPanel) {
-        kernels.stage_float(rows, kPackDepth, s);
-        for (int64_t c = count; c < kPanel; ++c) {
-          std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(float));
-        }
-        in = reinterpret_cast<const uint32_t*>(rows);
-        stride = kPackDepth;
-      }
-      kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel, in, stride, kPanel, k1 - k0);
-    } else {
-      Source s = rectangle(src.matrix, k0, c0, k1 - k0, count);
-      s.padded_cols = kPanel;
-      kernels.stage_float(out, kPanel, s);
-      for (int64_t k = k0; src.depth_scale && k < k1; ++k) {
-        for (int64_t c = 0; c < kPanel; ++c) out[(k - k0) * kPanel + c] *= src.depth_scale[k];
-      }
-    }
-  }
-}
-
-void pack_block(const KernelTable& kernels, uint16_t* dst, int64_t padded_depth,
-                const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
-                int64_t k1, void* buffer) {
-  const int64_t depth = src.depth(), columns = src.columns();
-  const int64_t live = std::min(k1, depth) - k0;  // the rest of [k0, k1) is padding
-  uint16_t* rows = static_cast<uint16_t*>(buffer);
-  if (src.columns_first) {
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      uint16_t* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
-      const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
-      Source s = rectangle(src.matrix, c0, k0, count, live);
-      s.padded_cols = k1 - k0;
-      const uint16_t* in = static_cast<const uint16_t*>(s.data);
-      int64_t stride = s.stride;
-      // Pairs of a row are moved as 32-bit words, so in place only when rows start on even
-      // elements.
-      if (s.dtype != Dtype::kBFloat16 || count < kPanel || live < k1 - k0 || stride % 2) {
-        kernels.stage_bfloat16(rows, kPackDepth, s);
-        for (int64_t c = count; c < kPanel; ++c) {
-          std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(uint16_t));
-        }
-        in = rows;
-        stride = kPackDepth;
-      }
-      kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel,
-                        reinterpret_cast<const uint32_t*>(in), stride / 2, kPanel, (k1 - k0) / 2);
-    }
-    return;
-  }
-  const int64_t c0 = panel_begin * kPanel;
-  const int64_t count = std::min(panel_end * kPanel, columns) - c0;
-  Source s = rectangle(src.matrix, k0, c0, live, count);
-  const uint16_t* in = static_cast<const uint16_t*>(s.data);
-  int64_t stride = s.stride;
-  if (s.dtype != Dtype::kBFloat16) {
-    stride = kPackPanels * kPanel;
-    kernels.stage_bfloat16(rows, stride, s);
-    in = rows;
-  }
-  kernels.interleave(dst + panel_begin * padded_depth * kPanel + k0 * kPanel, padded_depth * kPanel,
-                     in, stride, live, k1 - k0, count,
-                     src.depth_scale ? src.depth_scale + k0 : nullptr);
-}
-
-template <typename Elem>
-void pack_panels(const KernelTable& kernels, Elem* dst, int64_t padded_depth,
-                 const PanelSource& src, int64_t panel_begin, int64_t panel_end, void* buffer) {
-  for (int64_t panel = panel_begin; panel < panel_end; panel += kPackPanels) {
-    const int64_t last = std::min(panel + kPackPanels, panel_end);
-    for (int64_t k0 = 0; k0 < padded_depth; k0 += kPackDepth) {
-      const int64_t k1 = std::min(k0 + kPackDepth, padded_depth);
-      pack_block(kernels, dst, padded_depth, src, panel, last, k0, k1, buffer);
-    }
-  }
-}
-
-template <typename Elem>
-void pack_all(const Runtime& runtime, Elem* dst, int64_t padded_depth, const PanelSource& src) {
-  const int64_t panels = ceil_div(src.columns(), kPanel);
-  const int64_t groups = ceil_div(panels, kPackPanels);
-  const int64_t slices = ceil_div(padded_depth, kPackDepth);
-  const bool parallel = panels * kPanel * padded_depth > (int64_t{1} << 17);
-  run(runtime, groups * slices, parallel, [&](int64_t begin, int64_t end) {
-    TaskScratch scratch(kPackBuffer * sizeof(Elem));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / slices * kPackPanels, k0 = task % slices * kPackDepth;
-      pack_block(runtime.kernels, dst, padded_depth, src, panel,
-                 std::min(panel + kPackPanels, panels), k0, std::min(k0 + kPackDepth, padded_depth),
-                 scratch.base());
-    }
-  });
-}
-
-// ---- down: (M, width) times factor^T ------------------------------------------------------------
-
-// C (rows, 16 * panels) = drop(x[row0 :, col0 : col0 + cols]) times packed panels whose depth row 0
-// is column col0. `staged` holds kRowBlock x kDepthBlock elements.
-template <typename Elem>
-void down_block(const Engine<Elem>& engine, const Matrix& x, int64_t row0, int64_t rows,
-                int64_t col0, int64_t cols, const Elem* panels, int64_t panel_count,
-                int64_t panel_stride, const Dropout* dropout, float* c, int64_t c_stride,
-                Elem* staged, bool accumulate = false) {
-  const bool in_place = x.dtype == Engine<Elem>::kDtype && !dropout;
-  const int64_t direct = in_place ? Engine<Elem>::direct_depth(cols) : 0;
-  for (int64_t k0 = 0; k0 < cols;) {
-    const Elem* l;
-    int64_t l_stride, live, depth;
-    if (k0 < direct) {
-      live = depth = std::min(Engine<Elem>::kDirectDepth, direct - k0);
-      l = static_cast<const Elem*>(element(x, row0, col0 + k0));
-      l_stride = x.stride;
-    } else {
-      live = std::min(kDepthBlock, cols - k0);
-      depth =
-          cols < 32 ? Engine<Elem>::depth(live) : (sizeof(Elem) == 2 ? round_up(live, 32) : live);
-      Source s = rectangle(x, row0, col0 + k0, rows, live);
-      s.padded_cols = depth;
-      s.dropout = dropout;
-      engine.stage(staged, kDepthBlock, s);
-      l = staged;
-      l_stride = kDepthBlock;
-    }
-    engine.multiply({rows, panel_count, depth, l, l_stride, panels + k0 * kPanel, kPanel,
-                     panel_stride, c, c_stride, accumulate});
-    accumulate = true;
-    k0 += live;
   }
 }
 
@@ -314,27 +83,35 @@ void finish(const KernelTable& kernels, const Matrix& y, const Epilogue& epilogu
 
 // With few tokens the weight is the long side. Its rows stream through the tiles as L, read where
 // they lie, with x as G; the rank is appended to the reduction, so that y is rounded once.
+// With `norm`, A stands beside x in G.
 template <typename Elem>
 void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                     const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+                     const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
+                     const DoraNorm* norm) {
   const KernelTable& kernels = runtime.kernels;
   const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
   const int64_t panels = ceil_div(m, kPanel), padded = Engine<Elem>::depth(width);
-  const int64_t padded_rank = Engine<Elem>::depth(rank), c_stride = panels * kPanel;
+  const int64_t padded_rank = Engine<Elem>::depth(rank);
   Layout layout;
-  const size_t x_at = layout.add<Elem>(panels * kPanel * padded);
+  std::optional<RowNorms> norms;
+  if (norm) norms.emplace(*norm, sizeof(Elem) == sizeof(uint16_t), &layout);
+  const int64_t u_columns = norms ? norms->columns() : 0;
+  const int64_t c_stride = panels * kPanel + u_columns;
+  const size_t x_at = layout.add<Elem>(c_stride * padded);
   const size_t p_at = layout.add<Elem>(panels * kPanel * padded_rank);
   CallScratch shared(layout.bytes());
   Elem* x_panels = at<Elem>(shared.base(), x_at);
   Elem* p_panels = at<Elem>(shared.base(), p_at);
   pack_all(runtime, p_panels, padded_rank, {p, true});
   pack_all(runtime, x_panels, padded, {x, true});
+  if (norms) norms->prepare(runtime, shared.base(), x_panels + panels * kPanel * padded);
 
   run(runtime, ceil_div(n, kRowBlock), true, [&](int64_t begin, int64_t end) {
     Layout own;
     const size_t c_at = own.add<float>(kRowBlock * c_stride);
     const size_t turned_at = own.add<float>(c_stride * kRowBlock);
     const size_t staged_at = own.add<Elem>(kRowBlock * kDepthBlock);
+    const size_t norms_at = own.add<float>(norms ? norms->scratch_floats() : 0);
     TaskScratch scratch(own.bytes());
     float* c = at<float>(scratch.base(), c_at);
     float* turned = at<float>(scratch.base(), turned_at);
@@ -343,8 +120,12 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, n - row);
       const Dropout* keep_all = nullptr;
-      down_block(engine, weight, row, rows, 0, width, x_panels, panels, padded * kPanel, keep_all,
-                 c, c_stride, staged);
+      down_block(engine, weight, row, rows, 0, width, x_panels, c_stride / kPanel, padded * kPanel,
+                 keep_all, c, c_stride, staged);
+      if (norms) {
+        norms->finish(kernels, row, rows, c + panels * kPanel, c_stride, nullptr,
+                      at<float>(scratch.base(), norms_at));
+      }
       down_block(engine, lora_b, row, rows, 0, rank, p_panels, panels, padded_rank * kPanel,
                  keep_all, c, c_stride, staged, true);
       kernels.transpose(reinterpret_cast<uint32_t*>(turned), kRowBlock,
@@ -356,11 +137,13 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
 
 // With many tokens a block of the weight is packed into G, stays in the second-level cache, and
 // serves all rows of x, which stream through the tiles as L. Sums run in the same order as above.
-// Dropout, where there is any, is the correction's result's: as in the gradient of x.
+// Dropout, where there is any, is the correction's result's: as in the gradient of x. With `norm`
+// (and no more than kProductRows rows), the rows of A stream through the tiles before those of x.
 template <typename Elem>
 void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                       const PanelSource& weight, const PanelSource& factor,
-                      const Epilogue& epilogue, const Dropout* dropout) {
+                      const Epilogue& epilogue, const Dropout* dropout,
+                      const DoraNorm* norm = nullptr) {
   const KernelTable& kernels = runtime.kernels;
   const int64_t m = x.rows, n = weight.columns(), width = x.cols, rank = p.cols;
   const int64_t padded_rank = Engine<Elem>::depth(rank);
@@ -372,8 +155,19 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
   // Where the reduction is cut, the sums of a task wait in float32.
   const int64_t c_rows = width > kProductDepth ? task_rows : kRowBlock;
 
+  Layout layout;
+  std::optional<RowNorms> norms;
+  if (norm) norms.emplace(*norm, sizeof(Elem) == sizeof(uint16_t), &layout);
+  const int64_t u_columns = norms ? norms->columns() : 0;
+  const size_t a_at = layout.add<Elem>(u_columns * Engine<Elem>::depth(width));
+  CallScratch shared(layout.bytes());
+  if (norms) norms->prepare(runtime, shared.base(), at<Elem>(shared.base(), a_at));
+
   run(runtime, row_blocks * column_blocks, true, [&](int64_t begin, int64_t end) {
     Layout own;
+    const size_t u_at = own.add<float>(u_columns * columns);
+    const size_t turned_at = own.add<float>(u_columns * columns);
+    const size_t norms_at = own.add<float>(norms ? norms->scratch_floats() : 0);
     const size_t g_at =
         own.add<Elem>(columns * Engine<Elem>::depth(std::min(width, kProductDepth)));
     const size_t b_at = own.add<Elem>(columns * padded_rank);
@@ -399,6 +193,24 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
         const int64_t depth = std::min(kProductDepth, width - k0);
         const int64_t padded = Engine<Elem>::depth(depth);
         pack_panels(kernels, g, padded, weight.block(col, cols, k0, depth), 0, panels, buffer);
+        if (norms) {
+          const Matrix& a = norms->a();
+          float* u = at<float>(scratch.base(), u_at);
+          for (int64_t row = 0; row < a.rows; row += kRowBlock) {
+            down_block(engine, a, row, std::min(kRowBlock, a.rows - row), k0, depth, g, panels,
+                       padded * kPanel, keep_all, u + row * columns, columns, staged, k0 > 0);
+          }
+          if (k0 + depth == width) {
+            float* turned = at<float>(scratch.base(), turned_at);
+            std::fill_n(turned, cols * u_columns, 0.0f);
+            kernels.transpose(reinterpret_cast<uint32_t*>(turned), u_columns,
+                              reinterpret_cast<uint32_t*>(u), columns, a.rows, cols);
+            for (int64_t j = 0; j < cols; j += kRowBlock) {
+              norms->finish(kernels, col + j, std::min(kRowBlock, cols - j), turned + j * u_columns,
+                            u_columns, nullptr, at<float>(scratch.base(), norms_at));
+            }
+          }
+        }
         for (int64_t row = first; row < last; row += kRowBlock) {
           const int64_t rows = std::min(kRowBlock, last - row);
           float* c = at<float>(scratch.base(), c_at) + (row - first) % c_rows * columns;
@@ -437,11 +249,13 @@ struct ScaledP {
 
 template <typename Elem>
 void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-            const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+            const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
+            const DoraNorm* norm) {
   if (x.rows <= kFewRows) {
-    linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue);
+    linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue, norm);
   } else {
-    linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr);
+    linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr,
+                           norm);
   }
 }
 
@@ -856,13 +670,17 @@ void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const
 
 void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                  const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
-                 const Epilogue& epilogue) {
+                 const Epilogue& epilogue, const DoraNorm* norm) {
+  if (norm && (y.rows == 0 || y.rows > kProductRows || !norm->weight_sq_norm)) {
+    dora_norm(runtime, weight, *norm);
+    norm = nullptr;
+  }
   if (y.rows == 0 || y.cols == 0) return;
   const ScaledP scaled(runtime.kernels, p, gate, scale);
   if (on_tiles(runtime, x.dtype)) {
-    linear<uint16_t>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue);
+    linear<uint16_t>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm);
   } else {
-    linear<float>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue);
+    linear<float>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm);
   }
 }
 

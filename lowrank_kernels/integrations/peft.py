@@ -65,14 +65,14 @@ class AcceleratedLinear(PeftLinear):
         layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         a, b, m = (layer.weight for layer in layers)
         dropout: Any = self.lora_dropout[name]
-        scaling, cached = self.scaling[name], None
+        scaling, known = self.scaling[name], {}
         if not torch.compiler.is_compiling():
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
-            cached = cache.norm_and_scale(base.weight, a, b, m, scaling, keep=not self.training)
+            known = cache.known(base.weight, a, b, m, scaling, training=self.training)
         drops = self.training and dropout.training and isinstance(dropout, nn.Dropout)
         return dora_linear(
             x, base.weight, a, b, m, base.bias,
-            scaling=scaling, norm_and_scale=cached, dropout_p=dropout.p if drops else 0.0, dropout_base=True,
+            scaling=scaling, dropout_p=dropout.p if drops else 0.0, dropout_base=True, **known,
         )  # fmt: skip
 
     # PEFT writes through .data, which the caches cannot see: to W where it merges or initialises an adapter, and to the

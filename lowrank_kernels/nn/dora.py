@@ -24,26 +24,34 @@ class ScaleCache(Memory):
         self._scale: tuple[Any, Any] = (None, None)
         self._square: tuple[Any, Any] = (None, None)
 
-    def norm_and_scale(
-        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float, *, keep: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """(n, g), computed only when an operand has changed, and every time without ``keep``; ‖W_i‖² when W has."""
+    def known(
+        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float, *, training: bool
+    ) -> dict[str, Any]:
+        """What ``dora_linear`` need not compute: ``norm_and_scale`` in evaluation, ``weight_sq_norm`` in training.
+
+        Whichever is not known yet is computed, and (n, g) with ‖W_i‖²: then they are good for this forward too.
+        """
         operands = (weight, lora_a, lora_b, magnitude)
         if any(t.is_inference() or not isinstance(t, nn.Parameter) for t in operands):
-            return dora_column_scale(*operands, scaling=scaling)[:2]
-        key = (*state_of(*operands), scaling)
-        known, found = self._scale
-        if keep and key == known:
-            return found
+            return {}
+        of_weight = state_of(weight)
         known, sq_norm = self._square
-        # Kept tensors may take part in autograd later, which inference tensors cannot.
-        with torch.inference_mode(False):
-            norm, scale, sq_norm = dora_column_scale(
-                *operands, scaling=scaling, weight_sq_norm=sq_norm if known == key[0] else None
-            )
-        self._square = (key[0], sq_norm)
-        self._scale = (key, (norm, scale)) if keep else (None, None)
-        return norm, scale
+        if known != of_weight:
+            sq_norm = None
+        if training:
+            self._scale = (None, None)
+            if sq_norm is not None:
+                return {"weight_sq_norm": sq_norm}
+        key = (*of_weight, *state_of(*operands[1:]), scaling)
+        if self._scale[0] != key:
+            # Kept tensors may take part in autograd later, which inference tensors cannot.
+            with torch.inference_mode(False):
+                norm, scale, sq_norm = dora_column_scale(*operands, scaling=scaling, weight_sq_norm=sq_norm)
+            self._square = (of_weight, sq_norm)
+            if training:
+                return {"norm_and_scale": (norm, scale)}
+            self._scale = (key, (norm, scale))
+        return {"norm_and_scale": self._scale[1]}
 
 
 class _Merged(NamedTuple):
@@ -99,12 +107,12 @@ class DoRALinear(LoRALinear):
             return self.base_layer(x)
         base, a, b, m = self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
         # A compiled graph keeps no state between calls: the norm is a part of it.
-        cached = None
+        known = {}
         if not torch.compiler.is_compiling():
-            cached = self.scale_cache.norm_and_scale(base.weight, a, b, m, self.scaling, keep=not self.training)
+            known = self.scale_cache.known(base.weight, a, b, m, self.scaling, training=self.training)
         return dora_linear(
             x, base.weight, a, b, m, base.bias,
-            scaling=self.scaling, norm_and_scale=cached,
+            scaling=self.scaling, **known,
             dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )  # fmt: skip

@@ -22,9 +22,9 @@ _NORM = (
     "Tensor? magnitude, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _FORWARD = (
-    "dora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, Tensor norm, "
-    "Tensor column_scale, Tensor? bias, float scaling, float dropout_p, Tensor? dropout_seed, bool dropout_base, "
-    "bool detach_norm, bool save, str backend) -> (Tensor, Tensor, Tensor)"
+    "dora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, Tensor? weight_sq_norm, "
+    "Tensor? norm, Tensor? column_scale, Tensor? bias, float scaling, float dropout_p, Tensor? dropout_seed, "
+    "bool dropout_base, bool detach_norm, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
     "dora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor norm, "
@@ -139,33 +139,50 @@ def _norm_gradients(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, norm: Tensor, column_scale: Tensor,
-    bias: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None, dropout_base: bool,
-    detach_norm: bool, save: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, weight_sq_norm: Tensor | None,
+    norm: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, scaling: float, dropout_p: float,
+    dropout_seed: Tensor | None, dropout_base: bool, detach_norm: bool, save: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, P, u, n, g); the last two are empty where they were given, P and u unless ``save``."""
     x2 = x.reshape(-1, x.shape[-1])
     name = resolve_backend("dora_linear", backend, x, lambda: product_sizes(x2, weight))
+    given = norm is not None
+    # The extension's own product makes the norms too, where |W_i|^2 is known: W is read once for both.
+    norms_inside = (
+        name == "cpu" and not given and weight_sq_norm is not None and own_product(x2, weight, "dora_linear")
+    )  # fmt: skip
+    if not given and not norms_inside:
+        norm, _, column_scale = _norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend)
     if name == "reference":
+        assert column_scale is not None
         y, p, u = dora_linear_ref(
             x2, weight, lora_a, lora_b, column_scale, bias,
             scaling=scaling, dropout_p=dropout_p, dropout_seed=dropout_seed, dropout_base=dropout_base,
         )  # fmt: skip
     else:
         x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        rest = None
         if dropout_base and dropout_p > 0.0:
             # y = g ∘ (d Wᵀ + s d Aᵀ Bᵀ) + (x - d) Wᵀ + bias with d = drop(x): plain DoRA on d, and what d lost.
             dropped = _drop(x2, dropout_p, dropout_seed, name)
             rest = torch.nn.functional.linear(x2 - dropped, weight, bias)
-            y, p, u = _scaled_product(
-                dropped, weight, lora_a, lora_b, column_scale, None, scaling, 0.0, None, save, name
+            x2, bias, dropout_p, dropout_seed = dropped, None, 0.0, None
+        if norms_inside:
+            y, p, u, norm, column_scale = torch.ops.lowrank_kernels.dora_linear_fused(
+                x2, weight, lora_a, lora_b, magnitude, weight_sq_norm, bias, scaling, dropout_seed, dropout_p, save
             )
-            y = y.add_(rest)
         else:
+            assert column_scale is not None
             y, p, u = _scaled_product(
                 x2, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save, name
             )
+        if rest is not None:
+            y = y.add_(rest)
+    nothing = x.new_empty(0)
     y = y.reshape(*x.shape[:-1], weight.shape[0])
-    return (y, p, u) if save else (y, x.new_empty(0), x.new_empty(0))
+    norm, column_scale = (nothing, nothing.clone()) if given else (norm, column_scale)
+    assert norm is not None and column_scale is not None
+    return (y, p, u, norm, column_scale) if save else (y, nothing.clone(), nothing.clone(), norm, column_scale)
 
 
 def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None, backend: str) -> Tensor:
@@ -200,14 +217,17 @@ def _scaled_product(
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
-    x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
+    x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
     dropout_base, detach_norm, save, backend,
 ):  # fmt: skip
     rows, n = x.numel() // x.shape[-1], weight.shape[0]
-    y = x.new_empty(*x.shape[:-1], n)
+    y, nothing = x.new_empty(*x.shape[:-1], n), x.new_empty(0)
+    norms = [nothing, nothing.clone()]
+    if norm is None:
+        norms = [_norm_fake(weight, lora_a, lora_b, scaling, None, None, backend)[0] for _ in range(2)]
     if not save:
-        return y, x.new_empty(0), x.new_empty(0)
-    return y, x.new_empty(rows, lora_a.shape[0]), x.new_empty(rows, n)
+        return y, nothing.clone(), nothing.clone(), *norms
+    return y, x.new_empty(rows, lora_a.shape[0]), x.new_empty(rows, n), *norms
 
 
 def _backward(
@@ -309,12 +329,14 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 # ------------------------------------------------------------------------------------------- registration with torch
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias,
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (x, weight, lora_a, lora_b, magnitude, _, norm, column_scale, bias,
      scaling, dropout_p, dropout_seed, dropout_base, detach_norm, save, backend) = inputs  # fmt: skip
-    _, p, u = output
-    ctx.mark_non_differentiable(p, u)
+    _, p, u, *found = output
+    ctx.mark_non_differentiable(p, u, *found)
     ctx.set_materialize_grads(False)
+    if norm is None:
+        norm, column_scale = found
     needs_norm = not detach_norm and (lora_a.requires_grad or lora_b.requires_grad)
     ctx.save_for_backward(
         x if lora_a.requires_grad else None, weight, lora_a, lora_b, norm, column_scale,
@@ -329,10 +351,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 15
+        return (None,) * 16
     x, weight, lora_a, lora_b, norm, column_scale, p, u, seed = ctx.saved_tensors
     scaling, dropout_p, dropout_base, detach_norm, backend = ctx.options
-    need_x, _, need_a, need_b, need_m, _, _, need_bias = ctx.needs_input_grad[:8]
+    need_x, _, need_a, need_b, need_m, _, _, _, need_bias = ctx.needs_input_grad[:9]
     needs = (need_x, need_a, need_b, need_m, need_bias)
     grads = _call_backward(
         grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u,
@@ -341,13 +363,19 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tenso
     grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, grad_a, grad_b, grad_m, None, None, grad_bias, *(None,) * 7
+    return grad_x, None, grad_a, grad_b, grad_m, None, None, None, grad_bias, *(None,) * 7
 
 
 def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
-    x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, *rest = args
+    x, weight, lora_a, lora_b, magnitude, sq_norm, norm, column_scale, bias, scaling, *rest = args
+    if norm is None:  # of W as it is, not as it is multiplied
+        backend = rest[-1]
+        with torch.no_grad():
+            norm, _, column_scale = call_dora_weight_norm(
+                weight, lora_a, lora_b, scaling, sq_norm, magnitude, backend
+            )  # fmt: skip
     x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    return x, weight, lora_a, lora_b, magnitude, norm, column_scale, bias, *rest
+    return x, weight, lora_a, lora_b, magnitude, sq_norm, norm, column_scale, bias, scaling, *rest
 
 
 call_dora_weight_norm = define(_NORM, _norm, _norm_fake, setup_context=_norm_setup_context, backward=_norm_backward)

@@ -242,28 +242,36 @@ def test_the_cache_is_never_stale(kind):
 
 
 def test_the_norm_is_computed_once_in_evaluation_and_the_weights_part_once_in_training(monkeypatch):
-    layer, calls = make().eval(), []
+    layer, calls, x = make().eval(), [], torch.randn(2, 24)
 
-    def counted(*args, **kwargs):
-        calls.append(kwargs.get("weight_sq_norm") is not None)
-        return original(*args, **kwargs)
+    def counted(name):
+        original = getattr(dora_module, name)
 
-    original = dora_module.dora_column_scale
-    monkeypatch.setattr(dora_module, "dora_column_scale", counted)
-    x = torch.randn(2, 24)
-    for _ in range(3):
-        layer(x)
-    assert calls == [False]
+        def call(*args, **kwargs):
+            known = {key for key in ("weight_sq_norm", "norm_and_scale") if kwargs.get(key) is not None}
+            calls.append((name, *known))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dora_module, name, call)
+
+    counted("dora_column_scale")
+    counted("dora_linear")
+
+    def found(forwards):
+        calls.clear()
+        for _ in range(forwards):
+            layer(x)
+        return calls
+
+    given, computed = ("dora_linear", "norm_and_scale"), ("dora_linear", "weight_sq_norm")
+    assert found(3) == [("dora_column_scale",), given, given, given]
     layer.train()
-    for _ in range(3):
-        layer(x)
+    assert found(2) == [computed, computed]
     layer.eval()
-    layer(x)
-    layer(x)
-    assert calls == [False, True, True, True, True]
+    assert found(2) == [("dora_column_scale", "weight_sq_norm"), given, given]
     edit("base_layer.weight")(layer)
-    layer(x)
-    assert calls[5:] == [False]
+    layer.train()
+    assert found(2) == [("dora_column_scale",), given, computed]
 
 
 def test_a_cache_of_moved_parameters_does_not_keep_their_memory():

@@ -12,7 +12,7 @@ import torch
 from lowrank_kernels import _extension
 from tests.tolerance import assert_as_exact_as_eager
 
-_extension.require("lora_linear_fused")
+_extension.require("dora_linear_fused")
 CPP = torch.ops.lowrank_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,6 +86,47 @@ def test_many_rows_of_odd_widths(m, k, n, r, dtype):
 @pytest.mark.parametrize("options", [{"bias": True}, {"gate": True}, {"scale": True}, {"bias": True, "scale": True}])
 def test_bias_gate_and_column_scale(options, dtype):
     check(16, 128, 96, 16, dtype, **options)
+
+
+# The norms come from the same pass over W: few rows, many, a cut reduction, more rows than a task takes, none; and A in
+# one, two and three bfloat16 parts.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"),
+    [(9, 96, 80, 8), (128, 257, 45, 33), (140, 2090, 300, 7), (600, 64, 70, 1), (1030, 40, 33, 16), (0, 48, 20, 3)],
+)
+def test_norms_of_the_product_are_those_of_the_norm_itself(m, k, n, r, dtype, factor_dtype):
+    x, weight, a, b = operands(m, k, n, r, dtype, factor_dtype)
+    weight[n // 2] = b[n // 2] = 0
+    bias, magnitude = torch.randn(n), torch.randn(n)
+    square = CPP.dora_norm(weight, a, b, 0.7, None, None)[1]
+    norm, _, scale = CPP.dora_norm(weight, a, b, 0.7, square, magnitude)
+    y, p, u, found_norm, found_scale = CPP.dora_linear_fused(
+        x, weight, a, b, magnitude, square, bias, 0.7, None, 0.0, True
+    )
+    for found, separate in ((found_norm, norm), (found_scale, scale)):  # a last bit: sums of other lengths
+        torch.testing.assert_close(found, separate, rtol=2.5e-7, atol=0.0)
+    assert found_norm[n // 2] == 0 == found_scale[n // 2]
+    separate = CPP.lora_linear_fused(x, weight, a, b, bias, None, 0.7, None, 0.0, found_scale, True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip((y, p, u), separate, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 16), (torch.bfloat16, 600), (torch.float32, 16)])
+def test_dora_takes_its_norms_from_the_product(dtype, tokens, monkeypatch):
+    import lowrank_kernels as lk
+    from lowrank_kernels.ops import dora
+
+    x, weight, a, b = operands(tokens, 96, 80, 8, dtype)
+    magnitude = torch.rand(80)
+    _, _, square = lk.dora_column_scale(weight, a, b, magnitude)
+    own = dora.own_product(x, weight, "dora_linear")
+    calls = []
+    original = dora._norm
+    monkeypatch.setattr(dora, "_norm", lambda *args: calls.append(1) or original(*args))
+    known = lk.dora_linear(x, weight, a, b, magnitude, weight_sq_norm=square)
+    assert len(calls) == (0 if own else 1)
+    assert torch.equal(known, lk.dora_linear(x, weight, a, b, magnitude)) and len(calls) == (1 if own else 2)
 
 
 def test_no_token_and_no_output():
