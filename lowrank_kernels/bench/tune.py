@@ -72,11 +72,13 @@ _CUDA = (
     Tunable("lora_linear_backward", "lora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
     Tunable("dora_linear", "dora_linear", (*_PRODUCT, "R"), _STRATEGIES),
     Tunable("dora_linear_backward", "dora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
-    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("reference",)),
+    Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, ("one_kernel", "library")),
+    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("triton", "reference")),
     Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
     Tunable(
         "block_sparse_weight_grad", "block_sparse_weight_grad", _BLOCKS,
-        ("tiles BLOCK_M=32", "tiles BLOCK_M=128", "tiles num_warps=8", "tiles num_stages=4", "tiles splits=1"),
+        ("tiles BLOCK_M=32", "tiles BLOCK_M=128", "tiles num_warps=8", "tiles num_stages=4", "tiles splits=1",
+         "reference"),
     ),
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuned
 from .lora import _can_describe, _describe, _precision
 from .lora_tiles import MainTiles
 from .multi_lora_tiles import (
@@ -355,11 +356,12 @@ def multi_lora_strategy(
 ) -> MultiStrategy:
     """How such a forward goes: our product with the correction in it, or the library's and then ``up``.
 
-    ``factors``: B of each slice.
+    What `lrk tune` found, else by the rule. ``factors``: B of each slice.
     """
     N, K = weight.shape
+    chosen = tuned.choice("multi_lora_linear", x, lambda: {"M": x.shape[0], "K": K, "N": N})
     aligned = _can_describe(x, weight, *factors)
-    return choose_multi_strategy(target_of(x.device), x.shape[0], K, N, max_rank, adapters, x.dtype, aligned)
+    return choose_multi_strategy(target_of(x.device), x.shape[0], K, N, max_rank, adapters, x.dtype, aligned, chosen)
 
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

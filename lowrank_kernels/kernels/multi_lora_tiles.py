@@ -86,10 +86,13 @@ def multi_lora_seconds(
 
 
 def choose_multi_strategy(
-    target: Target, M: int, K: int, N: int, max_rank: int, adapters: int, dtype: torch.dtype, aligned: bool = True
-) -> MultiStrategy:
-    """The strategy with the least predicted time; operands with unaligned rows go to the library."""
+    target: Target, M: int, K: int, N: int, max_rank: int, adapters: int, dtype: torch.dtype, aligned: bool = True,
+    chosen: str | None = None,
+) -> MultiStrategy:  # fmt: skip
+    """``chosen``, or the strategy with the least predicted time; operands with unaligned rows go to the library."""
     if not aligned:  # every row of a tile reads its own row of a factor: one by one, the pointers would not fit
         return "library"
+    if chosen == "one_kernel" or chosen == "library":
+        return chosen
     seconds = multi_lora_seconds(target, M, K, N, max_rank, adapters, dtype)
     return min(seconds, key=lambda s: seconds[s])

@@ -86,16 +86,17 @@ def factor_sizes(weight: Tensor, lora_a: Tensor) -> dict[str, int]:
 def resolve_backend(op: str, backend: str, x: Tensor, sizes: Callable[[], dict[str, int]] | None = None) -> str:
     """The backend that runs ``op`` on tensors like ``x``.
 
-    "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors; it falls back to
-    "reference" with one log line, and takes it where `lrk tune` found it best for shapes of these ``sizes``.
+    "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors, unless `lrk tune`
+    found another that runs here best for shapes of these ``sizes``; it falls back to "reference" with one log line.
     A named backend is taken or refused.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot run, with the reason.
     """
     if backend == "auto":
-        if sizes is not None and tuned.choice(op, x, sizes) == "reference":
-            return "reference"
+        chosen = None if sizes is None else tuned.choice(op, x, sizes)
+        if chosen in BACKENDS[1:] and why_not(op, chosen, x.device.type, x.dtype) is None:
+            return chosen
         name, reason = automatic(op, x.device.type, x.dtype)
         if name == "reference":
             _say_once(f"{op}: backend 'auto' runs 'reference' here: {reason}")

@@ -20,7 +20,9 @@ from lowrank_kernels.bench.tune import MARGIN, RULE, Settled, decide, settle, sh
 from lowrank_kernels.cli import main
 from lowrank_kernels.kernels.block_sparse_tiles import block_grad_tiles
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
+from lowrank_kernels.kernels.multi_lora_tiles import choose_multi_strategy
 from lowrank_kernels.kernels.target import TARGETS
+from lowrank_kernels.ops import backend
 from lowrank_kernels.ops import lora as lora_op
 
 CPU = torch.device("cpu")
@@ -217,6 +219,19 @@ def test_auto_follows_the_table(table, monkeypatch):
     assert not lora_op.own_product(x, w.T.contiguous().T)  # the extension's product takes adjacent columns alone
 
 
+def test_auto_takes_the_backend_that_the_table_names_if_it_runs_here(table, monkeypatch):
+    weight = torch.randn(96, 64)
+    resolve = lambda: backend.resolve_backend("dora_weight_norm", "auto", weight, lambda: {"K": 64, "N": 96, "R": 4})  # noqa: E731
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    rule = resolve()
+    for choice, runs in {"reference": "reference", "cpu": rule, "triton": rule, "cuda": rule, "auto": rule}.items():
+        write(table, {"dora_weight_norm float32 K=64 N=128 R=4": choice})
+        assert resolve() == runs
+    write(table, {"dora_weight_norm float32 K=64 N=128 R=4": "triton"})
+    monkeypatch.setattr(backend, "_interpreted", lambda: True)
+    assert resolve() == "triton"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -294,10 +309,15 @@ def test_what_may_be_tuned_on_a_gpu_is_what_the_tile_rules_take():
     for tunable in tunables("cuda").values():
         for candidate in tunable.candidates:
             name, changes = tuned.parse(candidate)
-            if tunable.op.startswith(("lora", "dora_linear")):
+            if name in backend.BACKENDS:
+                assert not changes
+            elif tunable.op == "multi_lora_linear":
+                assert choose_multi_strategy(TARGETS["sm_90"], 64, 512, 512, 8, 4, torch.bfloat16, True, name) == name
+            elif tunable.op.startswith(("lora", "dora_linear")):
                 found = lora_tiles(TARGETS["sm_90"], 2048, 4096, 4096, 16, torch.bfloat16, False, chosen=candidate)
                 assert found.strategy == name and all(getattr(found.main, k) == v for k, v in changes.items())
-            elif name == "tiles":
+            else:
+                assert name == "tiles"
                 tiles = block_grad_tiles(TARGETS["sm_90"], 8192, 41, 64, 64, torch.bfloat16, True, candidate)
                 assert all(getattr(tiles, k) == v for k, v in changes.items())
         assert all(set(tunable.sizes) <= set(shape) for shape in shapes(tunable, "cuda"))
