@@ -47,9 +47,11 @@ class Tunable:
 _PRODUCT, _FACTORS, _BLOCKS = ("M", "K", "N"), ("K", "N", "R"), ("M", "blocks", "size")
 _OWN = ("own_product", "library_product", "reference")
 _CPU = (
-    Tunable("lora_linear", "lora_linear", _PRODUCT, _OWN),
+    Tunable("lora_linear", "lora_linear", _PRODUCT, (*_OWN, "eager")),
     Tunable("dora_linear", "dora_linear", _PRODUCT, _OWN),
     Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, _OWN),
+    Tunable("lora_linear_backward", "lora_linear", _PRODUCT, _OWN[:2], training=True),
+    Tunable("dora_linear_backward", "dora_linear", _PRODUCT, _OWN[:2], training=True),
     Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("reference",)),
     Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
     Tunable("block_sparse_weight_grad", "block_sparse_weight_grad", _BLOCKS, ("reference",)),
@@ -63,12 +65,11 @@ _STRATEGIES = (
     "fused",
     "two_kernel",
     "library",
-    "plain",
     *(f"{s} {t}" for s in ("fused", "two_kernel") for t in _TILES),
 )
 _BACKWARD = ("two_kernel", "library", *(f"two_kernel {t}" for t in _TILES))
 _CUDA = (
-    Tunable("lora_linear", "lora_linear", (*_PRODUCT, "R"), _STRATEGIES),
+    Tunable("lora_linear", "lora_linear", (*_PRODUCT, "R"), (*_STRATEGIES, "eager")),
     Tunable("lora_linear_backward", "lora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
     Tunable("dora_linear", "dora_linear", (*_PRODUCT, "R"), _STRATEGIES),
     Tunable("dora_linear_backward", "dora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),

@@ -153,7 +153,7 @@ def dora_linear_bwd(
     tiles = tiles or _tiles(grad_y, weight, R, dropout_p, scaled=True, backward=True)
     if p is None:
         p = grad_y.new_zeros(M, R)  # dB is not wanted; its share of the one pass is wasted, and small
-    grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy in ("library", "plain")) else None
+    grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy == "library") else None
     grad_m = grad_y.new_empty(N, dtype=magnitude_dtype) if need_m else None
     q, grad_b = lora_bwd_q_grad_b(
         grad_y, lora_b, p, None, scaling, tiles,

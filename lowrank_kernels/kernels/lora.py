@@ -413,11 +413,8 @@ def lora_linear_fwd(
         return x.new_empty(M, N), x.new_empty(M, R) if store_p else None
     tiles = tiles or _tiles(x, weight, R, dropout_p, column_scale is not None)
     fused = tiles.strategy == "fused"
-    if tiles.strategy == "plain" and dropout_p == 0.0:
-        p = x @ lora_a.T.to(x.dtype)
-    else:
-        p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
-    if tiles.strategy in ("library", "plain"):
+    p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
+    if tiles.strategy == "library":
         assert p is not None
         if column_scale is None:
             y = torch.nn.functional.linear(x, weight, bias)
@@ -464,7 +461,7 @@ def lora_linear_bwd_dx(
     """
     M, N = grad_y.shape
     R, K = lora_a.shape
-    if tiles.strategy in ("library", "plain"):
+    if tiles.strategy == "library":
         grad_x = (grad_y if grad_u is None else grad_u) @ weight
         _up_add(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed, tiles)
         return grad_x

@@ -12,7 +12,7 @@ from ..tuned import parse
 from .roofline import lora_forward_seconds
 from .target import Target
 
-Strategy = Literal["fused", "two_kernel", "library", "plain"]
+Strategy = Literal["fused", "two_kernel", "library"]
 """One kernel; two; the library's main product between two thin kernels; or the library's thin products too (where
 there is no mask to draw). The last is taken only where `lrk tune` found it best: the roofline has no reason for it."""
 

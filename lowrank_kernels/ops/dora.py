@@ -277,7 +277,7 @@ def _cpu_backward(
     """(dX, dA, dB, dm = Σ_m dY ∘ u / n): Q, dB and dm from one pass over dY and u, and dU = g ∘ dY where it is read."""
     cpp = torch.ops.lowrank_kernels
     need_x, need_a, need_b, need_m = needs
-    own = need_x and not dropout_base and own_grad_product(grad_y, weight)
+    own = need_x and not dropout_base and own_grad_product(grad_y, weight, "dora_linear")
     scale_operands = grad_y, u if need_m else None, column_scale, norm
     q: Any = None
     grad_b = grad_x = grad_a = None

@@ -178,10 +178,28 @@ def own_product(x: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     return _within(_FEW_ROWS, x) or (n <= k and _within(_MANY_ROWS, x))
 
 
-def own_grad_product(grad_y: Tensor, weight: Tensor) -> bool:
+def eager_is_chosen(x: Tensor, weight: Tensor, lora_a: Tensor) -> bool:
+    """Whether `lrk tune` found that PyTorch's calls, past every op of this package, are the fastest way."""
+    if torch.compiler.is_compiling():
+        return False
+
+    def sizes() -> dict[str, int]:
+        n, k = weight.shape
+        found = {"M": x.numel() // k if k else 0, "K": k, "N": n}
+        return found | {"R": lora_a.shape[0]} if x.is_cuda else found
+
+    return tuned.choice("lora_linear", x, sizes) == "eager"
+
+
+def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     """The same for dY W, the gradient of x."""
+    if weight.stride(1) != 1:
+        return False
     n, k = weight.shape
-    return weight.stride(1) == 1 and k <= n and _within(_MANY_ROWS, grad_y)
+    chosen = tuned.choice(f"{op}_backward", grad_y, lambda: {"M": grad_y.shape[0], "K": k, "N": n})
+    if chosen in ("own_product", "library_product"):
+        return chosen == "own_product"
+    return k <= n and _within(_MANY_ROWS, grad_y)
 
 
 def _within(tokens: dict[tuple[str, torch.dtype], tuple[int, int]], x: Tensor) -> bool:

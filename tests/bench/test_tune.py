@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lk
-from lowrank_kernels import tuned
+from lowrank_kernels import functional, tuned
 from lowrank_kernels.bench import Problem, Row
 from lowrank_kernels.bench.tune import MARGIN, RULE, Settled, decide, settle, shapes, tunables, tune
 from lowrank_kernels.cli import main
@@ -215,6 +215,19 @@ def test_auto_follows_the_table(table, monkeypatch):
         write(table, {KEY: choice.replace(" ", "_")})
         assert lora_op.own_product(x, w) is own
         torch.testing.assert_close(lk.lora_linear(x, w, a, b), y)
+    write(table, {KEY: "eager"})
+    gate, bias = torch.rand(4), torch.randn(96)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "call_lora_linear", pytest.fail)
+        torch.testing.assert_close(lk.lora_linear(x, w, a, b), y)
+        gated = lk.lora_linear(x[None], w, a, b, bias, gate=gate, scaling=2.0)
+    torch.testing.assert_close(gated, _reference(x[None], w, a, b, bias, gate=gate, scaling=2.0)[0])
+    for choice in ("own_product", "library_product"):
+        write(table, {KEY.replace("linear", "linear_backward"): choice})
+        assert lora_op.own_grad_product(torch.empty(9, 96), w) is (choice == "own_product")
+        own = torch.autograd.grad(lk.lora_linear(x.requires_grad_(), w, a, b).sum(), x)
+        torch.testing.assert_close(own[0], (w + b @ a).sum(0).expand(9, 64))
+    x = x.detach()
     write(table, {KEY: "own_product"})
     assert not lora_op.own_product(x, w.T.contiguous().T)  # the extension's product takes adjacent columns alone
 
@@ -291,7 +304,7 @@ def test_tiles_follow_the_table_where_it_fits():
     found = tiles("two_kernel BLOCK_M=64 num_warps=4")
     assert rule.strategy == "library" and found.strategy == "two_kernel"
     assert found.main == replace(rule.main, BLOCK_M=64, num_warps=4) and found.main_dx.BLOCK_M == 64
-    assert tiles("fused").strategy == "fused" and tiles("plain").strategy == "plain"
+    assert tiles("fused").strategy == "fused" and tiles("eager") == rule
     assert tiles("own_product") == rule and tiles("fused", dropout=True) == tiles(None, dropout=True)
     assert tiles("fused", R=256) == tiles(None, R=256)
     assert tiles("two_kernel BLOCK_M=64", aligned=False) == tiles(None, aligned=False)
@@ -309,7 +322,8 @@ def test_what_may_be_tuned_on_a_gpu_is_what_the_tile_rules_take():
     for tunable in tunables("cuda").values():
         for candidate in tunable.candidates:
             name, changes = tuned.parse(candidate)
-            if name in backend.BACKENDS:
+            assert name not in (RULE, "plain")
+            if name in (*backend.BACKENDS, "eager"):
                 assert not changes
             elif tunable.op == "multi_lora_linear":
                 assert choose_multi_strategy(TARGETS["sm_90"], 64, 512, 512, 8, 4, torch.bfloat16, True, name) == name

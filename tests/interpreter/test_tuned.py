@@ -18,7 +18,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("choice", ["plain", "two_kernel BLOCK_M=32 BLOCK_N=16", "fused BLOCK_M=32"])
+@pytest.mark.parametrize("choice", ["library", "two_kernel BLOCK_M=32 BLOCK_N=16", "fused BLOCK_M=32"])
 def test_lora_linear(choice, dropout_p, monkeypatch):
     seen = []
     rule = launchers.lora_tiles
