@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,27 @@ def apart(models: list[Any], optimizers: list[Any], tokens: torch.Tensor) -> lis
     return found
 
 
+def models(base: Any, adapters: int, rank: int) -> tuple[Any, list[Any]]:
+    """One model that trains all adapters, and a model for each, from the same factors over the same base."""
+    shared = {id(p): p for p in base.parameters()}
+    batched = copy.deepcopy(base, dict(shared))
+    lk.adapt(batched, lk.MultiLoRAConfig(ranks=[rank] * adapters, target_modules=TARGETS))
+    single = []
+    for i in range(adapters):
+        model = copy.deepcopy(base, dict(shared))
+        lk.adapt(model, lk.LoRAConfig(r=rank, target_modules=TARGETS))
+        with torch.no_grad():
+            for name, layer in batched.named_modules():
+                if isinstance(layer, lk.nn.MultiLoRALinear):
+                    model.get_submodule(name).lora_A.weight.copy_(layer.stack.factors(i)[0])
+        single.append(model)
+    return batched, single
+
+
+def optimizer(model: Any) -> Any:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="results; those of other numbers of tokens in it are kept")
@@ -65,30 +87,14 @@ def main() -> None:
     torch.manual_seed(0)
     base, _ = load_language_model("smollm2", torch.float32)
     base.requires_grad_(False)
-    shared = {id(p): p for p in base.parameters()}
-
-    batched = copy.deepcopy(base, dict(shared))
-    lk.adapt(batched, lk.MultiLoRAConfig(ranks=[args.rank] * args.adapters, target_modules=TARGETS))
-    single = []
-    for i in range(args.adapters):
-        model = copy.deepcopy(base, dict(shared))
-        lk.adapt(model, lk.LoRAConfig(r=args.rank, target_modules=TARGETS))
-        with torch.no_grad():
-            for name, layer in batched.named_modules():
-                if isinstance(layer, lk.nn.MultiLoRALinear):
-                    model.get_submodule(name).lora_A.weight.copy_(layer.stack.factors(i)[0])
-        single.append(model)
-
-    def optimizer(model: Any) -> Any:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-
-    of_batched, of_single = optimizer(batched), [optimizer(model) for model in single]
     found = []
     for count in args.tokens:
+        batched, single = models(base, args.adapters, args.rank)
+        of_batched, of_single = optimizer(batched), [optimizer(model) for model in single]
         tokens = torch.randint(0, 40000, (args.adapters, count), generator=torch.Generator().manual_seed(count))
         steps: dict[str, Callable[[], list[float]]] = {
-            "together": lambda t=tokens: together(batched, of_batched, t),
-            "apart": lambda t=tokens: apart(single, of_single, t),
+            "together": partial(together, batched, of_batched, tokens),
+            "apart": partial(apart, single, of_single, tokens),
         }
         times: dict[str, list[float]] = {name: [] for name in steps}
         difference = 0.0
