@@ -238,13 +238,15 @@ void RowNorms::finish(const KernelTable& kernels, int64_t row, int64_t rows, con
                             gram_ + col, width_, kPanel, v + col, width_, false});
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const double square = norm_.weight_sq_norm ? norm_.weight_sq_norm[row + i] : squares[i];
+    // Rounded as it is handed back, so that handing it in again changes no bit of the norm.
+    const float square =
+        norm_.weight_sq_norm ? norm_.weight_sq_norm[row + i] : static_cast<float>(squares[i]);
     // A sum that cancelled below zero is a zero norm; a NaN is not below zero and stays.
     const double total = square + correction(b + i * width_, u + i * u_stride, parts_,
                                              v + i * width_, width_, norm_.scaling);
     const float root = static_cast<float>(std::sqrt(total < 0.0 ? 0.0 : total));
     norm_.norm[row + i] = root;
-    if (norm_.sq_norm) norm_.sq_norm[row + i] = static_cast<float>(square);
+    if (norm_.sq_norm) norm_.sq_norm[row + i] = square;
     if (norm_.magnitude) {
       norm_.column_scale[row + i] = root == 0.0f ? 0.0f : norm_.magnitude[row + i] / root;
     }

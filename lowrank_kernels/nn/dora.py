@@ -29,27 +29,28 @@ class ScaleCache(Memory):
     ) -> dict[str, Any]:
         """What ``dora_linear`` need not compute: ``norm_and_scale`` in evaluation, ``weight_sq_norm`` in training.
 
-        Whichever is not known yet is computed, and (n, g) with ‖W_i‖²: then they are good for this forward too.
+        Whichever is not known yet is computed. Training never takes (n, g) from here, so that a run that is resumed
+        goes through the same sums as one that was not.
         """
         operands = (weight, lora_a, lora_b, magnitude)
         if any(t.is_inference() or not isinstance(t, nn.Parameter) for t in operands):
             return {}
         of_weight = state_of(weight)
         known, sq_norm = self._square
-        if known != of_weight:
-            sq_norm = None
         if training:
             self._scale = (None, None)
-            if sq_norm is not None:
+            if known == of_weight:
                 return {"weight_sq_norm": sq_norm}
         key = (*of_weight, *state_of(*operands[1:]), scaling)
         if self._scale[0] != key:
             # Kept tensors may take part in autograd later, which inference tensors cannot.
             with torch.inference_mode(False):
-                norm, scale, sq_norm = dora_column_scale(*operands, scaling=scaling, weight_sq_norm=sq_norm)
+                norm, scale, sq_norm = dora_column_scale(
+                    *operands, scaling=scaling, weight_sq_norm=sq_norm if known == of_weight else None
+                )
             self._square = (of_weight, sq_norm)
             if training:
-                return {"norm_and_scale": (norm, scale)}
+                return {"weight_sq_norm": sq_norm}
             self._scale = (key, (norm, scale))
         return {"norm_and_scale": self._scale[1]}
 
