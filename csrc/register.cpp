@@ -55,9 +55,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
                        : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
                                                       : aoti_torch_dtype_float16();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.data(), strides.data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -392,11 +392,11 @@ Tensor dropout_keep_mask_cuda(const Tensor& seed, int64_t rows, int64_t columns,
   const int64_t sizes[2] = {rows, columns};
   const int64_t strides[2] = {columns > 0 ? columns : 1, 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, aoti_torch_dtype_bool(), aoti_torch_device_type_cuda(), device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_bool(),
+                                                  aoti_torch_device_type_cuda(), device, &handle));
   Tensor out(handle);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error =
       lrk::launch_dropout_keep_mask(static_cast<uint8_t*>(out.mutable_data_ptr()),
                                     static_cast<const int64_t*>(seed.const_data_ptr()), rows,

@@ -77,8 +77,8 @@ void check_vector(const char* name, const Tensor& t, const Tensor& weight) {
 Tensor empty_floats(int64_t size, int32_t device_type, int32_t device_index) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &size, &stride, aoti_torch_dtype_float32(), device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(),
+                                                  device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -157,7 +157,7 @@ Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& 
   problem.column_scale = floats(scale);
   problem.scratch = scratch.mutable_data_ptr();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error = lrk::launch_dora_norm(problem, device, stream);
   STD_TORCH_CHECK(error == nullptr, kOp, ": the launch failed on device ", device, ": ", error);
   return {norm, sq_norm, scale};

@@ -49,7 +49,7 @@ Tensor zeros(int64_t rows, int64_t cols, ScalarType type, bool clear) {
                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                       : aoti_torch_dtype_float16();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
   if (clear && rows * cols > 0) {
