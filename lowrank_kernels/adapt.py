@@ -51,9 +51,22 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
 
     Raises:
         TypeError: not a module, not a config, or no class of one that says what a linear becomes.
-        ValueError: nothing to replace (the message names the linears there are); a model that is adapted already.
+        ValueError: nothing to replace (the message names the linears there are); a model that is adapted already; a
+            rank over min(N, K) of a linear.
     """
-    plan = plan_adaptation(model, config)
+    return carry_out(model, config, plan_adaptation(model, config))
+
+
+def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
+    """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
+    plan = match_targets(model, config)
+    for name, linear in plan.targets.items():
+        config.check_fits(name, *linear.weight.shape)
+    return plan
+
+
+def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
+    """Do what a plan of ``config`` says: the second half of :func:`adapt`."""
     undo: list[Callable[[], None]] = []
     try:
         layers = _replace(model, config, plan, undo)
@@ -70,8 +83,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     return Report(type(config).__name__, replaced, plan.skipped, trainable, total, _undo=undo)
 
 
-def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
-    """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
+def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
+    """A plan with ranks of any size, which a file of PEFT's may have."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: expected model to be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, AdapterConfig):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import Plan, adapt, config_of, plan_adaptation
+from .adapt import Plan, carry_out, config_of, match_targets
 from .config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
@@ -271,9 +271,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     The model is exactly as before after every one of these.
     """
     folder = Path(folder)
-    config, _, tensors = read_adapter(model, folder)
+    config, plan, tensors = read_adapter(model, folder)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else None
-    report = adapt(model, replace(config, init="zero", dtype=dtype))
+    report = carry_out(model, replace(config, init="zero", dtype=dtype), plan)
     try:
         with torch.no_grad():
             for name, t in tensors.items():
@@ -308,7 +308,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
-    plan = plan_adaptation(model, config)
+    plan = match_targets(model, config)
     base = _base_parameters(model, plan)
     tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
     return AdapterFile(config, plan, tensors)

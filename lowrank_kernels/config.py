@@ -73,6 +73,9 @@ class AdapterConfig:
         """How large the correction of the module at path ``name`` is, in the words of a report."""
         return f"rank {self.rank_of(name)}"
 
+    def check_fits(self, name: str, n: int, k: int) -> None:
+        """Raise ValueError where the module at path ``name`` cannot be what it should, its weight being (N, K)."""
+
     def unused(self, names: Sequence[str]) -> list[str]:
         """Settings that none of the replaced modules uses, in words."""
         return []
@@ -149,6 +152,9 @@ class LoRAConfig(AdapterConfig):
             train=self.train,
             dtype=self.dtype,
         )
+
+    def check_fits(self, name: str, n: int, k: int) -> None:
+        _check_rank(self.rank_of(name), name, n, k, "lower r, or give it a rank of its own in rank_pattern")
 
     def scaling_of(self, name: str) -> float:
         """s of the module at path ``name``."""
@@ -245,6 +251,9 @@ class MultiLoRAConfig(AdapterConfig):
     def rank_of(self, name: str) -> int:
         return sum(self.ranks)
 
+    def check_fits(self, name: str, n: int, k: int) -> None:
+        _check_rank(max(self.ranks), name, n, k, "lower ranks, or leave it out by exclude_modules")
+
     def layer(self, name: str, linear: nn.Linear) -> MultiLoRALinear:
         return MultiLoRALinear.from_linear(
             linear, self.ranks, alpha=self.alpha, rslora=self.rslora, dora=self.dora,
@@ -257,6 +266,14 @@ def names_match(wanted: str | Sequence[str], name: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith("." + w) for w in wanted)
+
+
+def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
+    if r > min(n, k):
+        raise ValueError(
+            f"adapt: expected a rank of at most min(N, K) = {min(n, k)} for {name} of shape (N, K) = ({n}, {k}), "
+            f"got {r}; {cure}"
+        )
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

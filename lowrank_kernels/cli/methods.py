@@ -103,6 +103,8 @@ def adapt(
     config = adapter_config(method, args)
     if not row.from_gradients or start is not None:
         return lk.adapt(model, config), start
+    if args.gradient_batches < 1:
+        raise ValueError(f"--gradient-batches: expected at least 1, got {args.gradient_batches}")
     linears = lk.plan_adaptation(model, config).targets
     some = islice(batches(2), args.gradient_batches)
     gradients = estimate_gradients(model, some, lambda m, batch: answer_loss(m, **batch), linears)

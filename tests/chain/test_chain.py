@@ -294,6 +294,10 @@ def quantised_model() -> nn.Module:
     return model
 
 
+def wide_by_hand() -> nn.Module:
+    return nn.Sequential(lk.nn.LoRALinear.from_linear(nn.Linear(5, 3), 7, train="b"))
+
+
 MESSAGES: list[tuple[Callable[[], object], str]] = [
     (lambda: start(nn.Sequential(nn.Linear(3, 3))), "rac_lora: expected a model with LoRALinear layers, found none"),
     (lambda: start(small_model("both")), "rac_lora: expected layers that train one factor"),
@@ -309,7 +313,7 @@ MESSAGES: list[tuple[Callable[[], object], str]] = [
     (lambda: start(small_model("b"), rounding="up"), "rounding to be one of"),
     (lambda: start(small_model("b"), rounding="stochastic"), "bfloat16 weights for stochastic rounding"),
     (lambda: start(small_model("b", BF16), rounding="stochastic", master=True), "'nearest' with master=True"),
-    (lambda: start(matrix_model(torch.zeros(3, 5), "b", 7, "kaiming")), "rank of at most 5 for orthonormal"),
+    (lambda: start(wide_by_hand()), "rank of at most 5 for orthonormal samples, got 7 in 0"),
 ]
 
 
@@ -317,6 +321,18 @@ MESSAGES: list[tuple[Callable[[], object], str]] = [
 def test_messages(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("make", [quantised_model, dora_model, lambda: nn.Sequential(Foreign()), wide_by_hand])
+def test_a_refused_chain_leaves_model_and_optimizer_alone(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="rac_lora: expected"):
+        rac_lora(model, optimizer, 5)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    optimizer.step()
+    assert "chain" not in optimizer.state_dict()
 
 
 @pytest.mark.parametrize("sampled", ["a", "b"])

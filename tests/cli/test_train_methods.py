@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 
 import lowrank_kernels as lk
 from lowrank_kernels.cli import docstrings, main, train
+from lowrank_kernels.cli import training as loop
 from lowrank_kernels.cli.methods import METHODS
 
 
@@ -39,12 +41,13 @@ def tiny_model(dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
+EXAMPLES = [docstrings.Example("t", f"f{i}", f"def f{i}", "abab" * (1 + i % 3)) for i in range(24)]
+
+
 @pytest.fixture(autouse=True)
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = [docstrings.Example("t", f"f{i}", f"def f{i}", "abab" * (1 + i % 3)) for i in range(24)]
-
     def load(args: Any) -> Any:
-        return tiny_model(train.DTYPES[args.dtype or "float32"]), Tokenizer(), examples, examples[:8]
+        return tiny_model(train.DTYPES[args.dtype or "float32"]), Tokenizer(), EXAMPLES, EXAMPLES[:8]
 
     monkeypatch.setattr(train, "load_task", load)
 
@@ -107,20 +110,93 @@ def test_chains_over_bfloat16(more: list[str]) -> None:
     assert command("rac-lora", "--dtype", "bfloat16", *more) == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "rac-lora", "lora-rite"])
-def test_a_gradient_that_is_not_finite_moves_nothing(method: str) -> None:
-    from lowrank_kernels.cli import training as loop
+def base_bytes(model: Any) -> dict[str, bytes]:
+    """Every weight that the model came with, bit for bit, by its name in the model as it came."""
+    return {
+        name.replace(".base_layer.", "."): p.detach().numpy().tobytes()
+        for name, p in model.named_parameters()
+        if ".lora_" not in name and not name.endswith(".blocks")
+    }
 
+
+def without_targets() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+
+
+def quantised() -> Any:
     model = tiny_model(torch.float32)
-    settings = METHODS[method].settings
-    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=("q_proj",), **settings))
-    run = loop.Run(method, model, 1e-2, 10, METHODS[method].optimizer)
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.lora_B.weight.register_hook(lambda g: g * float("nan"))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    batch = loop.encode(Tokenizer(), [docstrings.Example("t", "f", "def f", "abab")], "cpu")
-    with pytest.raises(ValueError, match=f"{method}: expected a finite loss and gradient, got .* at step 1, which was"):
-        run.step(batch)
+    for layer in model.model.layers:
+        for linear in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight = torch.nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
+def broken() -> Any:
+    model = tiny_model(torch.float32)
+    model.model.norm.weight.data[0] = float("nan")
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, str]]] = {
+    "rank over the matrix size": (
+        lambda: tiny_model(torch.float32),
+        ("--rank", "40"),
+        {"": "min(N, K) = 32 for model.layers.0.self_attn.q_proj of shape (N, K) = (32, 32), got 40; lower r"},
+    ),
+    "no targets": (without_targets, (), {"": "replaces nothing in this GPT2LMHeadModel; its linears: lm_head"}),
+    "quantised": (quantised, (), {"": "q_proj (quantised (Linear, weight of torch.int8))"}),
+    "a loss that is not finite": (
+        broken,
+        (),
+        {
+            "": "expected a finite loss and gradient, got nan",
+            "lora-ga": "estimate_gradients: expected a finite loss",
+            "smt": "warm_up: the loss is nan",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind in REFUSED for method in METHODS if "rank" not in kind or not METHODS[method].blocks],
+)
+def test_what_is_refused_is_told_in_one_line_and_touches_no_weight(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, more, words = REFUSED[kind]
+    model = make()
+    monkeypatch.setattr(train, "load_task", lambda args: (model, Tokenizer(), EXAMPLES, EXAMPLES[:8]))
+    before = base_bytes(model)
+    assert command(method, *more) == 2
+    said = capsys.readouterr().err
+    assert words.get(method, words[""]) in said.splitlines()[-1] and "Traceback" not in said
+    assert base_bytes(model) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_that_is_not_finite_moves_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in the middle of a run, in one element, while the loss is a number."""
+    seen: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    sound = loop.Run.forward_backward
+
+    def forward_backward(run: loop.Run, batch: loop.Batch) -> float:
+        loss = sound(run, batch)
+        if len(run.losses) == 5:  # a chain is in its second link
+            run.parameters[0].grad.view(-1)[1] = float("inf")
+            seen.append((run.model, {name: p.detach().clone() for name, p in run.model.named_parameters()}))
+        return loss
+
+    monkeypatch.setattr(loop.Run, "forward_backward", forward_backward)
+    assert command(method) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"lrk: {method}: expected a finite loss and gradient, got ")
+    assert last.endswith("and a norm of inf at step 6, which was not taken; lower the learning rate")
+    ((model, before),) = seen
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -131,11 +207,11 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["lora", "--checkpoint", str(state), "--rank", "3"], "is of a run with rank=4"),
         (["cola", "--checkpoint", str(state)], "is of a run with method=lora"),
         (["rac-lora", "--rounding", "stochastic"], "rac_lora: expected bfloat16 weights for stochastic rounding"),
-        (["rac-lora", "--rank", "40"], "expected a rank of at most 32"),
         (["cola", "--link-ranks", "4", "5"], "cola: expected ranks from 1 to the layers' own of 4, one a link"),
         (["cola", "--steps-per-link", "0"], "cola: expected steps_per_link of at least 1"),
         (["lora-ga", "--rank", "20"], "lora_ga: expected a rank of at most"),
-        (["lora-ga", "--gradient-batches", "0"], "estimate_gradients: expected at least one batch"),
+        (["lora-ga", "--gradient-batches", "0"], "--gradient-batches: expected at least 1, got 0"),
+        (["smt", "--warmup-steps", "0"], "--warmup-steps: expected at least 1, got 0"),
     ):
         capsys.readouterr()
         assert command(*arguments) == 2, arguments

@@ -16,7 +16,9 @@ from torch import nn
 from lowrank_kernels.adapt import adapt, config_of
 from lowrank_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from lowrank_kernels.config import DoRAConfig, LoRAConfig
+from lowrank_kernels.integrations.peft import accelerate
 from lowrank_kernels.nn import DoRALinear, LoRALinear
+from lowrank_kernels.serving import AdapterBank
 
 
 def randomise(model, seed=1):
@@ -106,6 +108,30 @@ def test_we_load_what_peft_saves(llama, tokens, tmp_path, settings):
         wanted |= {"dropout_base": True, "detach_norm": True}
     assert type(config_of(model)) is type(our_config(settings))
     assert {k: getattr(config_of(model), k) for k in wanted} == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_rank_over_the_matrix_size_that_peft_wrote_is_read(llama, tokens, tmp_path, use_dora):
+    """``adapt`` refuses one; what exists is loaded, run and written as it is."""
+    config = peft_config({"target_modules": ("q_proj", "v_proj"), "r": 40, "use_dora": use_dora})
+    theirs = peft.get_peft_model(llama(), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    logits = theirs(tokens).logits
+    model = llama()
+    report = load_adapter(model, tmp_path / "theirs")
+    assert {r.rank for r in report.replaced} == {40} and {min(r.shape) for r in report.replaced} == {16, 32}
+    assert_close(model(tokens).logits, logits)
+    save_adapter(model, tmp_path / "ours")
+    ours, written = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "theirs"))
+    assert ours.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in ours.items())
+    with AdapterBank(llama()) as bank:
+        bank.load("wide", tmp_path / "theirs")
+        with bank.batch([None, "wide"]):
+            assert_close(bank.model(tokens).logits[1], logits[1])
+    assert len(accelerate(theirs).replaced) == 4
+    assert_close(theirs(tokens).logits, logits)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_kernels.adapt import adapt, config_of
-from lowrank_kernels.config import AdapterConfig, LoRAConfig
+from lowrank_kernels.adapt import adapt, config_of, plan_adaptation
+from lowrank_kernels.config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from lowrank_kernels.nn import LoRALinear
 
 
@@ -276,6 +276,37 @@ def test_a_failure_leaves_the_model_as_it_was(bias):
     assert_same(model, before)
     report = adapt(model, FailsAtTheThird(target_modules=("q_proj",)))
     assert names(report) == ["layers.0.q_proj", "layers.1.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LoRAConfig(r=5),
+            r"adapt: expected a rank of at most min\(N, K\) = 4 for layers.0.v_proj of shape \(N, K\) = \(4, 8\), got 5"
+            r"; lower r, or give it a rank of its own in rank_pattern",
+        ),
+        (DoRAConfig(r=9, target_modules=("q_proj",)), r"= 8 for layers.0.q_proj of shape \(N, K\) = \(8, 8\), got 9"),
+        (LoRAConfig(r=4, rank_pattern={r"layers\.1\.v_proj": 6}), r"= 4 for layers.1.v_proj .*, got 6"),
+        (LoRAConfig(r=5, train="b", init="orthonormal"), "= 4 for layers.0.v_proj .*, got 5"),
+        (MultiLoRAConfig(ranks=(2, 5)), "= 4 for layers.0.v_proj .*, got 5; lower ranks, or .* exclude_modules"),
+    ],
+)
+@pytest.mark.parametrize("function", [adapt, plan_adaptation])
+def test_a_rank_over_the_matrix_size_is_refused(function, config, message):
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        function(model, config)
+    assert_same(model, before)
+
+
+def test_the_rank_of_the_matrix_is_the_largest():
+    model = Model()
+    report = adapt(model, LoRAConfig(r=8, rank_pattern={"v_proj": 4}))
+    assert {r.shape: r.rank for r in report.replaced} == {(8, 8): 8, (4, 8): 4, (16, 8): 8, (8, 16): 8}
+    several = adapt(Model(), MultiLoRAConfig(ranks=(4, 4, 3), target_modules=("v_proj",)))
+    assert {r.rank for r in several.replaced} == {11}  # of each adapter, not of all together
 
 
 def test_an_adapted_model_is_not_adapted_twice():
