@@ -144,6 +144,16 @@ def test_core_given_square_norm(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_square_norm_handed_back_changes_no_bit(dtype: torch.dtype, device: str) -> None:
+    """A layer keeps it: a resumed run, which computes it anew, must go on as the one that had kept it."""
+    w, a, b = (t.to(device) for t in operands(300, 1300, 8, (dtype, F32, F32)))
+    norm, sq_norm, scale = OP(w, a, b, SCALING, None, torch.ones(300, device=device))
+    again = OP(w, a, b, SCALING, sq_norm, torch.ones(300, device=device))
+    assert all(torch.equal(x, y) for x, y in zip(again, (norm, sq_norm, scale), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_strided_rows(dtype: torch.dtype, device: str) -> None:
     for rank in (5, 40):
         w, a, b = (t.to(device) for t in operands(45, 140, rank, (dtype, dtype, F32)))
