@@ -56,9 +56,10 @@ def load_language_model(name: str, dtype: torch.dtype, device: torch.device | st
             )
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    if name in _PACKAGED and hasattr(model.config, "quantization_config"):
-        # The weights are plain floating-point matrices now; a quantisation note would mislead savers and adapters.
-        del model.config.quantization_config
+    if name in _PACKAGED:
+        # The weights are plain floating-point matrices now; notes of a quantisation would stop savers and adapters.
+        for notes, note in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+            vars(notes).pop(note, None)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
