@@ -53,7 +53,7 @@ class LoRARITE(FactorOptimizer):
 
     Args:
         groups: of ``factor_groups(model)``.
-        lr: learning rate: how far an element of W moves a step, about.
+        lr: learning rate: a step moves an element of W by about lr · s √(R/N + R/K), in root mean square.
         betas: β₁, β₂.
         eps: damping of V, over its mean eigenvalue, and of R's diagonal, over its largest.
         adam_eps: of parameters that are no factors, which get AdamW's step.

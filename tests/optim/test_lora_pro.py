@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_kernels.optim.lora_pro import lora_pro_gradients, solve_sylvester
+from lowrank_kernels.optim.lora_pro import LoRAPro, lora_pro_gradients, solve_sylvester
 
 F64 = torch.float64
 
@@ -58,6 +58,34 @@ def test_sylvester(condition: float, size: float) -> None:
     x = solve_sylvester(s, t, c)
     residual = (s @ x + x @ t - c).norm() / ((s.norm() + t.norm()) * x.norm())
     assert residual < 1e-12
+
+
+@pytest.mark.parametrize("moments", ["factors", "full"])
+def test_three_steps_are_those_of_the_formulas(moments: str) -> None:
+    """Momentum of (g_A, g_B); or Adam on the dense equivalent gradient, ε large enough to see its scale. And decay."""
+    start_a, start_b, _, scaling = problem()
+    a, b, s = start_a[0], start_b[0], scaling[0].item()
+    pair = [torch.nn.Parameter(a.clone()), torch.nn.Parameter(b.clone())]
+    optimizer = LoRAPro(
+        [{"params": pair, "scaling": [s]}], lr=0.05, momentum=0.7, betas=(0.8, 0.9), adam_eps=0.3, eps=0.0,
+        weight_decay=0.4, moments=moments,
+    )  # fmt: skip
+    m_a, m_b, mean, square = torch.zeros_like(a), torch.zeros_like(b), torch.zeros(11, 9), torch.zeros(11, 9)
+    for step in (1, 2, 3):
+        g = torch.randn(11, 9, generator=torch.Generator().manual_seed(step), dtype=F64)
+        pair[0].grad, pair[1].grad = s * b.T @ g, s * g @ a.T
+        optimizer.step()
+        g_a, g_b = lora_pro_gradients(a, b, s * b.T @ g, s * g @ a.T, s, eps=0.0)
+        if moments == "full":
+            dense = s * (b @ g_a + g_b @ a)
+            mean, square = 0.8 * mean + 0.2 * dense, 0.9 * square + 0.1 * dense**2
+            d = mean / (1 - 0.8**step) / ((square / (1 - 0.9**step)).sqrt() + 0.3)
+            m_a, m_b = lora_pro_gradients(a, b, s * b.T @ d, s * d @ a.T, s, eps=0.0)
+        else:
+            m_a, m_b = 0.7 * m_a + g_a, 0.7 * m_b + g_b
+        a, b = (1 - 0.05 * 0.4) * a - 0.05 * m_a, (1 - 0.05 * 0.4) * b - 0.05 * m_b
+        torch.testing.assert_close(pair[0].detach(), a, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(pair[1].detach(), b, rtol=1e-10, atol=1e-10)
 
 
 def test_factors_of_lower_rank_stay_finite() -> None:

@@ -45,6 +45,25 @@ def test_invariance() -> None:
     assert (path(adam, change) - path(adam, None)).norm() > 0.5
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_step_has_the_length_that_the_rate_says(size: float) -> None:
+    """lr · s √(R/N + R/K), the root mean square over W's elements, whatever the size of factors and gradient."""
+    n, k, r, s, lr = 96, 160, 8, 0.5, 1e-7
+    generator = torch.Generator().manual_seed(0)
+    a, b = (nn.Parameter(size * torch.randn(*shape, generator=generator, dtype=F64)) for shape in ((r, k), (n, r)))
+    step = LoRARITE([{"params": [a, b], "scaling": [s]}], lr=lr)
+    for _ in range(5):
+        before, gradient = b.detach() @ a.detach(), 300 * torch.randn(n, k, generator=generator, dtype=F64)
+        a.grad, b.grad = s * b.detach().T @ gradient, s * gradient @ a.detach().T
+        step.step()
+    moved = s * (b.detach() @ a.detach() - before)
+    length = moved.square().mean().sqrt() / lr
+    expected = s * (r / n + r / k) ** 0.5
+    # Five gradients that have nothing in common: the mean of the first moments is shorter than one of them.
+    weights = torch.tensor([0.9**i for i in range(5)], dtype=F64)
+    assert abs(length / (expected * weights.norm() / weights.sum()) - 1) < 0.05
+
+
 @pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6])
 def test_inverse_root(smallest: float) -> None:
     u = torch.linalg.qr(torch.randn(4, 8, 8, dtype=F64, generator=torch.Generator().manual_seed(0)))[0]
