@@ -34,7 +34,7 @@ def pairs(layers: int, rank: int, width: int) -> list[torch.nn.Parameter]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
     args = parser.parse_args()
     torch.set_num_threads(2)
 

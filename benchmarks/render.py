@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,60 @@ def dora_demo_task() -> str:
     )
 
 
+COSTLY = ("rac-lora", "cola", "lora-plus", "lora-pro", "lora-rite", "lora-ga")
+
+
+def method_cost(method: str) -> str:
+    """What `benchmarks/methods/costs.py` found of one method, beside plain LoRA."""
+    found = results("methods/costs")
+    rows = {row["method"]: row for row in found["rows"]}
+    lines = [
+        f"Four decoder layers of SmolLM2's shape, R = 16, 512 tokens, float32; the fastest of {found['rounds']} steps, "
+        f"in turns.",
+        f"{conditions(found['conditions'])} Repeat: `python benchmarks/methods/costs.py`.",
+        "",
+    ]
+    if method in rows:
+        ours, lora = rows[method], rows["lora"]
+        lines += [
+            f"- A step takes {ours['step over LoRA']} of plain LoRA's time (differences below 0.05 are the "
+            f"measurement's).",
+            f"- Forward and backward allocate {ours['peak MiB']} MiB at most, plain LoRA's {lora['peak MiB']}.",
+            f"- Optimizer state: {ours['optimizer state MiB']} MiB; plain LoRA's AdamW: {lora['optimizer state MiB']}.",
+        ]
+    for name, value in found["extras"].items():
+        of, _, what = name.partition(": ")
+        if of == method:
+            thing, unit, _ = re.split("( over a step|, MiB)$", what[0].upper() + what[1:])
+            said = f"{value:.0f} MiB at most" if unit == ", MiB" else f"{value:.2g} times a step of plain LoRA"
+            lines.append(f"- {thing}: {said}.")
+    return "\n".join(lines)
+
+
+def optimizer_steps() -> str:
+    """The result of `benchmarks/bench_optimizers.py`."""
+    found = results("methods/optimizer_steps")
+    s = found["shape"]
+    words = [
+        f"The optimizer's step alone, {s['layers']} layers of R = {s['R']}, K = N = {s['K']}; medians, taking turns.",
+        f"{conditions(found['conditions'])} Repeat: `python benchmarks/bench_optimizers.py`.",
+    ]
+    rows = [(f"`{name}`", f"{row['ms']:.1f} ms", f"{row['over_adamw']:.2f}") for name, row in found["rows"].items()]
+    return table(words, " | a step | over AdamW", rows)
+
+
+def resume() -> str:
+    """The result of `benchmarks/methods/resume.py`."""
+    found = results("methods/resume")
+    words = [f"{conditions(found['conditions'])} Repeat: `python benchmarks/methods/resume.py`, and `rac-lora --kill`."]
+    rows = [
+        (f"`{row['method']}`", f"`{row['stopped by']}`", f"{row['held_out_before']:.3f}",
+         f"{row['held_out_after']:.3f}", ", ".join(row["differ"]) or "nothing")
+        for row in found["rows"]
+    ]  # fmt: skip
+    return table(words, "method | stopped by | held-out loss before | after | what differs", rows)
+
+
 def _ratio_and_spread(row: Row) -> str:
     if row.over_floor is None or row.spread is None:
         return row.reason
@@ -308,15 +363,16 @@ def predictions() -> str:
 
 TABLES = (
     cost_over_frozen, demo, bench, predictions, dora_demo_task, smt_gradient, smt_training, smt_demo_task,
-    many_adapters, train_many_adapters, compare_serving_references, soak_serving,
+    many_adapters, train_many_adapters, compare_serving_references, soak_serving, optimizer_steps, resume,
 )  # fmt: skip
+FIGURES = {render.__name__: render for render in TABLES}
+FIGURES |= {f"cost of {method}": partial(method_cost, method) for method in COSTLY}
 
 
 def main() -> None:
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()
-        for render in TABLES:
-            name = render.__name__
+        for name, render in FIGURES.items():
             pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures:{name} -->)"
             if re.search(pattern, text, re.S):
                 written = render()
