@@ -180,10 +180,14 @@ def conditions(device: torch.device, command: str) -> dict[str, str]:
         name, driver = f"{cpu_model()}, {torch.get_num_threads()} threads", ""
     from importlib import metadata
 
+    package = str(Path(__file__).parents[1])
+    commit = output("git", "-C", package, "describe", "--always")
+    if commit and output("git", "-C", package, "status", "--porcelain", "--", ".", "../csrc"):
+        commit += "-dirty"  # the code, that is: a figure may be written beside others that are not committed yet
     return {
         "device": name, "driver": driver, "python": platform.python_version(), "torch": torch.__version__,
         "triton": metadata.version("triton"),
-        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"), "command": command,
     }  # fmt: skip
 
