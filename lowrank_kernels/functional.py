@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .ops.backend import BACKENDS
 from .ops.batch_plan import BatchPlan, as_ids, plan_batch
@@ -29,7 +28,7 @@ from .ops.dora import (
     check_dora_weight_norm,
     check_weight_sq_norm,
 )
-from .ops.lora import call_lora_linear, check_lora_linear, eager_is_chosen
+from .ops.lora import call_lora_linear, check_lora_linear, eager_is_chosen, lora_linear_eager
 from .ops.multi_lora import call_multi_lora_linear, check_multi_lora_linear, may_stay_unplanned
 from .stack import LoRAStack
 
@@ -98,9 +97,7 @@ def lora_linear(
     check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
     _check_backend(backend, "lora_linear")
     if backend == "auto" and dropout_p == 0.0 and eager_is_chosen(x, weight, lora_a):
-        p = linear(x, lora_a.to(x.dtype))
-        p = p if gate is None else (p * gate).to(p.dtype)
-        return torch.add(linear(x, weight, bias), linear(p, lora_b.to(p.dtype)), alpha=scaling)
+        return lora_linear_eager(x, weight, lora_a, lora_b, bias, gate, scaling)
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
     save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
     y, _ = call_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend)

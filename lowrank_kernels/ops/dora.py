@@ -371,9 +371,7 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
     if norm is None:  # of W as it is, not as it is multiplied
         backend = rest[-1]
         with torch.no_grad():
-            norm, _, column_scale = call_dora_weight_norm(
-                weight, lora_a, lora_b, scaling, sq_norm, magnitude, backend
-            )  # fmt: skip
+            norm, _, column_scale = call_dora_weight_norm(weight, lora_a, lora_b, scaling, sq_norm, magnitude, backend)
     x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
     return x, weight, lora_a, lora_b, magnitude, sq_norm, norm, column_scale, bias, scaling, *rest
 

@@ -191,6 +191,15 @@ def eager_is_chosen(x: Tensor, weight: Tensor, lora_a: Tensor) -> bool:
     return tuned.choice("lora_linear", x, sizes) == "eager"
 
 
+def lora_linear_eager(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None, scaling: float
+) -> Tensor:
+    """The formula without dropout, as PyTorch's calls, which record their own gradients."""
+    p = _gated(torch.nn.functional.linear(x, lora_a.to(x.dtype)), gate)
+    correction = torch.nn.functional.linear(p, lora_b.to(p.dtype))
+    return torch.add(torch.nn.functional.linear(x, weight, bias), correction, alpha=scaling)
+
+
 def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     """The same for dY W, the gradient of x."""
     if weight.stride(1) != 1:

@@ -112,6 +112,17 @@ def test_norms_of_the_product_are_those_of_the_norm_itself(m, k, n, r, dtype, fa
     assert all(torch.equal(ours, theirs) for ours, theirs in zip((y, p, u), separate, strict=True))
 
 
+@pytest.mark.parametrize("m", [9, 600])
+def test_what_a_call_leaves_in_its_memory_does_not_reach_the_next(m):
+    def norms(r, fill):
+        x, weight, a, b = operands(m, 96, 80, r, torch.bfloat16)
+        weight.fill_(fill)
+        return CPP.dora_linear_fused(x, weight, a, b, torch.ones(80), torch.ones(80), None, 0.7, None, 0.0, False)[3]
+
+    assert norms(16, torch.nan).isnan().all()
+    assert norms(7, 1.0).isfinite().all()  # 9 columns of 16 are padding
+
+
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 16), (torch.bfloat16, 600), (torch.float32, 16)])
 def test_dora_takes_its_norms_from_the_product(dtype, tokens, monkeypatch):
     import lowrank_kernels as lk
