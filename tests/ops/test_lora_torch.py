@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -284,40 +280,3 @@ def test_dropout_follows_torchs_generator_and_an_explicit_seed():
     assert torch.equal(first, draw()) and not torch.equal(first, second)
     assert torch.equal(draw(dropout_seed=3), draw(dropout_seed=torch.tensor(3)))
     assert not torch.equal(draw(dropout_seed=3), draw(dropout_seed=2**40 + 3))
-
-
-def _train_on_one_rank(rank: int, port: int, results: mp.Queue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = Correction()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
-    parallel(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
-    results.put((rank, model.lora_a.grad.numpy(), model.lora_b.grad.numpy()))
-    dist.destroy_process_group()
-
-
-def test_ddp_averages_the_gradients_of_two_processes():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_train_on_one_rank, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    got = dict((rank, grads) for rank, *grads in (results.get(timeout=120) for _ in processes))
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-
-    torch.manual_seed(0)
-    model = Correction()
-    whole = copy.deepcopy(model)
-    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
-    whole(x).square().mean().backward()
-    for rank in range(2):
-        for gradient, wanted in zip(got[rank], (whole.lora_a.grad, whole.lora_b.grad), strict=True):
-            torch.testing.assert_close(torch.from_numpy(gradient), wanted)
