@@ -7,6 +7,10 @@
 // needs, and the products of parts that reach float32's digits are all taken. The FMA kernel serves
 // ranks below 16 and processors without bfloat16 tiles.
 //
+// From rank 65 on, what a block reads most of is A, R / 32 bytes for each byte of W. On processors
+// with clusters the blocks of one fetch A together, each a share that is copied into the shared
+// memory of all.
+//
 // The order of every sum depends on shapes alone; there are no atomics. The file compiles for the
 // host as well, after a header that supplies the names which nvcc gives (tests/host_executor).
 #pragma once
@@ -68,6 +72,98 @@ LRK_DEVICE void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t 
 LRK_DEVICE uint32_t pack_bfloat16(float, float) { return 0; }  // the FMA kernel runs here
 LRK_DEVICE void multiply_tile(float (&)[4], uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
                               uint32_t) {}
+#  endif
+
+#  if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = has_clusters(__CUDA_ARCH__ / 10);
+
+using Arrivals = uint64_t;  // an mbarrier: counts arrivals and bytes of one phase after another
+
+LRK_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+LRK_DEVICE Words4* dynamic_shared() {
+  extern __shared__ Words4 words[];
+  return words;
+}
+LRK_DEVICE void start_arrivals(Arrivals* arrivals, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+               :
+               : "r"(shared_address(arrivals)), "r"(count)
+               : "memory");
+}
+// Makes what `start_arrivals` wrote known to the cluster; `synchronize_cluster` follows.
+LRK_DEVICE void publish_arrivals() {
+  asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
+LRK_DEVICE void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
+  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
+}
+LRK_DEVICE void synchronize_warp() { __syncwarp(); }
+// Arrives here, and makes the phase wait for so many bytes.
+LRK_DEVICE void expect(Arrivals* arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
+}
+// Arrives at the same place of another block of the cluster.
+LRK_DEVICE void arrive_at(Arrivals* arrivals, int block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}"
+      :
+      : "r"(shared_address(arrivals)), "r"(block)
+      : "memory");
+}
+// Until the phase of this parity is complete.
+LRK_DEVICE void wait(Arrivals* arrivals, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@!complete bra again;\n"
+      "}"
+      :
+      : "r"(shared_address(arrivals)), "r"(parity)
+      : "memory");
+}
+// Global memory to this place in the shared memory of the first `blocks` blocks of the cluster; the
+// bytes arrive at each block's own `arrivals`.
+LRK_DEVICE void copy_to_cluster(Words4* to, const Words4* from, int bytes, Arrivals* arrivals,
+                                int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;"
+      :
+      : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes),
+        "r"(shared_address(arrivals)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
+}
+LRK_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+#  else
+constexpr bool kHasClusters = false;
+
+using Arrivals = uint64_t;
+LRK_DEVICE Words4* dynamic_shared() { return nullptr; }
+LRK_DEVICE void start_arrivals(Arrivals*, int) {}
+LRK_DEVICE void publish_arrivals() {}
+LRK_DEVICE void synchronize_cluster() {}
+LRK_DEVICE void synchronize_warp() {}
+LRK_DEVICE void expect(Arrivals*, int) {}
+LRK_DEVICE void arrive_at(Arrivals*, int) {}
+LRK_DEVICE void wait(Arrivals*, int) {}
+LRK_DEVICE void copy_to_cluster(Words4*, const Words4*, int, Arrivals*, int) {}
+LRK_DEVICE int cluster_rank() { return 0; }
 #  endif
 
 }  // namespace device
@@ -348,7 +444,34 @@ struct Fragment {
   Split<kCount> row[4];
 };
 
-// U += rows times ranks for one chunk. Products of parts beyond float32's digits are left out.
+// U += rows times two tiles of ranks for one chunk. Products of parts beyond float32's digits are
+// left out.
+template <int kTiles, int kWParts, int kAParts>
+LRK_DEVICE void multiply_pair(float (&u)[2][kTiles][4], int pair, const Fragment<kWParts>& w,
+                              const Words4 (&a)[2][kAParts]) {
+  LRK_UNROLL
+  for (int wp = kWParts - 1; wp >= 0; --wp) {
+    LRK_UNROLL
+    for (int ap = kAParts - 1; ap >= 0; --ap) {
+      if (wp + ap > 2) continue;
+      LRK_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        LRK_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          LRK_UNROLL
+          for (int m = 0; m < 2; ++m) {
+            const Words4 &low = w.row[2 * m].part[wp], &high = w.row[2 * m + 1].part[wp];
+            device::multiply_tile(u[m][pair + j], low.word[2 * step], high.word[2 * step],
+                                  low.word[2 * step + 1], high.word[2 * step + 1],
+                                  a[j][ap].word[2 * step], a[j][ap].word[2 * step + 1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same for all of a warp's ranks, A read from global memory.
 template <int kTiles, int kWParts, int kAParts>
 LRK_DEVICE void multiply_chunk(float (&u)[2][kTiles][4], const Fragment<kWParts>& w,
                                const Words4* packed, int64_t chunk, int first_tile, int rank_tiles,
@@ -365,26 +488,100 @@ LRK_DEVICE void multiply_chunk(float (&u)[2][kTiles][4], const Fragment<kWParts>
             packed + packed_word(chunk, first_tile + pair + j, part, lane, rank_tiles, kAParts));
       }
     }
+    multiply_pair(u, pair, w, a);
+  }
+}
+
+// A warp's ranks of A, then of A A^T, chunk after chunk, as they arrive in shared memory. A piece
+// is what one stage holds: of A in one part all the warp's tiles of a chunk, in three parts a pair
+// of them. The same warps of a cluster's blocks want the same pieces: each fetches its share of one
+// and sends it to all. A stage is free again when all of them have let go of it. Whoever waits,
+// waits for what others do before they come as far, so no wait is for ever.
+template <int kAParts, int kTiles, int kCluster>
+struct FactorStream {
+  static constexpr int kStageWords = kTiles * 32;  // one part of all tiles, or three of two
+  static_assert(2 * 3 * 32 <= kStageWords);
+
+  // Fetching starts: `tiles` of `rank_tiles` from `first_tile` on, of chunks `first_chunk`,
+  // `first_chunk + step`, ...
+  LRK_DEVICE FactorStream(Words4* stages, device::Arrivals* full, device::Arrivals* free,
+                          const Words4* packed_a, const Words4* packed_gram, int first_tile,
+                          int tiles, int rank_tiles, int chunks, int factor_chunks, int first_chunk,
+                          int step, int lane)
+      : stages_(stages),
+        full_(full),
+        free_(free),
+        packed_a_(packed_a),
+        packed_gram_(packed_gram),
+        first_tile_(first_tile),
+        tiles_(tiles),
+        rank_tiles_(rank_tiles),
+        first_chunk_(first_chunk),
+        step_(step) {
+    of_a_ = (chunks - first_chunk + step - 1) / step * pieces_of_chunk(true);
+    pieces_ = of_a_ + (factor_chunks - first_chunk + step - 1) / step * pieces_of_chunk(false);
+    if (tiles <= 0) pieces_ = 0;
+    for (int i = 0; i + 1 < kDoraStages; ++i) fetch(lane);
+  }
+  LRK_DEVICE const Words4* wait_for_piece() const {
+    device::wait(full_ + taken_ % kDoraStages, taken_ / kDoraStages & 1);
+    return stages_ + taken_ % kDoraStages * kStageWords;
+  }
+  // The values read from the stage have been multiplied, so no read of it is still under way.
+  LRK_DEVICE void let_go(int lane) {
+    device::synchronize_warp();
+    if (lane < kCluster) device::arrive_at(free_ + taken_ % kDoraStages, lane);
+    ++taken_;
+    fetch(lane);
+  }
+
+ private:
+  LRK_DEVICE int pieces_of_chunk(bool of_a) const { return of_a && kAParts == 1 ? 1 : tiles_ / 2; }
+  LRK_DEVICE void fetch(int lane) {
+    const int piece = fetched_++;
+    if (piece >= pieces_ || lane != 0) return;
+    const int stage = piece % kDoraStages;
+    if (piece >= kDoraStages) device::wait(free_ + stage, (piece / kDoraStages - 1) & 1);
+    const bool of_a = piece < of_a_;
+    const int at = of_a ? piece : piece - of_a_, pieces = pieces_of_chunk(of_a);
+    const int parts = of_a ? kAParts : 3, words = tiles_ / pieces * parts * 32;
+    const int share = words / kCluster, offset = device::cluster_rank() * share;
+    const Words4* from = (of_a ? packed_a_ : packed_gram_) +
+                         packed_word(first_chunk_ + at / pieces * step_,
+                                     first_tile_ + at % pieces * 2, 0, 0, rank_tiles_, parts);
+    device::expect(full_ + stage, words * 16);
+    device::copy_to_cluster(stages_ + stage * kStageWords + offset, from + offset, share * 16,
+                            full_ + stage, kCluster);
+  }
+
+  Words4* stages_;
+  device::Arrivals *full_, *free_;
+  const Words4 *packed_a_, *packed_gram_;
+  int first_tile_, tiles_, rank_tiles_, first_chunk_, step_;
+  int of_a_, pieces_, fetched_ = 0, taken_ = 0;
+};
+
+// The same for all of a warp's ranks, A as it arrives.
+template <int kWParts, int kParts, int kTiles, int kAParts, int kCluster>
+LRK_DEVICE void multiply_arriving(float (&u)[2][kTiles][4], const Fragment<kWParts>& w,
+                                  FactorStream<kAParts, kTiles, kCluster>& stream, int tiles,
+                                  int lane) {
+  constexpr int kPieceTiles = kParts == 1 ? kTiles : 2;
+  const Words4* piece = nullptr;
+  LRK_UNROLL
+  for (int pair = 0; pair < kTiles; pair += 2) {
+    if (pair >= tiles) break;
+    if (pair % kPieceTiles == 0) piece = stream.wait_for_piece();
+    Words4 a[2][kParts];
     LRK_UNROLL
-    for (int wp = kWParts - 1; wp >= 0; --wp) {
+    for (int j = 0; j < 2; ++j) {
       LRK_UNROLL
-      for (int ap = kAParts - 1; ap >= 0; --ap) {
-        if (wp + ap > 2) continue;
-        LRK_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          LRK_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            LRK_UNROLL
-            for (int m = 0; m < 2; ++m) {
-              const Words4 &low = w.row[2 * m].part[wp], &high = w.row[2 * m + 1].part[wp];
-              device::multiply_tile(u[m][pair + j], low.word[2 * step], high.word[2 * step],
-                                    low.word[2 * step + 1], high.word[2 * step + 1],
-                                    a[j][ap].word[2 * step], a[j][ap].word[2 * step + 1]);
-            }
-          }
-        }
+      for (int part = 0; part < kParts; ++part) {
+        a[j][part] = piece[((pair % kPieceTiles + j) * kParts + part) * 32 + lane];
       }
     }
+    multiply_pair(u, pair, w, a);
+    if ((pair + 2) % kPieceTiles == 0 || pair + 2 >= tiles) stream.let_go(lane);
   }
 }
 
@@ -473,19 +670,29 @@ LRK_DEVICE Fragment<kCount> get_fragment(const Words4 (*slot)[32], int lane) {
   return f;
 }
 
-// Grid: a block for every 32 rows. Up to 8 kTiles ranks (kShared false) the warps share the
-// columns: each reads, multiplies and folds chunks of its own. With more ranks (kShared) each warp
-// still reads its own chunks, but they pass through shared memory and every warp multiplies them by
-// the ranks that are its own; warps left over (a power of two) halve the chunks between them.
-// kAParts: dora_parts of the problem. Ranks up to 8 kTiles kWarps.
-template <typename W, int kAParts, int kTiles, int kWarps, bool kShared>
+// Dynamic shared memory of a block in a cluster.
+LRK_BOTH constexpr int dora_cluster_bytes(int tiles, int warps) {
+  return warps * (16 * 32 * (12 + kDoraStages * tiles) +
+                  2 * kDoraStages * static_cast<int>(sizeof(device::Arrivals)));
+}
+
+// Grid: a block for every 32 rows, a multiple of kCluster. kCluster 0, up to 8 kTiles ranks: the
+// warps share the columns, each reads, multiplies and folds chunks of its own. kCluster 1, more
+// ranks: each warp still reads its own chunks, but they pass through shared memory and every warp
+// multiplies them by the ranks that are its own; warps left over (a power of two) halve the chunks
+// between them. kCluster 2 and more: the same, with A fetched by so many blocks together; of a
+// block past the last row all rows are zeros. kAParts: dora_parts of the problem. Ranks up to
+// 8 kTiles kWarps.
+template <typename W, int kAParts, int kTiles, int kWarps, int kCluster>
 __global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormProblem p) {
+  constexpr bool kClustered = kCluster > 1;
+  if (kClustered && !device::kHasClusters) return;  // the launcher knows
   constexpr int kWParts = Parts<W>::kCount;
-  constexpr int kSlots = kShared ? kWarps : 1;
   constexpr int kSumWords = 2 * kWarps * kDoraRows / 4;
-  constexpr int kExchange = kShared ? kSlots * 12 * 32 : 1;
-  constexpr int kSharedWords = kExchange > kSumWords ? kExchange : kSumWords;
-  __shared__ Words4 shared[kSharedWords];
+  constexpr int kExchange = kWarps * 12 * 32;
+  static_assert(kExchange > kSumWords);
+  __shared__ Words4 fixed[kClustered ? 1 : kCluster == 1 ? kExchange : kSumWords];
+  Words4* shared = kClustered ? device::dynamic_shared() : fixed;
   Words4(*slots)[32] = reinterpret_cast<Words4(*)[32]>(shared);
 
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
@@ -498,7 +705,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormP
 
   float u[2][kTiles][4] = {};
   float cross[4] = {}, squares[4] = {};
-  if (!kShared) {
+  if constexpr (kCluster == 0) {
     RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
     int64_t chunk = warp;
     do {
@@ -520,37 +727,69 @@ __global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormP
     while (groups * kTiles < rank_tiles) groups *= 2;
     const int first_tile = warp % groups * kTiles;
     const int first_slot = warp / groups, slot_step = kWarps / groups;
-    RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
-    int64_t stage = 0;
-    do {
-      for (int i = 0; i < kDoraFold && stage < chunks; i += kWarps, stage += kWarps) {
-        // Past the last chunk `next` is zeros, which add nothing.
-        put_fragment(slots + warp * 12, split_rows(next, squares), lane);
-        next = load_rows<W>(p, row0, stage + kWarps + warp, lane);
-        __syncthreads();
-        for (int slot = first_slot; slot < kWarps && stage + slot < chunks; slot += slot_step) {
-          const Fragment<kWParts> w = get_fragment<kWParts>(slots + slot * 12, lane);
-          multiply_chunk<kTiles, kWParts, kAParts>(u, w, packed_a, stage + slot, first_tile,
-                                                   rank_tiles, lane);
-        }
-        __syncthreads();
-      }
-      if (stage >= chunks) {
-        for (int64_t i = 0; i < factor_chunks; i += kWarps) {
-          if (i + warp < factor_chunks) {
-            put_fragment(slots + warp * 12, load_factor_rows(p, row0, i + warp, lane), lane);
-          }
+    // Each chunk of W, then of B, comes through a slot to these two.
+    const auto run = [&](auto&& multiply_w, auto&& multiply_b) {
+      RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
+      int64_t stage = 0;
+      do {
+        for (int i = 0; i < kDoraFold && stage < chunks; i += kWarps, stage += kWarps) {
+          // Past the last chunk `next` is zeros, which add nothing.
+          put_fragment(slots + warp * 12, split_rows(next, squares), lane);
+          next = load_rows<W>(p, row0, stage + kWarps + warp, lane);
           __syncthreads();
-          for (int slot = first_slot; slot < kWarps && i + slot < factor_chunks;
-               slot += slot_step) {
-            const Fragment<3> b = get_fragment<3>(slots + slot * 12, lane);
-            multiply_chunk<kTiles, 3, 3>(u, b, packed_gram, i + slot, first_tile, rank_tiles, lane);
+          for (int slot = first_slot; slot < kWarps && stage + slot < chunks; slot += slot_step) {
+            multiply_w(get_fragment<kWParts>(slots + slot * 12, lane), stage + slot);
           }
           __syncthreads();
         }
+        if (stage >= chunks) {
+          for (int64_t i = 0; i < factor_chunks; i += kWarps) {
+            if (i + warp < factor_chunks) {
+              put_fragment(slots + warp * 12, load_factor_rows(p, row0, i + warp, lane), lane);
+            }
+            __syncthreads();
+            for (int slot = first_slot; slot < kWarps && i + slot < factor_chunks;
+                 slot += slot_step) {
+              multiply_b(get_fragment<3>(slots + slot * 12, lane), i + slot);
+            }
+            __syncthreads();
+          }
+        }
+        fold(p, u, cross, row0, first_tile, lane);
+      } while (stage < chunks);
+    };
+    if constexpr (!kClustered) {
+      run(
+          [&](const Fragment<kWParts>& w, int64_t chunk) {
+            multiply_chunk<kTiles, kWParts, kAParts>(u, w, packed_a, chunk, first_tile, rank_tiles,
+                                                     lane);
+          },
+          [&](const Fragment<3>& b, int64_t chunk) {
+            multiply_chunk<kTiles, 3, 3>(u, b, packed_gram, chunk, first_tile, rank_tiles, lane);
+          });
+    } else {
+      using Stream = FactorStream<kAParts, kTiles, kCluster>;
+      Words4* stages = shared + kExchange;
+      device::Arrivals* arrivals =
+          reinterpret_cast<device::Arrivals*>(stages + kWarps * kDoraStages * Stream::kStageWords);
+      device::Arrivals *full = arrivals + 2 * kDoraStages * warp, *free = full + kDoraStages;
+      if (lane < kDoraStages) {
+        device::start_arrivals(full + lane, 1);
+        device::start_arrivals(free + lane, kCluster);
+        device::publish_arrivals();
       }
-      fold(p, u, cross, row0, first_tile, lane);
-    } while (stage < chunks);
+      device::synchronize_cluster();
+      const int after = rank_tiles - first_tile, tiles = after < kTiles ? after : kTiles;
+      Stream stream(stages + warp * kDoraStages * Stream::kStageWords, full, free, packed_a,
+                    packed_gram, first_tile, tiles, rank_tiles, static_cast<int>(chunks),
+                    static_cast<int>(factor_chunks), first_slot, slot_step, lane);
+      run([&](const Fragment<kWParts>& w,
+              int64_t) { multiply_arriving<kWParts, kAParts>(u, w, stream, tiles, lane); },
+          [&](const Fragment<3>& b, int64_t) {
+            multiply_arriving<3, 3>(u, b, stream, tiles, lane);
+          });
+      device::synchronize_cluster();  // none ends before what others send it has come
+    }
   }
 
   // The four lanes of a row, then the warps in order.

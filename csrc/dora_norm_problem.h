@@ -40,12 +40,18 @@ struct DoraNormProblem {
 constexpr int kDoraRows = 32;   // rows of W in one block of the mma kernel
 constexpr int kDoraChunk = 32;  // reduction columns of one chunk: two mma steps
 constexpr int kDoraFold = 16;   // chunks after which U is folded into the row sums
+constexpr int kDoraStages = 4;  // pieces of A on their way to a warp of a cluster
 constexpr int kDoraPrepareThreads = 128;
 constexpr int kDoraFmaThreads = 128;
 constexpr int kDoraFmaRows = 4;    // rows of one warp
 constexpr int kDoraFmaRanks = 16;  // ranks that one pass over W takes
 constexpr int kDoraGramTile = 4;   // a block of the first launch makes 4 x 4 of A A^T
 
+// Whether code for this compute capability (90: 9.0) has blocks that fetch A together: Hopper, and
+// Blackwell of data centres. Elsewhere a copy to several blocks is missing or slow.
+LRK_BOTH constexpr bool has_clusters(int capability) {
+  return capability / 10 == 9 || capability / 10 == 10;
+}
 LRK_BOTH int64_t dora_ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Panels of eight ranks, to an even number.
 LRK_BOTH int64_t dora_rank_tiles(int64_t rank) { return dora_ceil_div(rank, 16) * 2; }

@@ -103,7 +103,7 @@ std::vector<float> values(const char* name, const std::optional<Tensor>& t, cons
 
 Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
                  const std::optional<Tensor>& weight_sq_norm,
-                 const std::optional<Tensor>& magnitude) {
+                 const std::optional<Tensor>& magnitude, bool) {
   const Operands o = operands(weight, lora_a, lora_b);
   const std::vector<float> squares = values("weight_sq_norm", weight_sq_norm, weight);
   const std::vector<float> magnitudes = values("magnitude", magnitude, weight);
@@ -132,7 +132,7 @@ lrk::DoraMatrix device_vector(const char* name, const std::optional<Tensor>& t,
 
 Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                       double scaling, const std::optional<Tensor>& weight_sq_norm,
-                      const std::optional<Tensor>& magnitude) {
+                      const std::optional<Tensor>& magnitude, bool clusters) {
   const Operands o = operands(weight, lora_a, lora_b);
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, kOp,
                   ": this torch has no CUDA support; install a CUDA build of torch");
@@ -158,7 +158,7 @@ Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& 
   problem.scratch = scratch.mutable_data_ptr();
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = lrk::launch_dora_norm(problem, device, stream);
+  const char* error = lrk::launch_dora_norm(problem, clusters, device, stream);
   STD_TORCH_CHECK(error == nullptr, kOp, ": the launch failed on device ", device, ": ", error);
   return {norm, sq_norm, scale};
 }
@@ -170,7 +170,7 @@ Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
       "dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, "
-      "Tensor? weight_sq_norm, Tensor? magnitude) -> "
+      "Tensor? weight_sq_norm, Tensor? magnitude, bool clusters=True) -> "
       "(Tensor norm, Tensor weight_sq_norm, Tensor column_scale)");
 }
 

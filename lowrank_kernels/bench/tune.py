@@ -74,7 +74,7 @@ _CUDA = (
     Tunable("dora_linear", "dora_linear", (*_PRODUCT, "R"), _STRATEGIES),
     Tunable("dora_linear_backward", "dora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
     Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, ("one_kernel", "library")),
-    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("triton", "reference")),
+    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("no_clusters", "triton", "reference")),
     Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
     Tunable(
         "block_sparse_weight_grad", "block_sparse_weight_grad", _BLOCKS,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..reference.dora import (
     dora_column_scale_ref,
     dora_linear_backward_ref,
@@ -75,7 +76,10 @@ def _norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     weight_sq_norm: Tensor | None, magnitude: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    name = resolve_backend("dora_weight_norm", backend, weight, lambda: factor_sizes(weight, lora_a))
+    def sizes() -> dict[str, int]:
+        return factor_sizes(weight, lora_a)
+
+    name = resolve_backend("dora_weight_norm", backend, weight, sizes)
     if name == "reference":
         norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
         if weight_sq_norm is None:
@@ -83,11 +87,13 @@ def _norm(
         scale = norm.new_empty(0) if magnitude is None else dora_column_scale_ref(magnitude, norm)
         return norm, weight_sq_norm.clone(), scale
     weight, lora_a, lora_b = unit_columns(weight), unit_columns(lora_a), unit_columns(lora_b)
+    operands = (weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude)
     if name == "triton":
         from ..kernels.dora import dora_norm
-    else:
-        dora_norm = torch.ops.lowrank_kernels.dora_norm
-    norm, sq_norm, scale = dora_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude)
+
+        return dora_norm(*operands)
+    clusters = name != "cuda" or tuned.choice("dora_weight_norm", weight, sizes) != "no_clusters"
+    norm, sq_norm, scale = torch.ops.lowrank_kernels.dora_norm(*operands, clusters)
     return norm, sq_norm, scale
 
 

@@ -1,12 +1,13 @@
 // The DoRA norm's device code on the host, against a float64 norm of the dense sum.
 //
-//   dora_norm_driver short|long|far|exchange|overrun
+//   dora_norm_driver short|long|clusters|far|exchange|cluster|overrun
 //
 // Prints a line for each case and returns 1 when one is off. `far` has rows so far apart that the
-// last one of each operand starts past element 2^31. `exchange` runs the one case in which warps
-// pass W to each other. `overrun` gives the kernel a weight that ends one element early: a planted
-// fault for AddressSanitizer. All buffers have exactly the size that they should, and outputs and
-// scratch start as NaN.
+// last one of each operand starts past element 2^31. `clusters` has those in which blocks fetch A
+// together. `exchange` and `cluster` have a few in which warps pass W, blocks A to each other.
+// `overrun` gives the kernel a weight that ends one element early: a planted fault for
+// AddressSanitizer. All buffers have exactly the size that they should, and outputs and scratch
+// start as NaN.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -34,6 +35,7 @@ struct Case {
   int64_t pad;  // elements between the rows of W
   bool squares_given;
   bool far = false;  // the last row of every operand starts past element 2^31
+  bool clustered = false;
 };
 
 // NaN throughout; far apart rows are in address space of zeros, of which only what is touched costs
@@ -94,23 +96,31 @@ struct Operand {
 };
 
 template <typename W, int kAParts>
-void norm_by_tiles(const lrk::DoraNormProblem& p) {
-  constexpr int kWarps = 2;  // 8 on a GPU; two make the same exchanges
+void norm_by_tiles(const lrk::DoraNormProblem& p, bool clustered) {
+  constexpr int kWarps = 2, kCluster = 2;  // 8 and 4 on a GPU; two make the same exchanges
   const int64_t blocks = lrk::dora_ceil_div(p.n, lrk::kDoraRows);
+  if (clustered) {
+    const int bytes = lrk::dora_cluster_bytes(8, kWarps);
+    executor::launch(
+        lrk::dora_ceil_div(blocks, kCluster) * kCluster, kWarps * 32,
+        [&] { lrk::dora_norm_mma_kernel<W, kAParts, 8, kWarps, kCluster>(p); }, kCluster,
+        static_cast<size_t>(bytes));
+    return;
+  }
   executor::launch(blocks, kWarps * 32, [&] {
     if (p.rank <= 16) {
-      lrk::dora_norm_mma_kernel<W, kAParts, 2, kWarps, false>(p);
+      lrk::dora_norm_mma_kernel<W, kAParts, 2, kWarps, 0>(p);
     } else if (p.rank <= 64) {
-      lrk::dora_norm_mma_kernel<W, kAParts, 8, kWarps, false>(p);
+      lrk::dora_norm_mma_kernel<W, kAParts, 8, kWarps, 0>(p);
     } else {
-      lrk::dora_norm_mma_kernel<W, kAParts, 8, kWarps, true>(p);
+      lrk::dora_norm_mma_kernel<W, kAParts, 8, kWarps, 1>(p);
     }
   });
 }
 
 template <typename W>
-void norm(const lrk::DoraNormProblem& p, bool mma) {
-  if (mma) return norm_by_tiles<W, 3>(p);
+void norm(const lrk::DoraNormProblem& p, bool mma, bool clustered) {
+  if (mma) return norm_by_tiles<W, 3>(p, clustered);
   const int64_t rows = lrk::kDoraFmaThreads / 32 * lrk::kDoraFmaRows;
   executor::launch(lrk::dora_ceil_div(p.n, rows), lrk::kDoraFmaThreads,
                    [&] { lrk::dora_norm_fma_kernel<W>(p); });
@@ -177,14 +187,25 @@ bool run(const Case& c, int64_t missing) {
   if (c.lora_a == Dtype::kFloat32) prepare<float>(p, mma);
   if (c.lora_a == Dtype::kBFloat16) prepare<lrk::Bfloat16Bits>(p, mma);
   if (c.lora_a == Dtype::kFloat16) prepare<lrk::HalfBits>(p, mma);
-  if (mma && lrk::dora_parts(c.weight, c.lora_a) == 1) {
-    norm_by_tiles<lrk::Bfloat16Bits, 1>(p);
-  } else if (c.weight == Dtype::kFloat32) {
-    norm<float>(p, mma);
-  } else if (c.weight == Dtype::kBFloat16) {
-    norm<lrk::Bfloat16Bits>(p, mma);
-  } else {
-    norm<lrk::HalfBits>(p, mma);
+  const auto second_launch = [&](bool clustered) {
+    if (mma && lrk::dora_parts(c.weight, c.lora_a) == 1) {
+      norm_by_tiles<lrk::Bfloat16Bits, 1>(p, clustered);
+    } else if (c.weight == Dtype::kFloat32) {
+      norm<float>(p, mma, clustered);
+    } else if (c.weight == Dtype::kBFloat16) {
+      norm<lrk::Bfloat16Bits>(p, mma, clustered);
+    } else {
+      norm<lrk::HalfBits>(p, mma, clustered);
+    }
+  };
+  second_launch(c.clustered);
+  if (c.clustered && c.rank > 64) {  // the same bits as without clusters
+    const std::vector<float> together = norms;
+    second_launch(false);
+    if (together != norms) {
+      std::printf("clusters give other bits\n");
+      return false;
+    }
   }
 
   double worst = 0;
@@ -230,6 +251,19 @@ int main(int argc, char** argv) {
                                   {8, 40, 40, kBF16, kBF16, kBF16, 0, false},
                               });
   }
+  if (mode == "clusters") {
+    cases = {
+        {33, 101, 65, kBF16, kBF16, kF32, 1, false},  // one part
+        {70, 600, 100, kBF16, kF32, kF32, 0, false},  // three, in many pieces
+        {35, 75, 128, kF16, kBF16, kF16, 3, true},    {11, 1, 65, kF32, kF32, kF32, 0, false},
+        {40, 330, 40, kBF16, kBF16, kBF16, 0, false},  // two warps share the chunks
+        {5, 330, 64, kF32, kBF16, kF32, 0, false},
+    };
+  }
+  if (mode == "cluster") {
+    cases = {{33, 101, 65, kBF16, kBF16, kF32, 1, false}, {9, 70, 40, kBF16, kF32, kF32, 0, false}};
+  }
+  for (Case& c : cases) c.clustered = mode.rfind("cluster", 0) == 0;
   if (mode == "far") {
     cases = {
         {5, 45, 7, kF32, kBF16, kF32, 0, false, true},  // by FMA

@@ -2,6 +2,12 @@
 // after another. Include it before the device code; it supplies the names that nvcc would.
 //
 //   executor::launch(blocks, threads, [&] { kernel(arguments); });
+//   executor::launch(blocks, threads, [&] { kernel(arguments); }, cluster, shared_bytes);
+//
+// The blocks of a cluster run together, each with dynamic shared memory of its own that starts as
+// NaN. A bulk copy is done when it is asked for, earlier than a GPU promises: what reads without
+// waiting for it, or writes over what another block still reads, is a race that ThreadSanitizer
+// names.
 //
 // __syncthreads() is a barrier of the block. A warp exchange (shuffle, mma.sync) writes each
 // lane's words to one of two slots in turn, waits at a barrier of the warp and reads: a lane that
@@ -9,7 +15,8 @@
 // the threads of the one running block share, so ThreadSanitizer sees an exchange without a barrier
 // as the data race that it is, and AddressSanitizer guards its ends.
 //
-// LRK_SKIP_BARRIER=n leaves out the n-th __syncthreads() of every block (from 0): a planted fault.
+// LRK_SKIP_BARRIER=n leaves out the n-th __syncthreads() of every block (from 0), LRK_SKIP_WAIT=n
+// every wait for n arrivals: planted faults.
 #pragma once
 
 #include <atomic>
@@ -19,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -69,17 +77,36 @@ struct Warp {
 };
 
 struct Block {
-  explicit Block(int threads) : meet(threads), done(threads) {
+  Block(int threads, size_t shared_bytes) : meet(threads), shared(new char[shared_bytes]) {
     for (int i = 0; i < threads; i += kLanes) warps.push_back(std::make_unique<Warp>());
+    std::memset(shared.get(), 0xff, shared_bytes);
   }
   Barrier meet;  // __syncthreads
-  Barrier done;  // between blocks
+  std::unique_ptr<char[]> shared;
   std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Cluster {
+  explicit Cluster(int threads) : meet(threads), done(threads) {}
+  Barrier meet;
+  Barrier done;  // between clusters
+  std::vector<std::unique_ptr<Block>> blocks;
+  // The same place in the shared memory of another block.
+  template <typename T>
+  T* map(T* mine, int rank) const;
 };
 
 inline thread_local Index thread_index, block_index;
 inline thread_local Block* block = nullptr;
+inline thread_local Cluster* cluster = nullptr;
+inline thread_local int cluster_rank = 0;
 inline thread_local unsigned exchanges = 0, barriers = 0;
+
+template <typename T>
+T* Cluster::map(T* mine, int rank) const {
+  char* other = blocks[static_cast<size_t>(rank)]->shared.get();
+  return reinterpret_cast<T*>(other + (reinterpret_cast<char*>(mine) - block->shared.get()));
+}
 
 inline void synchronize() {
 #if defined(LRK_SKIP_BARRIER)
@@ -100,19 +127,26 @@ const uint32_t (*exchange(const uint32_t (&mine)[kWords]))[6] {
 }
 
 template <typename Kernel>
-void launch(int64_t blocks, int threads, const Kernel& kernel) {
-  Block shared(threads);
+void launch(int64_t blocks, int threads, const Kernel& kernel, int cluster_blocks = 1,
+            size_t shared_bytes = 0) {
+  if (blocks % cluster_blocks != 0) std::abort();
+  Cluster together(cluster_blocks * threads);
+  for (int i = 0; i < cluster_blocks; ++i) {
+    together.blocks.push_back(std::make_unique<Block>(threads, shared_bytes));
+  }
   std::vector<std::thread> pool;
-  for (int i = 0; i < threads; ++i) {
+  for (int i = 0; i < cluster_blocks * threads; ++i) {
     pool.emplace_back([&, i] {
-      thread_index.x = static_cast<unsigned>(i);
-      block = &shared;
+      thread_index.x = static_cast<unsigned>(i % threads);
+      cluster = &together;
+      cluster_rank = i / threads;
+      block = together.blocks[static_cast<size_t>(cluster_rank)].get();
       exchanges = 0;
-      for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t b = cluster_rank; b < blocks; b += cluster_blocks) {
         block_index.x = static_cast<unsigned>(b);
         barriers = 0;
         kernel();
-        shared.done.arrive_and_wait();
+        together.done.arrive_and_wait();
       }
     });
   }
@@ -186,6 +220,56 @@ inline void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
       d[i] += bfloat16_half(all[lane / 4 * 4 + holder][2 * upper + row], k % 2) *
               bfloat16_half(all[column * 4 + holder][4 + upper], k % 2);
     }
+  }
+}
+
+// ---- clusters -----------------------------------------------------------------------------------
+
+constexpr bool kHasClusters = true;
+
+// An mbarrier: what is left of a phase, arrivals in the upper half and bytes in the lower. Bytes
+// may come before they are expected.
+struct Arrivals {
+  static constexpr int64_t kOne = int64_t{1} << 32;
+  int count;
+  std::atomic<int64_t> left;
+  std::atomic<unsigned> phase{0};
+  explicit Arrivals(int arrivals) : count(arrivals), left(arrivals * kOne) {}
+  void take(int64_t what) {
+    if (left.fetch_sub(what, std::memory_order_acq_rel) != what) return;
+    left.store(count * kOne, std::memory_order_relaxed);
+    phase.fetch_add(1, std::memory_order_release);
+  }
+};
+
+inline Words4* dynamic_shared() { return reinterpret_cast<Words4*>(executor::block->shared.get()); }
+inline void start_arrivals(Arrivals* arrivals, int count) { new (arrivals) Arrivals(count); }
+inline void publish_arrivals() {}
+inline void synchronize_cluster() { executor::cluster->meet.arrive_and_wait(); }
+inline void synchronize_warp() {
+  executor::block->warps[threadIdx.x / executor::kLanes]->meet.arrive_and_wait();
+}
+inline int cluster_rank() { return executor::cluster_rank; }
+inline void expect(Arrivals* arrivals, int bytes) { arrivals->take(Arrivals::kOne - bytes); }
+inline void arrive_at(Arrivals* arrivals, int rank) {
+  executor::cluster->map(arrivals, rank)->take(Arrivals::kOne);
+}
+inline void wait(Arrivals* arrivals, int parity) {
+#if defined(LRK_SKIP_WAIT)
+  if (arrivals->count == LRK_SKIP_WAIT) return;
+#endif
+  while (static_cast<int>(arrivals->phase.load(std::memory_order_acquire) & 1) == parity) {
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
+}
+template <typename Words = Words4>
+void copy_to_cluster(Words* to, const Words* from, int bytes, Arrivals* arrivals, int blocks) {
+  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
+  if (misaligned(to) || misaligned(from) || bytes <= 0 || bytes % 16 != 0) std::abort();
+  for (int rank = 0; rank < blocks; ++rank) {
+    std::memcpy(static_cast<void*>(executor::cluster->map(to, rank)), from,
+                static_cast<size_t>(bytes));
+    executor::cluster->map(arrivals, rank)->take(bytes);
   }
 }
 

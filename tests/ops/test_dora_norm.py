@@ -84,6 +84,16 @@ def test_core_ranks(rank: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)), ids=str)
+def test_core_in_clusters(dtypes: tuple[torch.dtype, ...], device: str) -> None:
+    """Blocks that fetch A together, where a GPU has clusters, give the bits of those that fetch it alone."""
+    for n, k, rank in ((300, 1100, 65), (33, 70, 128), (65, 130, 512)):
+        w, a, b = (t.to(device) for t in operands(n, k, rank, dtypes))
+        check(w, a, b)
+        assert torch.equal(OP(w, a, b, SCALING, None, None)[0], OP(w, a, b, SCALING, None, None, False)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_core_sizes(dtype: torch.dtype, device: str) -> None:
     for n, k in itertools.product((1, 15, 32, 65), (1, 2, 17, 31, 32, 33, 255, 513, 1100)):

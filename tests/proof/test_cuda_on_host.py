@@ -32,6 +32,8 @@ BUILDS = {
     "thread": ["-fsanitize=thread"],
     "first barrier missing": ["-fsanitize=thread", "-DLRK_SKIP_BARRIER=0"],
     "second barrier missing": ["-fsanitize=thread", "-DLRK_SKIP_BARRIER=1"],
+    "data not waited for": ["-fsanitize=thread", "-DLRK_SKIP_WAIT=1"],
+    "readers not waited for": ["-fsanitize=thread", "-DLRK_SKIP_WAIT=2"],
 }
 Run = Callable[[str, str], "subprocess.CompletedProcess[str]"]
 
@@ -65,6 +67,14 @@ def test_device_code_is_right_on_the_host(driver: Run) -> None:
 
 
 @needs_compiler
+def test_blocks_of_a_cluster_fetch_together(driver: Run) -> None:
+    """Right, and the same bits as blocks that fetch for themselves."""
+    result = driver("plain", "clusters")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("of the allowed error") == 6
+
+
+@needs_compiler
 def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
     """Rows of W, A, B and m so far apart that an offset in 32 bits would wrap, in address space that costs nothing."""
     result = driver("plain", "far")
@@ -73,9 +83,11 @@ def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_device_code_is_clean_under(sanitizer: str, driver: Run) -> None:
-    result = driver(sanitizer, "short")
+@pytest.mark.parametrize(
+    ("sanitizer", "mode"), [("address", "short"), ("address", "clusters"), ("thread", "short"), ("thread", "cluster")]
+)
+def test_device_code_is_clean_under(sanitizer: str, mode: str, driver: Run) -> None:
+    result = driver(sanitizer, mode)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     assert "Sanitizer" not in result.stderr
 
@@ -88,6 +100,14 @@ def test_a_missing_barrier_is_found(build: str, where: str, driver: Run) -> None
     result = driver(build, "exchange")
     assert result.returncode != 0
     assert "ThreadSanitizer: data race" in result.stderr and where in result.stderr, result.stderr[-2000:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", ["data not waited for", "readers not waited for"])
+def test_a_missing_wait_in_a_cluster_is_found(build: str, driver: Run) -> None:
+    result = driver(build, "cluster")
+    assert result.returncode != 0
+    assert "ThreadSanitizer: data race" in result.stderr and "copy_to_cluster" in result.stderr, result.stderr[-2000:]
 
 
 @needs_compiler
