@@ -109,15 +109,16 @@ def check_streams(device: torch.device) -> Iterator[str]:
 
 
 def sanitize() -> Iterator[str]:
-    """compute-sanitizer over one step of the CUDA C++ norm, where it is installed."""
+    """compute-sanitizer over each kernel of the CUDA C++ norm, where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not installed here: not run")
         return
     script = (
-        "import torch, lowrank_kernels as lk; w = torch.randn(257, 1000, device='cuda').bfloat16();"
-        "a = torch.randn(7, 1000, device='cuda'); b = torch.randn(257, 7, device='cuda');"
-        "print(lk.dora_weight_norm(w, a, b).sum().item())"
+        "import torch, lowrank_kernels as lk; w = torch.randn(257, 1000, device='cuda').bfloat16()\n"
+        "for r in (7, 16, 48, 100):\n"
+        "    a, b = torch.randn(r, 1000, device='cuda'), torch.randn(257, r, device='cuda')\n"
+        "    print(lk.dora_weight_norm(w, a, b, backend='cuda').sum().item())"
     )
     done = subprocess.run([tool, "--error-exitcode", "9", sys.executable, "-c", script], capture_output=True, text=True)
     if done.returncode:

@@ -220,6 +220,13 @@ LRK_DEVICE uint32_t element_bits(float value) { return device::float_to_bits(val
 LRK_DEVICE uint32_t element_bits(Bfloat16Bits value) { return value.bits; }
 LRK_DEVICE uint32_t element_bits(HalfBits value) { return value.bits; }
 
+// Whether 16 bytes can be loaded from every eighth element of every row.
+template <typename T>
+LRK_DEVICE bool rows_aligned(const DoraMatrix& m) {
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+         m.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
 // Columns [col, col + 8) of a row; zeros past `cols`, and throughout when `live` is false.
 template <typename T>
 LRK_DEVICE Eight<T> load_eight(const T* row, int64_t col, int64_t cols, bool live, bool aligned) {
@@ -316,127 +323,7 @@ LRK_DEVICE int64_t packed_word(int64_t chunk, int64_t tile, int part, int lane, 
   return ((chunk * rank_tiles + tile) * parts + part) * 32 + lane;
 }
 
-LRK_DEVICE void write_norm(const DoraNormProblem& p, int64_t row, float square, float cross) {
-  const float total = square + 2.0f * p.scaling * cross;
-  // A sum that cancelled below zero is a zero norm; a NaN is not below zero and stays.
-  const float norm = sqrtf(total < 0.0f ? 0.0f : total);
-  p.norm[row] = norm;
-  p.sq_norm[row] = square;
-  if (p.magnitude.data) {
-    p.column_scale[row] =
-        norm == 0.0f ? 0.0f : load_any(p.magnitude, row * p.magnitude.stride) / norm;
-  }
-}
-
-// ---- first launch -------------------------------------------------------------------------------
-
-// Blocks [0, dora_gram_blocks): 4 x 4 of A A^T in float32, both triangles from the upper one; the
-// threads share the columns. The rest: A itself. `packed`: for the mma kernel, A A^T times s / 2;
-// otherwise float32 rows, A A^T as it is.
-template <typename T>
-__global__ void __launch_bounds__(kDoraPrepareThreads)
-    dora_prepare_kernel(DoraNormProblem p, bool packed) {
-  constexpr int kTile = kDoraGramTile, kThreads = kDoraPrepareThreads;
-  __shared__ float partial[kTile * kTile][kThreads + 1];
-  const T* a = static_cast<const T*>(p.lora_a.data);
-  const int64_t rank = p.rank, gram_blocks = dora_gram_blocks(rank);
-  const int64_t rank_tiles = dora_rank_tiles(rank);
-  const int parts = dora_parts(p.weight.dtype, p.lora_a.dtype), tid = static_cast<int>(threadIdx.x);
-  Words4* packed_a = static_cast<Words4*>(p.scratch);
-  float* float_a = static_cast<float*>(p.scratch);
-  if (blockIdx.x >= gram_blocks) {
-    const int64_t item = (blockIdx.x - gram_blocks) * kThreads + tid;
-    if (packed) {
-      const int lane = static_cast<int>(item % 32);
-      const int64_t tile = item / 32 % rank_tiles, chunk = item / 32 / rank_tiles;
-      if (chunk >= dora_ceil_div(p.k, kDoraChunk)) return;
-      const int64_t r = tile * 8 + lane / 4, col = chunk * kDoraChunk + lane % 4 * 8;
-      const Eight<T> e = load_eight(a + r * p.lora_a.stride, col, p.k, r < rank, false);
-      Split<3> split;
-      LRK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float x, y;
-        pair_of(e, i, x, y);
-        split_pair(split, i, x, y);
-      }
-      LRK_UNROLL
-      for (int part = 0; part < 3; ++part) {
-        if (part < parts) {
-          packed_a[packed_word(chunk, tile, part, lane, rank_tiles, parts)] = split.part[part];
-        }
-      }
-    } else {
-      const int64_t stride = dora_float_stride(p.k), r = item / (stride / 8);
-      const int64_t col = item % (stride / 8) * 8;
-      if (r >= rank) return;
-      const Eight<T> e = load_eight(a + r * p.lora_a.stride, col, p.k, true, false);
-      LRK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float x, y;
-        pair_of(e, i, x, y);
-        float_a[r * stride + col + 2 * i] = x;
-        float_a[r * stride + col + 2 * i + 1] = y;
-      }
-    }
-    return;
-  }
-
-  const int64_t side = dora_ceil_div(rank, kDoraChunk) * (kDoraChunk / kTile);
-  const int64_t r0 = blockIdx.x / side * kTile, t0 = blockIdx.x % side * kTile;
-  if (r0 > t0) return;
-  float sum[kTile][kTile] = {};
-  if (t0 < rank) {
-    for (int64_t col = tid; col < p.k; col += kThreads) {
-      float left[kTile], right[kTile];
-      LRK_UNROLL
-      for (int i = 0; i < kTile; ++i) {
-        left[i] = r0 + i < rank ? to_float(a[(r0 + i) * p.lora_a.stride + col]) : 0.0f;
-        right[i] = t0 + i < rank ? to_float(a[(t0 + i) * p.lora_a.stride + col]) : 0.0f;
-      }
-      LRK_UNROLL
-      for (int i = 0; i < kTile; ++i) {
-        LRK_UNROLL
-        for (int j = 0; j < kTile; ++j) sum[i][j] += left[i] * right[j];
-      }
-    }
-  }
-  LRK_UNROLL
-  for (int i = 0; i < kTile * kTile; ++i) partial[i][tid] = sum[i / kTile][i % kTile];
-  __syncthreads();
-  // Eight threads an element.
-  const int element = tid / 8;
-  float value = 0.0f;
-  for (int i = tid % 8; i < kThreads; i += 8) value += partial[element][i];
-  value += device::shuffle_xor(value, 1);
-  value += device::shuffle_xor(value, 2);
-  value += device::shuffle_xor(value, 4);
-  if (tid % 8 != 0) return;
-  const int64_t r = r0 + element / kTile, t = t0 + element % kTile;
-  if (!packed) {
-    float* gram = float_a + rank * dora_float_stride(p.k);
-    if (r < rank && t < rank) {
-      gram[r * rank + t] = value;
-      if (r0 < t0) gram[t * rank + r] = value;
-    }
-    return;
-  }
-  uint16_t* out = reinterpret_cast<uint16_t*>(packed_a + dora_packed_words(p.k, rank, parts));
-  float rest = 0.5f * p.scaling * value;
-  for (int part = 0; part < 3; ++part) {
-    const uint32_t word = device::pack_bfloat16(rest, 0.0f);
-    rest -= low_bfloat16(word);
-    for (int mirror = 0; mirror < (r0 < t0 ? 2 : 1); ++mirror) {
-      const int64_t n = mirror ? t : r, k = mirror ? r : t;
-      if (n < rank_tiles * 8) {
-        const int lane = static_cast<int>(n % 8 * 4 + k % 32 / 8);
-        out[packed_word(k / 32, n / 8, part, lane, rank_tiles, 3) * 8 + k % 8] =
-            static_cast<uint16_t>(word);
-      }
-    }
-  }
-}
-
-// ---- second launch, bfloat16 tiles --------------------------------------------------------------
+// ---- bfloat16 tiles -----------------------------------------------------------------------------
 
 // One lane's share of 32 rows by 32 columns: rows g, g + 8, g + 16, g + 24 with g = lane / 4.
 template <int kCount>
@@ -444,8 +331,34 @@ struct Fragment {
   Split<kCount> row[4];
 };
 
-// U += rows times two tiles of ranks for one chunk. Products of parts beyond float32's digits are
-// left out.
+template <typename W>
+struct RawFragment {
+  Eight<W> row[4];
+};
+
+template <typename W>
+LRK_DEVICE RawFragment<W> load_rows(const DoraMatrix& matrix, int64_t rows, int64_t cols,
+                                    bool aligned, int64_t row0, int64_t chunk, int lane) {
+  RawFragment<W> result;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int64_t row = row0 + lane / 4 + 8 * m;
+    result.row[m] = load_eight(static_cast<const W*>(matrix.data) + row * matrix.stride,
+                               chunk * kDoraChunk + lane % 4 * 8, cols, row < rows, aligned);
+  }
+  return result;
+}
+
+template <typename W>
+LRK_DEVICE Fragment<Parts<W>::kCount> split_rows(const RawFragment<W>& raw, float (&squares)[4]) {
+  Fragment<Parts<W>::kCount> result;
+  LRK_UNROLL
+  for (int m = 0; m < 4; ++m) result.row[m] = split_eight(raw.row[m], squares[m]);
+  return result;
+}
+
+// U += 32 rows times two tiles of eight rows of A for one chunk. Products of parts beyond float32's
+// digits are left out.
 template <int kTiles, int kWParts, int kAParts>
 LRK_DEVICE void multiply_pair(float (&u)[2][kTiles][4], int pair, const Fragment<kWParts>& w,
                               const Words4 (&a)[2][kAParts]) {
@@ -468,6 +381,198 @@ LRK_DEVICE void multiply_pair(float (&u)[2][kTiles][4], int pair, const Fragment
         }
       }
     }
+  }
+}
+
+// ---- first launch -------------------------------------------------------------------------------
+
+// An element of A A^T times s / 2, in three parts where the mma kernel looks for them, and its
+// mirror image.
+LRK_DEVICE void put_gram(const DoraNormProblem& p, Words4* packed_gram, int64_t r, int64_t t,
+                         float value, bool mirrored) {
+  const int64_t rank_tiles = dora_rank_tiles(p.rank);
+  uint16_t* out = reinterpret_cast<uint16_t*>(packed_gram);
+  float rest = 0.5f * p.scaling * value;
+  for (int part = 0; part < 3; ++part) {
+    const uint32_t word = device::pack_bfloat16(rest, 0.0f);
+    rest -= low_bfloat16(word);
+    for (int mirror = 0; mirror < (mirrored ? 2 : 1); ++mirror) {
+      const int64_t n = mirror ? t : r, k = mirror ? r : t;
+      if (n < rank_tiles * 8) {
+        const int lane = static_cast<int>(n % 8 * 4 + k % 32 / 8);
+        out[packed_word(k / 32, n / 8, part, lane, rank_tiles, 3) * 8 + k % 8] =
+            static_cast<uint16_t>(word);
+      }
+    }
+  }
+}
+
+// 4 x 4 of A A^T in float32, from (r0, t0) on; the threads share the columns.
+template <typename T, int kThreads>
+LRK_DEVICE void gram_by_fma(const DoraNormProblem& p, bool packed, int64_t r0, int64_t t0) {
+  constexpr int kTile = 4, kShare = kThreads / (kTile * kTile);
+  __shared__ float partial[kTile * kTile][kThreads + 1];
+  const T* a = static_cast<const T*>(p.lora_a.data);
+  const int64_t rank = p.rank;
+  const int tid = static_cast<int>(threadIdx.x);
+  float sum[kTile][kTile] = {};
+  if (t0 < rank) {
+    for (int64_t col = tid; col < p.k; col += kThreads) {
+      float left[kTile], right[kTile];
+      LRK_UNROLL
+      for (int i = 0; i < kTile; ++i) {
+        left[i] = r0 + i < rank ? to_float(a[(r0 + i) * p.lora_a.stride + col]) : 0.0f;
+        right[i] = t0 + i < rank ? to_float(a[(t0 + i) * p.lora_a.stride + col]) : 0.0f;
+      }
+      LRK_UNROLL
+      for (int i = 0; i < kTile; ++i) {
+        LRK_UNROLL
+        for (int j = 0; j < kTile; ++j) sum[i][j] += left[i] * right[j];
+      }
+    }
+  }
+  LRK_UNROLL
+  for (int i = 0; i < kTile * kTile; ++i) partial[i][tid] = sum[i / kTile][i % kTile];
+  __syncthreads();
+  const int element = tid / kShare;
+  float value = 0.0f;
+  for (int i = tid % kShare; i < kThreads; i += kShare) value += partial[element][i];
+  LRK_UNROLL
+  for (int mask = 1; mask < kShare; mask *= 2) value += device::shuffle_xor(value, mask);
+  if (tid % kShare != 0) return;
+  const int64_t r = r0 + element / kTile, t = t0 + element % kTile;
+  if (packed) {
+    Words4* packed_a = static_cast<Words4*>(p.scratch);
+    const int parts = dora_parts(p.weight.dtype, p.lora_a.dtype);
+    put_gram(p, packed_a + dora_packed_words(p.k, rank, parts), r, t, value, r0 < t0);
+  } else if (r < rank && t < rank) {
+    float* gram = static_cast<float*>(p.scratch) + rank * dora_float_stride(p.k);
+    gram[r * rank + t] = value;
+    if (r0 < t0) gram[t * rank + r] = value;
+  }
+}
+
+// 32 x 32 of it by bfloat16 tiles, as exact: the threads of a warp hold both sides as they hold
+// rows of W, the warps share the columns.
+template <typename T, int kThreads>
+LRK_DEVICE void gram_by_tiles(const DoraNormProblem& p, int64_t r0, int64_t t0) {
+  constexpr int kParts = Parts<T>::kCount, kWarps = kThreads / 32, kSums = 32;
+  __shared__ float partial[kWarps][kSums][32];
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  const int64_t chunks = dora_ceil_div(p.k, kDoraChunk);
+  const bool aligned = rows_aligned<T>(p.lora_a);
+  const auto load = [&](int64_t row0, int64_t chunk) {
+    return load_rows<T>(p.lora_a, p.rank, p.k, aligned, row0, chunk, lane);
+  };
+  LRK_UNROLL
+  for (int i = 0; i < kSums; ++i) partial[warp][i][lane] = 0.0f;
+  RawFragment<T> next_left = load(r0, warp), next_right = load(t0, warp);
+  for (int64_t chunk = warp; chunk < chunks;) {
+    float u[2][4][4] = {};
+    for (int i = 0; i < kDoraFold && chunk < chunks; ++i, chunk += kWarps) {
+      float unused[4] = {};
+      const Fragment<kParts> left = split_rows(next_left, unused);
+      const Fragment<kParts> right = split_rows(next_right, unused);
+      next_left = load(r0, chunk + kWarps);  // past the last one zeros
+      next_right = load(t0, chunk + kWarps);
+      LRK_UNROLL
+      for (int pair = 0; pair < 4; pair += 2) {
+        Words4 tiles[2][kParts];
+        LRK_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          LRK_UNROLL
+          for (int part = 0; part < kParts; ++part) tiles[j][part] = right.row[pair + j].part[part];
+        }
+        multiply_pair(u, pair, left, tiles);
+      }
+    }
+    LRK_UNROLL
+    for (int i = 0; i < kSums; ++i) partial[warp][i][lane] += u[i / 16][i / 4 % 4][i % 4];
+  }
+  __syncthreads();
+  Words4* packed_a = static_cast<Words4*>(p.scratch);
+  const int parts = dora_parts(p.weight.dtype, p.lora_a.dtype);
+  for (int i = warp; i < kSums; i += kWarps) {
+    float value = 0.0f;
+    for (int w = 0; w < kWarps; ++w) value += partial[w][i][lane];
+    // As mma.sync leaves it: u[i / 16][i / 4 % 4][i % 4] of this lane.
+    const int row = i / 16 * 16 + i % 4 / 2 * 8 + lane / 4,
+              col = i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
+    put_gram(p, packed_a + dora_packed_words(p.k, p.rank, parts), r0 + row, t0 + col, value,
+             r0 < t0);
+  }
+}
+
+// Blocks [0, dora_gram_blocks): A A^T, both triangles from the upper one. The rest: A itself.
+// `packed`: for the mma kernel, A A^T times s / 2; otherwise float32 rows, A A^T as it is. kTiles:
+// dora_gram_by_tiles of the problem.
+template <typename T, bool kTiles, int kThreads>
+__global__ void __launch_bounds__(kThreads) dora_prepare_kernel(DoraNormProblem p, bool packed) {
+  const int64_t rank = p.rank, side = dora_gram_side(rank, kTiles);
+  if (blockIdx.x < side * side) {
+    constexpr int kTile = kTiles ? 32 : 4;
+    const int64_t r0 = blockIdx.x / side * kTile, t0 = blockIdx.x % side * kTile;
+    if (r0 > t0) return;
+    if constexpr (kTiles) {
+      gram_by_tiles<T, kThreads>(p, r0, t0);
+    } else {
+      gram_by_fma<T, kThreads>(p, packed, r0, t0);
+    }
+    return;
+  }
+  const T* a = static_cast<const T*>(p.lora_a.data);
+  const int64_t item = (blockIdx.x - side * side) * kThreads + static_cast<int64_t>(threadIdx.x);
+  if (packed) {
+    const int64_t rank_tiles = dora_rank_tiles(rank);
+    const int parts = dora_parts(p.weight.dtype, p.lora_a.dtype);
+    Words4* packed_a = static_cast<Words4*>(p.scratch);
+    const int lane = static_cast<int>(item % 32);
+    const int64_t tile = item / 32 % rank_tiles, chunk = item / 32 / rank_tiles;
+    if (chunk >= dora_ceil_div(p.k, kDoraChunk)) return;
+    const int64_t r = tile * 8 + lane / 4, col = chunk * kDoraChunk + lane % 4 * 8;
+    const Eight<T> e =
+        load_eight(a + r * p.lora_a.stride, col, p.k, r < rank, rows_aligned<T>(p.lora_a));
+    Split<3> split;
+    LRK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float x, y;
+      pair_of(e, i, x, y);
+      split_pair(split, i, x, y);
+    }
+    LRK_UNROLL
+    for (int part = 0; part < 3; ++part) {
+      if (part < parts) {
+        packed_a[packed_word(chunk, tile, part, lane, rank_tiles, parts)] = split.part[part];
+      }
+    }
+  } else {
+    float* float_a = static_cast<float*>(p.scratch);
+    const int64_t stride = dora_float_stride(p.k), r = item / (stride / 8);
+    const int64_t col = item % (stride / 8) * 8;
+    if (r >= rank) return;
+    const Eight<T> e =
+        load_eight(a + r * p.lora_a.stride, col, p.k, true, rows_aligned<T>(p.lora_a));
+    LRK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float x, y;
+      pair_of(e, i, x, y);
+      float_a[r * stride + col + 2 * i] = x;
+      float_a[r * stride + col + 2 * i + 1] = y;
+    }
+  }
+}
+
+// ---- second launch, bfloat16 tiles --------------------------------------------------------------
+
+LRK_DEVICE void write_norm(const DoraNormProblem& p, int64_t row, float square, float cross) {
+  const float total = square + 2.0f * p.scaling * cross;
+  // A sum that cancelled below zero is a zero norm; a NaN is not below zero and stays.
+  const float norm = sqrtf(total < 0.0f ? 0.0f : total);
+  p.norm[row] = norm;
+  p.sq_norm[row] = square;
+  if (p.magnitude.data) {
+    p.column_scale[row] =
+        norm == 0.0f ? 0.0f : load_any(p.magnitude, row * p.magnitude.stride) / norm;
   }
 }
 
@@ -606,24 +711,6 @@ LRK_DEVICE void fold(const DoraNormProblem& p, float (&u)[2][kTiles][4], float (
   }
 }
 
-template <typename W>
-struct RawFragment {
-  Eight<W> row[4];
-};
-
-template <typename W>
-LRK_DEVICE RawFragment<W> load_rows(const DoraNormProblem& p, int64_t row0, int64_t chunk,
-                                    int lane) {
-  RawFragment<W> result;
-  LRK_UNROLL
-  for (int m = 0; m < 4; ++m) {
-    const int64_t row = row0 + lane / 4 + 8 * m;
-    result.row[m] = load_eight(static_cast<const W*>(p.weight.data) + row * p.weight.stride,
-                               chunk * kDoraChunk + lane % 4 * 8, p.k, row < p.n, p.aligned);
-  }
-  return result;
-}
-
 // Columns of B in place of columns of W, for the product with A A^T.
 LRK_DEVICE Fragment<3> load_factor_rows(const DoraNormProblem& p, int64_t row0, int64_t chunk,
                                         int lane) {
@@ -639,14 +726,6 @@ LRK_DEVICE Fragment<3> load_factor_rows(const DoraNormProblem& p, int64_t row0, 
                  y ? load_any(p.lora_b, base + 2 * i + 1) : 0.0f);
     }
   }
-  return result;
-}
-
-template <typename W>
-LRK_DEVICE Fragment<Parts<W>::kCount> split_rows(const RawFragment<W>& raw, float (&squares)[4]) {
-  Fragment<Parts<W>::kCount> result;
-  LRK_UNROLL
-  for (int m = 0; m < 4; ++m) result.row[m] = split_eight(raw.row[m], squares[m]);
   return result;
 }
 
@@ -700,18 +779,20 @@ __global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormP
   const int rank_tiles = static_cast<int>(dora_rank_tiles(p.rank));
   const int64_t chunks = dora_ceil_div(p.k, kDoraChunk);
   const int64_t factor_chunks = dora_ceil_div(p.rank, kDoraChunk);
+  const bool aligned = rows_aligned<W>(p.weight);
   const Words4* packed_a = static_cast<const Words4*>(p.scratch);
   const Words4* packed_gram = packed_a + dora_packed_words(p.k, p.rank, kAParts);
 
   float u[2][kTiles][4] = {};
   float cross[4] = {}, squares[4] = {};
   if constexpr (kCluster == 0) {
-    RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
+    RawFragment<W> next = load_rows<W>(p.weight, p.n, p.k, aligned, row0, warp, lane);
     int64_t chunk = warp;
     do {
       for (int i = 0; i < kDoraFold && chunk < chunks; ++i, chunk += kWarps) {
         const Fragment<kWParts> w = split_rows(next, squares);
-        if (chunk + kWarps < chunks) next = load_rows<W>(p, row0, chunk + kWarps, lane);
+        if (chunk + kWarps < chunks)
+          next = load_rows<W>(p.weight, p.n, p.k, aligned, row0, chunk + kWarps, lane);
         multiply_chunk<kTiles, kWParts, kAParts>(u, w, packed_a, chunk, 0, rank_tiles, lane);
       }
       if (chunk >= chunks) {
@@ -729,13 +810,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1) dora_norm_mma_kernel(DoraNormP
     const int first_slot = warp / groups, slot_step = kWarps / groups;
     // Each chunk of W, then of B, comes through a slot to these two.
     const auto run = [&](auto&& multiply_w, auto&& multiply_b) {
-      RawFragment<W> next = load_rows<W>(p, row0, warp, lane);
+      RawFragment<W> next = load_rows<W>(p.weight, p.n, p.k, aligned, row0, warp, lane);
       int64_t stage = 0;
       do {
         for (int i = 0; i < kDoraFold && stage < chunks; i += kWarps, stage += kWarps) {
           // Past the last chunk `next` is zeros, which add nothing.
           put_fragment(slots + warp * 12, split_rows(next, squares), lane);
-          next = load_rows<W>(p, row0, stage + kWarps + warp, lane);
+          next = load_rows<W>(p.weight, p.n, p.k, aligned, row0, stage + kWarps + warp, lane);
           __syncthreads();
           for (int slot = first_slot; slot < kWarps && stage + slot < chunks; slot += slot_step) {
             multiply_w(get_fragment<kWParts>(slots + slot * 12, lane), stage + slot);
@@ -835,6 +916,7 @@ __global__ void __launch_bounds__(kDoraFmaThreads, 3) dora_norm_fma_kernel(DoraN
   const float* a = static_cast<const float*>(p.scratch);
   const float* gram = a + p.rank * stride;
   const W* weight = static_cast<const W*>(p.weight.data);
+  const bool aligned = rows_aligned<W>(p.weight);
   float cross[kRows] = {}, squares[kRows] = {};
   for (int r0 = 0; r0 < p.rank; r0 += kRanks) {
     float u[kRows][kRanks] = {};
@@ -843,7 +925,7 @@ __global__ void __launch_bounds__(kDoraFmaThreads, 3) dora_norm_fma_kernel(DoraN
       LRK_UNROLL
       for (int m = 0; m < kRows; ++m) {
         const Eight<W> e =
-            load_eight(weight + (row0 + m) * p.weight.stride, col, p.k, row0 + m < p.n, p.aligned);
+            load_eight(weight + (row0 + m) * p.weight.stride, col, p.k, row0 + m < p.n, aligned);
         LRK_UNROLL
         for (int i = 0; i < 4; ++i) {
           pair_of(e, i, w[m][2 * i], w[m][2 * i + 1]);

@@ -30,7 +30,6 @@ struct DoraNormProblem {
   int64_t k;
   int rank;
   float scaling;
-  bool aligned;  // every row of W starts at a multiple of 16 bytes
   float* norm;
   float* sq_norm;
   float* column_scale;
@@ -41,11 +40,9 @@ constexpr int kDoraRows = 32;   // rows of W in one block of the mma kernel
 constexpr int kDoraChunk = 32;  // reduction columns of one chunk: two mma steps
 constexpr int kDoraFold = 16;   // chunks after which U is folded into the row sums
 constexpr int kDoraStages = 4;  // pieces of A on their way to a warp of a cluster
-constexpr int kDoraPrepareThreads = 128;
 constexpr int kDoraFmaThreads = 128;
 constexpr int kDoraFmaRows = 4;    // rows of one warp
 constexpr int kDoraFmaRanks = 16;  // ranks that one pass over W takes
-constexpr int kDoraGramTile = 4;   // a block of the first launch makes 4 x 4 of A A^T
 
 // Whether code for this compute capability (90: 9.0) has blocks that fetch A together: Hopper, and
 // Blackwell of data centres. Elsewhere a copy to several blocks is missing or slow.
@@ -71,15 +68,19 @@ LRK_BOTH int64_t dora_norm_scratch_bytes(int64_t k, int64_t rank) {
   const int64_t plain = 4 * rank * (dora_float_stride(k) + rank);
   return packed > plain ? packed : plain;
 }
-// Blocks of the first launch: those of A A^T come first, then those that reorder A.
-LRK_BOTH int64_t dora_gram_blocks(int64_t rank) {
-  const int64_t side = dora_ceil_div(rank, kDoraChunk) * (kDoraChunk / kDoraGramTile);
-  return side * side;
+// Whether the first launch makes A A^T for the mma kernel by its tiles too: a block then makes 32 x
+// 32 of it, else 4 x 4, of which few read A too often.
+LRK_BOTH bool dora_gram_by_tiles(int64_t rank, bool packed) { return packed && rank > 64; }
+// Blocks along each side of A A^T, to a multiple of 32 of it.
+LRK_BOTH int64_t dora_gram_side(int64_t rank, bool by_tiles) {
+  return dora_ceil_div(rank, kDoraChunk) * (by_tiles ? 1 : kDoraChunk / 4);
 }
-LRK_BOTH int64_t dora_pack_blocks(int64_t k, int64_t rank, bool packed) {
+// Blocks of the first launch: those of A A^T come first, then those that reorder A.
+LRK_BOTH int64_t dora_prepare_blocks(int64_t k, int64_t rank, bool packed, int threads) {
+  const int64_t side = dora_gram_side(rank, dora_gram_by_tiles(rank, packed));
   const int64_t items = packed ? dora_ceil_div(k, kDoraChunk) * dora_rank_tiles(rank) * 32
                                : rank * (dora_float_stride(k) / 8);
-  return dora_ceil_div(items, kDoraPrepareThreads);
+  return side * side + dora_ceil_div(items, threads);
 }
 
 }  // namespace lrk

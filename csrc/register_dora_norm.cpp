@@ -37,17 +37,9 @@ void check_device(const char* name, const Tensor& t, const Tensor& weight) {
   STD_TORCH_CHECK(same, kOp, ": expected ", name, " on the device of the weight");
 }
 
-// A 2-D tensor with adjacent columns, on the weight's device.
 lrk::Matrix matrix(const char* name, const Tensor& t, const Tensor& weight) {
   check_device(name, t, weight);
-  STD_TORCH_CHECK(t.dim() == 2, kOp, ": expected ", name, " with 2 dimensions, got shape ",
-                  shape_of(t));
-  const int64_t rows = t.size(0), cols = t.size(1);
-  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, kOp, ": expected ", name,
-                  " with adjacent columns (stride 1), got stride ", t.stride(1),
-                  "; pass a contiguous tensor");
-  return {const_cast<void*>(t.const_data_ptr()), lrk::dtype_of(kOp, name, t.scalar_type()), rows,
-          cols, rows > 1 ? t.stride(0) : cols};
+  return lrk::matrix_anywhere(kOp, name, t);
 }
 
 struct Operands {

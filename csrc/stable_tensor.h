@@ -67,9 +67,8 @@ inline Dtype dtype_of(const char* op, const char* name, ScalarType type) {
   return Dtype::kFloat32;
 }
 
-// A 2-D CPU tensor with adjacent columns.
-inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU, like the other tensors");
+// A 2-D tensor with adjacent columns, on any device.
+inline Matrix matrix_anywhere(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " with 2 dimensions, got shape ",
                   shape_of(t));
   const int64_t rows = t.size(0), cols = t.size(1);
@@ -78,6 +77,12 @@ inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
                   "; pass a contiguous tensor");
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()), rows, cols,
           rows > 1 ? t.stride(0) : cols};
+}
+
+// The same, on the CPU.
+inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU, like the other tensors");
+  return matrix_anywhere(op, name, t);
 }
 
 }  // namespace lrk

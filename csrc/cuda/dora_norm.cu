@@ -6,7 +6,7 @@
 namespace lrk {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kCluster = 4;  // divides the 16-byte words of the smallest piece
 
 // How the second launch computes.
@@ -17,9 +17,12 @@ struct Way {
 
 template <typename A>
 void launch_prepare(const DoraNormProblem& p, bool packed, cudaStream_t stream) {
-  const int64_t blocks = dora_gram_blocks(p.rank) + dora_pack_blocks(p.k, p.rank, packed);
-  dora_prepare_kernel<A>
-      <<<static_cast<unsigned>(blocks), kDoraPrepareThreads, 0, stream>>>(p, packed);
+  const unsigned blocks = static_cast<unsigned>(dora_prepare_blocks(p.k, p.rank, packed, kThreads));
+  if (dora_gram_by_tiles(p.rank, packed)) {
+    dora_prepare_kernel<A, true, kThreads><<<blocks, kThreads, 0, stream>>>(p, packed);
+  } else {
+    dora_prepare_kernel<A, false, kThreads><<<blocks, kThreads, 0, stream>>>(p, packed);
+  }
 }
 
 // False where the code that runs here was compiled for processors without clusters, as PTX of an
@@ -40,7 +43,7 @@ bool launch_in_clusters(DoraNormProblem p, cudaStream_t stream) {
   cluster.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-  config.blockDim = dim3(kWarps * 32);
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &cluster;
@@ -54,11 +57,11 @@ template <typename W, int kAParts>
 void launch_mma(const DoraNormProblem& p, Way way, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(dora_ceil_div(p.n, kDoraRows));
   if (p.rank <= 16) {
-    dora_norm_mma_kernel<W, kAParts, 2, kWarps, 0><<<blocks, kWarps * 32, 0, stream>>>(p);
+    dora_norm_mma_kernel<W, kAParts, 2, kWarps, 0><<<blocks, kThreads, 0, stream>>>(p);
   } else if (p.rank <= 64) {
-    dora_norm_mma_kernel<W, kAParts, 8, kWarps, 0><<<blocks, kWarps * 32, 0, stream>>>(p);
+    dora_norm_mma_kernel<W, kAParts, 8, kWarps, 0><<<blocks, kThreads, 0, stream>>>(p);
   } else if (!way.clusters || !launch_in_clusters<W, kAParts>(p, stream)) {
-    dora_norm_mma_kernel<W, kAParts, 8, kWarps, 1><<<blocks, kWarps * 32, 0, stream>>>(p);
+    dora_norm_mma_kernel<W, kAParts, 8, kWarps, 1><<<blocks, kThreads, 0, stream>>>(p);
   }
 }
 
@@ -100,7 +103,8 @@ void launch(const DoraNormProblem& p, Way way, cudaStream_t stream) {
 
 }  // namespace
 
-const char* launch_dora_norm(DoraNormProblem problem, bool clusters, int device, void* stream) {
+const char* launch_dora_norm(const DoraNormProblem& problem, bool clusters, int device,
+                             void* stream) {
   if (problem.n == 0) return nullptr;
   int previous = 0, major = 0;
   cudaError_t error = cudaGetDevice(&previous);
@@ -109,9 +113,6 @@ const char* launch_dora_norm(DoraNormProblem problem, bool clusters, int device,
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   }
   if (error == cudaSuccess) {
-    const int64_t row_bytes = problem.weight.stride * dtype_bytes(problem.weight.dtype);
-    problem.aligned =
-        reinterpret_cast<uintptr_t>(problem.weight.data) % 16 == 0 && row_bytes % 16 == 0;
     const Way way{problem.rank >= 16 && major >= 8, clusters && has_clusters(10 * major)};
     launch(problem, way, static_cast<cudaStream_t>(stream));
     error = cudaGetLastError();

@@ -5,9 +5,10 @@
 
 namespace lrk {
 
-// Runs on `device` in `stream`, a cudaStream_t; sets problem.aligned itself. Ranks 1 to 512.
+// Runs on `device` in `stream`, a cudaStream_t. Ranks 1 to 512.
 // `clusters`: whether blocks may fetch A together, where the device can; the result is the same.
 // Returns null, or what the runtime says went wrong. Does not synchronise.
-const char* launch_dora_norm(DoraNormProblem problem, bool clusters, int device, void* stream);
+const char* launch_dora_norm(const DoraNormProblem& problem, bool clusters, int device,
+                             void* stream);
 
 }  // namespace lrk
