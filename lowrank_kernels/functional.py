@@ -96,7 +96,7 @@ def lora_linear(
     """
     check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
     _check_backend(backend, "lora_linear")
-    if backend == "auto" and dropout_p == 0.0 and eager_is_chosen(x, weight, lora_a):
+    if backend == "auto" and dropout_p == 0.0 and eager_is_chosen(x, weight, lora_a, lora_b, bias, gate):
         return lora_linear_eager(x, weight, lora_a, lora_b, bias, gate, scaling)
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
     save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))

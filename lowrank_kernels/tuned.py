@@ -13,10 +13,11 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from . import _extension
 FLAG = "LRK_TUNE_FILE"
 _CHOICE = re.compile(r"\w+( \w+=\d+)*")
 logger = logging.getLogger("lowrank_kernels")
+
+Sizes = Callable[..., Mapping[str, int]]
 
 # Choices that stand above the table, by op: what `lrk tune` runs its candidates with.
 _forced: dict[str, str | None] = {}
@@ -52,17 +55,32 @@ def shape_class(op: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
     return " ".join([op, str(dtype).removeprefix("torch."), *words])
 
 
-def choice(op: str, like: Tensor, sizes: Callable[[], dict[str, int]]) -> str | None:
+def choice(op: str, like: Tensor, sizes: Sizes, *of: Hashable) -> str | None:
     """What was settled for this op on operands like this tensor; None: the op's own rule.
 
-    ``sizes`` is asked only where there is a table: without one a lookup costs a tenth of a microsecond or two.
+    ``sizes(*of)`` names the class. It is asked once for the same ``of``, shapes as a rule, and only where there is a
+    table: a lookup costs half a microsecond, and without a table a tenth or two.
     """
     if op in _forced:
         return _forced[op]
     device_type = "cuda" if like.is_cuda else "cpu"
-    if not _table(device_type)[0]:
-        return None
-    return _find(op, device_type, like.dtype, tuple(sizes().items()))
+    return _find(op, device_type, like.dtype, sizes, *of) if _table(device_type)[0] else None
+
+
+def product_sizes(rows: Sequence[int], weight: Sequence[int], rank: int | None = None) -> dict[str, int]:
+    """Of x (..., K), or dY (..., N), with the frozen weight (N, K), from their shapes; and of the rank, where given."""
+    sizes = {"M": prod(rows[:-1]), "K": weight[1], "N": weight[0]}
+    return sizes if rank is None else {**sizes, "R": rank}
+
+
+def factor_sizes(weight: Sequence[int], lora_a: Sequence[int]) -> dict[str, int]:
+    """Of the weight (N, K) and its factors alone, from the shapes of W and A."""
+    return {"K": weight[1], "N": weight[0], "R": lora_a[0]}
+
+
+def block_sizes(tokens: int, blocks: int, block_size: tuple[int, int]) -> dict[str, int]:
+    """Of the gradients of so many blocks of a weight."""
+    return {"M": tokens, "blocks": blocks, "size": max(block_size)}
 
 
 def parse(chosen: str | None) -> tuple[str | None, dict[str, int]]:
@@ -176,8 +194,8 @@ def describe(device_type: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _find(op: str, device_type: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> str | None:
-    return _table(device_type)[0].get(shape_class(op, dtype, dict(sizes)))
+def _find(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hashable) -> str | None:
+    return _table(device_type)[0].get(shape_class(op, dtype, sizes(*of)))
 
 
 def forget() -> None:

@@ -31,7 +31,7 @@ class Tunable:
         bench: the entry of ``bench.OPS`` that measures it.
         sizes: those sizes of a shape that the op's lookup knows.
         candidates: choices beside the rule's; what the op does not take for a shape runs the rule, and ties with it.
-        training: measured forward and backward.
+        training: measured forward and backward, the forward as the table already has it.
     """
 
     op: str
@@ -50,7 +50,7 @@ _CPU = (
     Tunable("lora_linear", "lora_linear", _PRODUCT, (*_OWN, "eager")),
     Tunable("dora_linear", "dora_linear", _PRODUCT, _OWN),
     Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, _OWN),
-    Tunable("lora_linear_backward", "lora_linear", _PRODUCT, _OWN[:2], training=True),
+    Tunable("lora_linear_backward", "lora_linear", _PRODUCT, (*_OWN[:2], "eager"), training=True),
     Tunable("dora_linear_backward", "dora_linear", _PRODUCT, _OWN[:2], training=True),
     Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("reference",)),
     Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
@@ -70,7 +70,7 @@ _STRATEGIES = (
 _BACKWARD = ("two_kernel", "library", *(f"two_kernel {t}" for t in _TILES))
 _CUDA = (
     Tunable("lora_linear", "lora_linear", (*_PRODUCT, "R"), (*_STRATEGIES, "eager")),
-    Tunable("lora_linear_backward", "lora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
+    Tunable("lora_linear_backward", "lora_linear", (*_PRODUCT, "R"), (*_BACKWARD, "eager"), training=True),
     Tunable("dora_linear", "dora_linear", (*_PRODUCT, "R"), _STRATEGIES),
     Tunable("dora_linear_backward", "dora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
     Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, ("one_kernel", "library")),
@@ -223,5 +223,5 @@ def tune(
             continue
         entries[key] = asdict(found)
         tuned.write_table(path, {**table, device.type: {**part, "date": time.strftime("%Y-%m-%d")}})
+        tuned.forget()  # what is measured next, a step after its forward say, runs as it will
         yield key, found
-    tuned.forget()

@@ -130,7 +130,7 @@ def block_grad(
         return out.zero_()
     t = tiles or block_grad_tiles(
         target or target_of(x.device), M, n, bm, bn, x.dtype, _can_describe(x, grad_y),
-        tuned.choice("block_sparse_weight_grad", x, lambda: {"M": M, "blocks": n, "size": max(bm, bn)}),
+        tuned.choice("block_sparse_weight_grad", x, tuned.block_sizes, M, n, block_size),
     )  # fmt: skip
     partial = out if t.splits == 1 else x.new_empty(t.splits, n, bm, bn, dtype=torch.float32)
     rows_per_split = triton.cdiv(triton.cdiv(M, t.splits), t.BLOCK_M) * t.BLOCK_M

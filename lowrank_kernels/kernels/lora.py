@@ -351,7 +351,7 @@ def _tiles(
     op = ("dora_linear" if scaled else "lora_linear") + ("_backward" if backward else "")
     return lora_tiles(
         target_of(rows.device), M, K, N, R, rows.dtype, dropout_p > 0.0, aligned=_can_describe(rows, weight),
-        scaled=scaled, chosen=tuned.choice(op, rows, lambda: {"M": M, "K": K, "N": N, "R": R}),
+        scaled=scaled, chosen=tuned.choice(op, rows, tuned.product_sizes, rows.shape, weight.shape, R),
     )  # fmt: skip
 
 

@@ -359,7 +359,7 @@ def multi_lora_strategy(
     What `lrk tune` found, else by the rule. ``factors``: B of each slice.
     """
     N, K = weight.shape
-    chosen = tuned.choice("multi_lora_linear", x, lambda: {"M": x.shape[0], "K": K, "N": N})
+    chosen = tuned.choice("multi_lora_linear", x, tuned.product_sizes, x.shape, weight.shape)
     aligned = _can_describe(x, weight, *factors)
     return choose_multi_strategy(target_of(x.device), x.shape[0], K, N, max_rank, adapters, x.dtype, aligned, chosen)
 

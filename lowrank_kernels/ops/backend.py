@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Hashable
 from functools import cache
 
 import torch
@@ -73,28 +73,18 @@ def automatic(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str |
     return "reference", reasons[-1]
 
 
-def product_sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
-    """What a choice for x (M, K) times the frozen weight may depend on."""
-    return {"M": x.shape[0], "K": x.shape[1], "N": weight.shape[0]}
-
-
-def factor_sizes(weight: Tensor, lora_a: Tensor) -> dict[str, int]:
-    """What a choice for the weight and its factors alone may depend on."""
-    return {"K": weight.shape[1], "N": weight.shape[0], "R": lora_a.shape[0]}
-
-
-def resolve_backend(op: str, backend: str, x: Tensor, sizes: Callable[[], dict[str, int]] | None = None) -> str:
+def resolve_backend(op: str, backend: str, x: Tensor, sizes: tuned.Sizes | None = None, *of: Hashable) -> str:
     """The backend that runs ``op`` on tensors like ``x``.
 
     "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors, unless `lrk tune`
-    found another that runs here best for shapes of these ``sizes``; it falls back to "reference" with one log line.
-    A named backend is taken or refused.
+    found another that runs here best for shapes of these ``sizes(*of)``; it falls back to "reference" with one log
+    line. A named backend is taken or refused.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot run, with the reason.
     """
     if backend == "auto":
-        chosen = None if sizes is None else tuned.choice(op, x, sizes)
+        chosen = None if sizes is None else tuned.choice(op, x, sizes, *of)
         if chosen in BACKENDS[1:] and why_not(op, chosen, x.device.type, x.dtype) is None:
             return chosen
         name, reason = automatic(op, x.device.type, x.dtype)

@@ -157,9 +157,7 @@ def _block_grad(
     """dW_b from x (M, K) and dY (M, N)."""
     name = resolve_backend(op, backend, x)
     if backend == "auto":
-        chosen = tuned.choice(
-            "block_sparse_weight_grad", x, lambda: {"M": x.shape[0], "blocks": len(block_index), "size": max(size)}
-        )
+        chosen = tuned.choice("block_sparse_weight_grad", x, tuned.block_sizes, x.shape[0], len(block_index), size)
         name = chosen if chosen == "reference" else name
     if name == "reference":
         return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)

@@ -14,7 +14,7 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from .backend import factor_sizes, product_sizes, resolve_backend
+from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast
 from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_grad_product, own_product, unit_columns
 
@@ -76,10 +76,8 @@ def _norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     weight_sq_norm: Tensor | None, magnitude: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    def sizes() -> dict[str, int]:
-        return factor_sizes(weight, lora_a)
-
-    name = resolve_backend("dora_weight_norm", backend, weight, sizes)
+    sizes = (tuned.factor_sizes, weight.shape, lora_a.shape)
+    name = resolve_backend("dora_weight_norm", backend, weight, *sizes)
     if name == "reference":
         norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
         if weight_sq_norm is None:
@@ -92,7 +90,7 @@ def _norm(
         from ..kernels.dora import dora_norm
 
         return dora_norm(*operands)
-    clusters = name != "cuda" or tuned.choice("dora_weight_norm", weight, sizes) != "no_clusters"
+    clusters = name != "cuda" or tuned.choice("dora_weight_norm", weight, *sizes) != "no_clusters"
     norm, sq_norm, scale = torch.ops.lowrank_kernels.dora_norm(*operands, clusters)
     return norm, sq_norm, scale
 
@@ -151,7 +149,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, P, u, n, g); the last two are empty where they were given, P and u unless ``save``."""
     x2 = x.reshape(-1, x.shape[-1])
-    name = resolve_backend("dora_linear", backend, x, lambda: product_sizes(x2, weight))
+    name = resolve_backend("dora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
     given = norm is not None
     # The extension's own product makes the norms too, where |W_i|^2 is known: W is read once for both.
     norms_inside = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..reference.merge import merge_lora_ref
-from .backend import factor_sizes, resolve_backend
+from .backend import resolve_backend
 from .library import define_in_place
 from .lora import unit_columns
 
@@ -38,7 +39,7 @@ def _merge(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     before: Tensor | None, after: Tensor | None, seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
-    name = resolve_backend("merge_lora_", backend, weight, lambda: factor_sizes(weight, lora_a))
+    name = resolve_backend("merge_lora_", backend, weight, tuned.factor_sizes, weight.shape, lora_a.shape)
     # Kernels take float32 factors at most.
     if name != "reference" and torch.float64 in (lora_a.dtype, lora_b.dtype):
         lora_a, lora_b = lora_a.float(), lora_b.float()

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
-from .backend import product_sizes, resolve_backend
+from .backend import resolve_backend
 from .batch_plan import check_range
 from .library import define, no_double_backward, register_autocast
 from .lora import own_product, unit_columns
@@ -146,7 +147,7 @@ def _forward(
     save_p: bool, save_u: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x2 = x.reshape(-1, x.shape[-1])
-    name = resolve_backend("multi_lora_linear", backend, x, lambda: product_sizes(x2, weight))
+    name = resolve_backend("multi_lora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
     if name == "reference":
         y, p, u = multi_lora_linear_ref(
             x2, weight, lora_a, lora_b, table, scalings, adapter_ids, bias,

@@ -24,6 +24,7 @@ from lowrank_kernels.kernels.multi_lora_tiles import choose_multi_strategy
 from lowrank_kernels.kernels.target import TARGETS
 from lowrank_kernels.ops import backend
 from lowrank_kernels.ops import lora as lora_op
+from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
 CPU = torch.device("cpu")
 LORA = tunables("cpu")["lora_linear"]
@@ -114,7 +115,7 @@ def test_every_candidate_of_every_op_is_right_here(op):
     sizes = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32}
     shape = {name: sizes[name] for name in shapes(tunable, "cpu")[0]}
     for dtype in (torch.float32, torch.bfloat16):
-        assert not settle(tunable, Problem(shape, dtype, False), 0.0, CPU).refused
+        assert not settle(tunable, Problem(shape, dtype, tunable.training), 0.0, CPU).refused
 
 
 def test_a_candidate_is_what_runs():
@@ -230,6 +231,111 @@ def test_auto_follows_the_table(table, monkeypatch):
     x = x.detach()
     write(table, {KEY: "own_product"})
     assert not lora_op.own_product(x, w.T.contiguous().T)  # the extension's product takes adjacent columns alone
+
+
+STEP = KEY.replace("linear", "linear_backward")
+FACTORS = ("x", "lora_a", "lora_b", "bias", "gate")
+
+
+def operands(dtype=torch.float32, other=torch.float32, trained=()):
+    """Of PROBLEM's class; the factors, bias and gate in another dtype."""
+    sizes = {"x": (3, 3, 64), "weight": (96, 64), "lora_a": (4, 64), "lora_b": (96, 4), "bias": (96,), "gate": (4,)}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(size, generator=generator).to(dtype if name in ("x", "weight") else other)
+        .requires_grad_(name in trained)
+        for name, size in sizes.items()
+    }  # fmt: skip
+
+
+@pytest.fixture
+def runs_eager(monkeypatch):
+    """Whether a call goes past the op."""
+    went = []
+    monkeypatch.setattr(
+        functional, "lora_linear_eager", lambda *a: went.append("eager") or lora_op.lora_linear_eager(*a)
+    )
+    call = functional.call_lora_linear
+    monkeypatch.setattr(functional, "call_lora_linear", lambda *a: went.append("op") or call(*a))
+
+    def runs(**given):
+        went.clear()
+        lk.lora_linear(**given)
+        return went == ["eager"]
+
+    return runs
+
+
+@pytest.mark.parametrize("trained", FACTORS)
+def test_a_call_that_records_gradients_follows_the_step_and_any_other_the_forward(trained, table, runs_eager):
+    frozen, training = operands(), operands(trained=(trained,))
+    for choices in ({KEY: "eager"}, {STEP: "eager"}, {KEY: "eager", STEP: "library_product"}):
+        write(table, choices)
+        assert runs_eager(**training) is (choices.get(STEP) == "eager")
+        assert runs_eager(**frozen) is (choices.get(KEY) == "eager")
+        with torch.no_grad():
+            assert runs_eager(**training) is (choices.get(KEY) == "eager")
+
+
+def test_what_was_not_measured_never_goes_past_the_op(table, runs_eager):
+    write(table, {KEY: "eager", STEP: "eager"})
+    for given in (operands(), operands(trained=FACTORS)):
+        assert runs_eager(**given)
+        assert not runs_eager(**given, dropout_p=0.5) and not runs_eager(**given, backend="cpu")
+        assert not runs_eager(**(given | {"x": given["x"][:1]}))  # another class
+        with torch.autocast("cpu"):
+            assert not runs_eager(**given)
+
+
+@pytest.mark.parametrize("trained", [FACTORS, ("x",), ("lora_b",), ("lora_a", "gate")], ids="-".join)
+@pytest.mark.parametrize(
+    ("dtype", "other"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
+def test_gradients_past_the_op_are_those_of_the_formula(dtype, other, trained, table, monkeypatch):
+    grad_y = torch.linspace(-1.0, 1.0, 9 * 96).view(3, 3, 96)
+
+    def step(given, formula):
+        y = formula(**given, scaling=0.7)
+        return [y, *torch.autograd.grad(y, [given[name] for name in trained], grad_y.view_as(y).to(y.dtype))]
+
+    def reference(x, **rest):
+        return lk.reference.lora_linear_ref(x.flatten(0, 1), **rest)[0]
+
+    given = operands(dtype, other, trained)
+    exact = step({name: t.detach().double().requires_grad_(name in trained) for name, t in given.items()}, reference)
+    rounded = step(given, reference)
+    write(table, {STEP.replace("float32", str(dtype)[6:]): "eager"})
+    monkeypatch.setattr(functional, "call_lora_linear", pytest.fail)
+    for name, ours, eager, right in zip(("y", *trained), step(given, lk.lora_linear), rounded, exact, strict=True):
+        assert ours.dtype == (dtype if name == "y" else given[name].dtype)
+        assert_as_exact_as_eager(ours.view_as(right), eager, right, factor=GRADIENT_FACTOR, what=name)
+
+
+def test_a_step_of_ours_that_is_slower_than_plain_pytorch_gives_way_to_its_calls(table, monkeypatch, runs_eager):
+    call = functional.call_lora_linear
+    monkeypatch.setattr(functional, "call_lora_linear", lambda *a: time.sleep(0.003) or call(*a))
+    problem = replace(PROBLEM, training=True)
+    assert (
+        dict(tune(table, [(tunables("cpu")["lora_linear_backward"], problem)], 0.05, 60.0, CPU))[STEP].choice == "eager"
+    )
+    assert runs_eager(**operands(trained=FACTORS)) and not runs_eager(**operands())
+
+
+def test_what_is_measured_next_follows_what_was_just_written(table):
+    found = {}
+
+    def settle(tunable, problem, seconds, device):
+        found[tunable.op] = tuned.choice("lora_linear", torch.empty(1), tuned.product_sizes, (9, 64), (96, 64))
+        return Settled("eager", 1.0, 0.01, 1.0)
+
+    steps = [(tunables("cpu")[op], PROBLEM) for op in ("lora_linear", "lora_linear_backward")]
+    dict(tune(table, steps, 0.0, 60.0, CPU, settle=settle))
+    assert found == {"lora_linear": None, "lora_linear_backward": "eager"}
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_plain_pytorch_is_a_candidate_for_inference_and_for_training(device_type):
+    assert all("eager" in tunables(device_type)[op].candidates for op in ("lora_linear", "lora_linear_backward"))
 
 
 def test_auto_takes_the_backend_that_the_table_names_if_it_runs_here(table, monkeypatch):
