@@ -129,11 +129,17 @@ class Settled:
     @property
     def slower_than_plain(self) -> bool:
         """Whether even the best candidate loses to plain PyTorch by more than the spread."""
-        return self.over_plain * (1 - self.spread) > 1 + MARGIN
+        return _loses(self.over_plain, self.spread)
+
+
+def _loses(over_plain: float, spread: float) -> bool:
+    return over_plain * (1 - spread) > 1 + MARGIN
 
 
 def decide(rows: Sequence[Row], duel: Callable[[str], tuple[float, float]]) -> Settled:
     """The fastest right candidate; but the rule's choice, where that is right and the other does not beat it in a duel.
+
+    There is no duel where the rule's choice loses to plain PyTorch and the other does not.
 
     Args:
         duel: candidate -> (its time over that of the rule's choice, spread) where these two take turns.
@@ -147,7 +153,7 @@ def decide(rows: Sequence[Row], duel: Callable[[str], tuple[float, float]]) -> S
         raise ValueError(f"{rows[0].op} {rows[0].shape}: every candidate was refused: {refused}")
     ratio = {row.provider: (row.over_floor or 0.0, row.spread or 0.0) for row in right}
     best = min(ratio, key=lambda name: ratio[name][0])
-    if RULE in ratio and best != RULE:
+    if RULE in ratio and best != RULE and (_loses(*ratio[best]) or not _loses(*ratio[RULE])):
         over_rule, spread = duel(best)
         if 1 - over_rule <= max(over_rule * spread, MARGIN):
             best = RULE

@@ -76,10 +76,16 @@ def test_what_is_chosen(rows, choice):
 
 
 def test_the_best_replaces_the_rules_choice_only_where_it_beats_that_in_turns():
-    rows = [row(RULE, 1.2), row("own_product", 0.6), row("reference", 0.9)]
+    rows = [row(RULE, 1.0), row("own_product", 0.6), row("reference", 0.9)]
     asked = []
     assert decide(rows, lambda name: asked.append(name) or (0.99, 0.001)).choice is None
     assert decide(rows, lambda name: (0.95, 0.001)).choice == "own_product" and asked == ["own_product"]
+
+
+def test_a_tie_does_not_keep_what_loses_to_plain_pytorch():
+    tie = lambda name: (1.0, 0.5)  # noqa: E731
+    for rule, eager, choice in [(1.2, 0.95, "eager"), (1.02, 0.95, None), (1.3, 1.2, None)]:
+        assert decide([row("plain", 1.0), row(RULE, rule), row("eager", eager)], tie).choice == choice
 
 
 def test_nothing_right_is_no_choice():
