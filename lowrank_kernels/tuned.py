@@ -59,7 +59,7 @@ def choice(op: str, like: Tensor, sizes: Sizes, *of: Hashable) -> str | None:
     """What was settled for this op on operands like this tensor; None: the op's own rule.
 
     ``sizes(*of)`` names the class. It is asked once for the same ``of``, shapes as a rule, and only where there is a
-    table: a lookup costs half a microsecond, and without a table a tenth or two.
+    table.
     """
     if op in _forced:
         return _forced[op]
