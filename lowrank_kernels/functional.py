@@ -71,7 +71,7 @@ def lora_linear(
         weight: W (N, K), x's dtype, frozen.
         lora_a: A (R, K) and
         lora_b: B (N, R), any float dtype: they are rounded to x's dtype inside; their gradients have their own dtype.
-        bias: (N,) or None.
+        bias: (N,) or None, of any float dtype.
         scaling: s, usually alpha / R, or alpha / sqrt(R) for rsLoRA.
         gate: (R,) or None: a factor for each rank.
         dropout_p: probability of zeroing an element of the correction's input, 0 <= p < 1; kept ones are scaled
@@ -301,7 +301,7 @@ def block_sparse_linear(
         blocks: (n_blocks, bm, bn), any float dtype, which its gradient has: float32 blocks over a bfloat16 weight get
             a float32 gradient.
         block_index: (n_blocks, 2) int32, as for :func:`block_sparse_weight_grad`.
-        bias: (N,) or None.
+        bias: (N,) or None, of any float dtype.
         columns: :func:`block_columns` of the index. With it the index counts as checked, and is not read.
         backend: "auto", "reference", "cpu" or "triton". The products with W are the library's in all but "reference".
 
@@ -457,7 +457,7 @@ def multi_lora_linear(
             of y: one base product, then each slice as a linear of its own.
         adapter_ids: integers of x's leading shape, from -1, for the base product alone, to G - 1; or (M, J); or the
             plan that :func:`plan_batch` made of such, to share between linears.
-        bias: (N,) or None.
+        bias: (N,) or None, of any float dtype.
         weights: (M, J), each adapter's share in its row; they get no gradient.
         norm_and_scale: (n, g), each (D, N), from :func:`stack_column_scale` for this weight and stack; computed here
             otherwise, which reads the weight once for each DoRA adapter.

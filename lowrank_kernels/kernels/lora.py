@@ -417,7 +417,7 @@ def lora_linear_fwd(
     if tiles.strategy == "library":
         assert p is not None
         if column_scale is None:
-            y = torch.nn.functional.linear(x, weight, bias)
+            y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
             _up_add(y, p, lora_b, True, gate, scaling, 0.0, None, tiles)
             return y, p
         product = torch.mm(x, weight.T, out=u)

@@ -18,7 +18,7 @@ from ..reference.block_sparse import (
 )
 from .backend import resolve_backend
 from .library import define, define_in_place, no_double_backward, register_autocast
-from .lora import unit_columns
+from .lora import library_linear, unit_columns
 
 _GRAD = (
     "block_sparse_weight_grad(Tensor x, Tensor grad_y, Tensor block_index, int bm, int bn, ScalarType dtype, "
@@ -196,7 +196,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     name = resolve_backend("block_sparse_linear", backend, x)
     # The blocks are inside the weight: the product is the library's, whatever else runs here.
-    y = block_sparse_linear_ref(x, weight, bias) if name == "reference" else torch.nn.functional.linear(x, weight, bias)
+    y = block_sparse_linear_ref(x, weight, bias) if name == "reference" else library_linear(x, weight, bias)
     if not save or columns is None:
         return y, x.new_empty(0)
     return y, _take_columns(x.reshape(-1, x.shape[-1]), columns, blocks.shape[2], width)

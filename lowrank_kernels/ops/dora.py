@@ -16,7 +16,16 @@ from ..reference.dora import (
 )
 from .backend import resolve_backend
 from .library import define, no_double_backward, register_autocast
-from .lora import check_lora_linear, cpu_down, cpu_grad, cpu_up_, own_grad_product, own_product, unit_columns
+from .lora import (
+    check_lora_linear,
+    cpu_down,
+    cpu_grad,
+    cpu_up_,
+    library_linear,
+    own_grad_product,
+    own_product,
+    unit_columns,
+)
 
 _NORM = (
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? weight_sq_norm, "
@@ -169,7 +178,7 @@ def _forward(
         if dropout_base and dropout_p > 0.0:
             # y = g ∘ (d Wᵀ + s d Aᵀ Bᵀ) + (x - d) Wᵀ + bias with d = drop(x): plain DoRA on d, and what d lost.
             dropped = _drop(x2, dropout_p, dropout_seed, name)
-            rest = torch.nn.functional.linear(x2 - dropped, weight, bias)
+            rest = library_linear(x2 - dropped, weight, bias)
             x2, bias, dropout_p, dropout_seed = dropped, None, 0.0, None
         if norms_inside:
             y, p, u, norm, column_scale = torch.ops.lowrank_kernels.dora_linear_fused(

@@ -210,9 +210,12 @@ def eager_is_chosen(
     A call that records gradients asks what was found over forward and backward, any other what was over the forward;
     never under torch.compile or autocast, which were not measured.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    records = torch.is_grad_enabled() and torch._C._any_requires_grad(x, lora_a, lora_b, bias, gate)
+    records = torch.is_grad_enabled() and (
+        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+        or (bias is not None and bias.requires_grad) or (gate is not None and gate.requires_grad)
+    )  # fmt: skip
     op = "lora_linear_backward" if records else "lora_linear"
     rank = lora_a.shape[0] if x.is_cuda else None
     return tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape, rank) == "eager"
@@ -226,15 +229,19 @@ def lora_linear_eager(
     The weight fills the caches, so that its product comes last: in the forward, or, where gradients are recorded, in
     the backward, whose order is the forward's reversed. At one token that is 4 % of the time.
     """
-    linear, bias = torch.nn.functional.linear, None if bias is None else _in_dtype_of(x, bias)
-    base = linear(x, weight, bias) if torch.is_grad_enabled() else None
-    p = _gated(linear(x, _in_dtype_of(x, lora_a)), gate)
-    correction = linear(p, _in_dtype_of(x, lora_b))
-    return torch.add(linear(x, weight, bias) if base is None else base, correction, alpha=scaling)
+    base = library_linear(x, weight, bias) if torch.is_grad_enabled() else None
+    p = _gated(torch.nn.functional.linear(x, _in_dtype_of(x, lora_a)), gate)
+    correction = torch.nn.functional.linear(p, _in_dtype_of(x, lora_b))
+    return torch.add(library_linear(x, weight, bias) if base is None else base, correction, alpha=scaling)
 
 
-def _in_dtype_of(x: Tensor, factor: Tensor) -> Tensor:
-    return factor if factor.dtype is x.dtype else factor.to(x.dtype)  # Tensor.to costs microseconds to do nothing
+def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias by PyTorch, which takes no bias of another dtype than x."""
+    return torch.nn.functional.linear(x, weight, None if bias is None else _in_dtype_of(x, bias))
+
+
+def _in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
+    return other if other.dtype is x.dtype else other.to(x.dtype)  # Tensor.to costs microseconds to do nothing
 
 
 def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
@@ -296,7 +303,7 @@ def _cpu_forward(
         )
         return y, p
     p = cpu_down(x, lora_a, False, dropout_p, dropout_seed)
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = library_linear(x, weight, bias)
     cpu_up_(y, p, lora_b, True, gate, scaling, 0.0, None)
     return y, p
 

@@ -14,7 +14,7 @@ from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_li
 from .backend import resolve_backend
 from .batch_plan import check_range
 from .library import define, no_double_backward, register_autocast
-from .lora import own_product, unit_columns
+from .lora import library_linear, own_product, unit_columns
 
 _STACK = "Tensor table, Tensor scalings, int max_rank, int[]? slices"
 _PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
@@ -205,7 +205,7 @@ def _forward(
 def _base_product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if name == "cpu" and own_product(x, weight, "multi_lora_linear"):
         return torch.ops.lowrank_kernels.frozen_linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return library_linear(x, weight, bias)
 
 
 def may_stay_unplanned(x: Tensor, adapter_ids: Tensor, backend: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
+from lowrank_kernels import tuned
 from tests.problems import Problem, differentiate, leaves, problems
 from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
@@ -36,6 +39,27 @@ def test_the_oracle_agrees_with_the_plain_formula(problem: Problem) -> None:
     torch.testing.assert_close(y, plain_y, rtol=1e-12, atol=1e-12)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, plain_grads[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("choice", [None, "own_product", "library_product"])
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if "bias" in p.values[0].tensors])
+def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: str | None) -> None:
+    dtype = problem.tensors["x"].dtype
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    values = problem.tensors["bias"].detach().mul(8).round() / 8  # which every dtype can hold
+    with ExitStack() as stack:
+        for op in ("lora_linear", "dora_linear", "multi_lora_linear"):
+            stack.enter_context(tuned.forcing(op))(choice)
+        (y, grads), (again_y, again) = (
+            differentiate(
+                lambda t: problem.run(t, "auto"),
+                leaves(problem.tensors | {"bias": values.to(of).requires_grad_()}),
+            )
+            for of in (dtype, other)
+        )
+    assert torch.equal(y, again_y)
+    assert again["bias"].dtype == other
+    torch.testing.assert_close(again["bias"], grads["bias"].to(other))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
