@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .adapt import Plan, carry_out, config_of, match_targets
 from .config import DoRAConfig, LoRAConfig, MultiLoRAConfig
+from .finite import all_finite
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
 from .nn.multi_lora import MultiLoRALinear
@@ -126,7 +127,7 @@ def _write_adapter(
     from safetensors.torch import save_file
 
     tensors = {PREFIX + name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
-    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(
             f"save_adapter: expected finite values, found NaN or Inf in {_few(broken)}; nothing was written"
@@ -424,7 +425,7 @@ def _read_tensors(
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
     except SafetensorError as error:
         raise ValueError(f"load_adapter: expected {path} to be a whole safetensors file: {error}") from None
-    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
+    broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(f"load_adapter: expected finite values, found NaN or Inf in {_few(broken)} of {path}")
     return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .finite import all_finite
 from .ops.backend import BACKENDS
 from .ops.merge import check_merge_lora
 
@@ -94,7 +95,7 @@ def _check(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, check_finite
     if backend not in BACKENDS:
         raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)) if check_finite else ():
-        if not torch.isfinite(factor).all():
+        if not all_finite(factor):
             raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finite import all_finite
 from ..init import INITS, init_factors_
 from ..merge import ROUNDINGS, merge_lora_
 from ..nn import DoRALinear, LoRALinear
@@ -126,7 +127,7 @@ class Chain:
             ValueError: a factor that is not finite; no weight has changed.
         """
         factors = {path: (layer.lora_A.weight, layer.lora_B.weight) for path, layer in self.layers.items()}
-        broken = [path for path, pair in factors.items() if not all(torch.isfinite(f).all() for f in pair)]
+        broken = [path for path, pair in factors.items() if not all(map(all_finite, pair))]
         if broken:
             raise ValueError(
                 f"{self._name}: expected finite factors at the end of link {self.link}, found NaN or Inf in "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..finite import all_finite
 from ..merge import merge_lora_
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def estimate_gradients(
     if count == 0:
         raise ValueError("estimate_gradients: expected at least one batch, got none")
     for name in linears:
-        if name not in sums or not torch.isfinite(sums[name]).all():
+        if name not in sums or not all_finite(sums[name]):
             what = "got NaN or Inf" if name in sums else "the loss does not reach it"
             raise ValueError(f"estimate_gradients: expected a finite gradient of {name}, but {what}")
     return {name: gradient.div_(count) for name, gradient in sums.items()}
@@ -112,7 +113,7 @@ def lora_ga_factors(
     n, k = gradient.shape
     if 2 * r > min(n, k):
         raise ValueError(f"lora_ga: expected a rank of at most min(N, K) / 2 = {min(n, k) // 2}, got {r}")
-    if not torch.isfinite(gradient).all():
+    if not all_finite(gradient):
         raise ValueError("lora_ga: expected a finite gradient, got NaN or Inf")
     if not gradient.any():
         raise ValueError("lora_ga: expected a gradient that is not zero throughout; were there targets in the batches?")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..finite import all_finite
 from ..functional import dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
 from .lora import LoRALinear
@@ -136,7 +137,7 @@ class DoRALinear(LoRALinear):
     def _merge_state(self) -> _Merged:
         weight, a, b = self.weight.detach(), self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone()
         norm, scale, _ = dora_column_scale(weight, a, b, self.lora_magnitude_vector.detach(), scaling=self.scaling)
-        if not torch.isfinite(scale).all():
+        if not all_finite(scale):
             raise ValueError("DoRALinear.merge_: expected a finite column scale m / n, found NaN or Inf")
         # A merged row has norm |g n|, and so an element of at least |g n| / sqrt(K).
         least = math.inf if self._keep_copy else math.sqrt(weight.shape[1]) * torch.finfo(weight.dtype).tiny

@@ -63,6 +63,8 @@ def check_lora_linear(
     ):
         if optional is not None and optional.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
+        if optional is not None and not optional.is_floating_point():
+            raise TypeError(f"{op}: expected {name} of a floating dtype, got {optional.dtype}")
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
@@ -90,8 +92,8 @@ def _fit(
             x.shape[-1] == k == width and lora_b.shape == (n, r) and r > 0
             and weight.dtype is dtype and dtype in _FLOATS and lora_a.dtype in _FLOATS and lora_b.dtype in _FLOATS
             and weight.device == device and lora_a.device == device and lora_b.device == device
-            and (bias is None or (bias.shape == (n,) and bias.device == device))
-            and (gate is None or (gate.shape == (r,) and gate.device == device))
+            and (bias is None or (bias.shape == (n,) and bias.device == device and bias.dtype in _FLOATS))
+            and (gate is None or (gate.shape == (r,) and gate.device == device and gate.dtype in _FLOATS))
             and not weight.requires_grad
         )  # fmt: skip
     except (AttributeError, IndexError, ValueError):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..adapt import adapt
 from ..checkpoint import _few, _write_aside
+from ..finite import all_finite
 from ..functional import write_blocks_
 from ..nn.block_sparse import BlockSparseLinear
 from ..report import Report, count_parameters
@@ -59,7 +60,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
     if not layers:
         raise ValueError(f"save_delta: expected BlockSparseLinear layers in the model, got {type(model).__name__}")
-    broken = [name for name, layer in layers.items() if not torch.isfinite(layer.blocks).all()]
+    broken = [name for name, layer in layers.items() if not all_finite(layer.blocks)]
     if broken:
         raise ValueError(f"save_delta: expected finite blocks, found NaN or Inf in {_few(broken)}; nothing was written")
     sizes = {layer.block_size for layer in layers.values()}
@@ -190,7 +191,7 @@ def _read_tensors(path: Path, modules: Mapping[str, Any], size: tuple[int, ...])
             raise ValueError(
                 f"load_delta: expected {name}.blocks of shape {(len(index), *size)}, got {tuple(blocks.shape)}"
             )
-        if not torch.isfinite(blocks).all():
+        if not all_finite(blocks):
             raise ValueError(f"load_delta: expected finite blocks, found NaN or Inf in {name}.blocks of {path}")
     return tensors
 

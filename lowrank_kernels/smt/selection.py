@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..finite import all_finite
 from ..functional import check_block_index, check_block_size
 
 ATTENTION = r"(self_attn|self_attention|attention|attn)\..*"
@@ -128,7 +129,7 @@ def select_blocks(
         raise ValueError(f"select: expected per to be 'model' or 'matrix', got {per!r}")
     if per == "matrix" and of == "parameters":
         raise ValueError("select: expected of='targets' with per='matrix': each matrix gets its own share")
-    broken = [name for name, s in scores.items() if not torch.isfinite(s).all()]
+    broken = [name for name, s in scores.items() if not all_finite(s)]
     if broken:
         raise ValueError(f"select: expected finite scores, found NaN or Inf for {', '.join(broken[:5])}")
     chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in scores}

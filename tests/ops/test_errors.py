@@ -32,6 +32,8 @@ LORA_LINEAR = [
     ({"lora_a": torch.zeros(0, 8), "lora_b": torch.zeros(6, 0)}, ValueError, r"expected a rank of at least 1"),
     ({"lora_b": torch.zeros(2, 6)}, ValueError, r"expected lora_b of shape \(N, R\) = \(6, 2\), got \(2, 6\)"),
     ({"bias": torch.zeros(8)}, ValueError, r"expected bias of shape \(N,\) = \(6,\), got \(8,\)"),
+    ({"bias": torch.zeros(6, dtype=torch.int64)}, TypeError, r"expected bias of a floating dtype, got torch.int64"),
+    ({"gate": torch.zeros(2, dtype=torch.bool)}, TypeError, r"expected gate of a floating dtype, got torch.bool"),
     ({"gate": torch.zeros(3)}, ValueError, r"expected gate of shape \(R,\) = \(2,\), got \(3,\)"),
     ({"lora_a": torch.zeros(2, 8, device="meta")}, ValueError, r"expected lora_a on cpu like x, got meta"),
     ({"weight": torch.zeros(6, 8, device="meta")}, ValueError, r"expected weight on cpu like x, got meta"),
