@@ -31,6 +31,7 @@ template <typename W, int kAParts>
 bool launch_in_clusters(DoraNormProblem p, cudaStream_t stream) {
   const auto kernel = dora_norm_mma_kernel<W, kAParts, 8, kWarps, kCluster>;
   constexpr int kBytes = dora_cluster_bytes(8, kWarps);
+  static_assert(kBytes <= 227 * 1024, "the shared memory that a block may have");
   cudaFuncAttributes compiled{};
   if (cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
       !has_clusters(compiled.ptxVersion)) {
