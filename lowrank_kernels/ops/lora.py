@@ -212,7 +212,7 @@ def eager_is_chosen(
     A call that records gradients asks what was found over forward and backward, any other what was over the forward;
     never under torch.compile or autocast, which were not measured.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not (x.is_cpu or x.is_cuda):
         return False
     records = torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
@@ -220,7 +220,8 @@ def eager_is_chosen(
     )  # fmt: skip
     op = "lora_linear_backward" if records else "lora_linear"
     rank = lora_a.shape[0] if x.is_cuda else None
-    return tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape, rank) == "eager"
+    chosen = tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape, rank)
+    return chosen == "eager" and not torch.is_autocast_enabled(x.device.type)
 
 
 def lora_linear_eager(

@@ -280,3 +280,14 @@ def test_dropout_follows_torchs_generator_and_an_explicit_seed():
     assert torch.equal(first, draw()) and not torch.equal(first, second)
     assert torch.equal(draw(dropout_seed=3), draw(dropout_seed=torch.tensor(3)))
     assert not torch.equal(draw(dropout_seed=3), draw(dropout_seed=2**40 + 3))
+
+
+def test_meta_tensors_give_shapes():
+    o = {name: t.detach().to("meta") for name, t in operands().items()}
+    o["lora_a"].requires_grad_()
+    y = lk.lora_linear(o["x"], o["weight"], o["lora_a"], o["lora_b"], dropout_p=0.5)
+    assert y.is_meta and y.shape == (*o["x"].shape[:-1], o["weight"].shape[0])
+    assert torch.autograd.grad(y.sum(), o["lora_a"])[0].shape == o["lora_a"].shape
+    magnitude = o["weight"].new_empty(o["weight"].shape[0])
+    assert lk.lora_linear(o["x"], o["weight"], o["lora_a"], o["lora_b"]).shape == y.shape
+    assert lk.dora_linear(o["x"], o["weight"], o["lora_a"], o["lora_b"], magnitude).shape == y.shape
