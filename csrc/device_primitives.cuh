@@ -118,7 +118,8 @@ LRK_DEVICE void wait(Arrivals* arrivals, int parity) {
       : "memory");
 }
 // Global memory to this place in the shared memory of the first `blocks` blocks of the cluster; the
-// bytes arrive at each block's own `arrivals`.
+// bytes arrive at each block's own `arrivals`. For sm_100 ptxas advises against it, for the sake of
+// later architectures: those never launch it (has_clusters).
 LRK_DEVICE void copy_to_cluster(Words4* to, const Words4* from, int bytes, Arrivals* arrivals,
                                 int blocks) {
   asm volatile(
