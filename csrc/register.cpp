@@ -32,8 +32,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 using lrk::dtype_of;
+using lrk::empty;
+using lrk::float_values;
 using lrk::matrix;
 using lrk::name_of;
+using lrk::pointer;
+using lrk::rows_of;
 using lrk::runtime;
 using lrk::shape_of;
 
@@ -41,24 +45,6 @@ void check_shape(const char* op, const char* name, const char* letters, const lr
                  int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(m.rows == rows && m.cols == cols, op, ": expected ", name, " of shape ", letters,
                   " = (", rows, ", ", cols, "), got (", m.rows, ", ", m.cols, ")");
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::vector<int64_t> shape(sizes), strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i] > 0 ? shape[i] : 1;
-  }
-  const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
-                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
-                                                      : aoti_torch_dtype_float16();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                  strides.data(), code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 void check_dropout_p(const char* op, double p) {
@@ -92,27 +78,6 @@ DropoutArgument dropout_argument(const char* op, const std::optional<Tensor>& se
   result.on = true;
   result.inverse_keep = 1.0 / (1.0 - p);
   return result;
-}
-
-// A vector such as the gate as float32, whatever its dtype and stride; empty when there is none.
-std::vector<float> float_values(const char* op, const char* name, const char* letter,
-                                const std::optional<Tensor>& t, int64_t size) {
-  if (!t.has_value()) return {};
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, op, ": expected ", name,
-                  " of shape (", letter, ",) = (", size, ",) on the CPU, got ", shape_of(*t));
-  std::vector<float> values(static_cast<size_t>(size));
-  if (size == 0) return values;
-  // One row of adjacent elements, or a column of others.
-  const bool adjacent = t->stride(0) == 1;
-  const int64_t rows = adjacent ? 1 : size, cols = adjacent ? size : 1;
-  lrk::kernel_table().stage_float(values.data(), cols,
-                                  {t->const_data_ptr(), dtype_of(op, name, t->scalar_type()),
-                                   t->stride(0), rows, cols, cols, nullptr, 0, 0, nullptr});
-  return values;
-}
-
-const float* pointer(const std::vector<float>& values) {
-  return values.empty() ? nullptr : values.data();
 }
 
 lrk::Factor factor_argument(const char* op, const Tensor& factor, bool rank_last, int64_t width) {
@@ -162,8 +127,35 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
   return {y, p, u};
 }
 
-// (y, p, u, norm, column_scale): the same with DoRA's column scale, which comes from the same pass
-// over the weight.
+// The same without dropout, for x (..., K) that is contiguous or a matrix, where y alone is wanted.
+Tensor lora_linear_inference(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                             const Tensor& lora_b, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& gate, double scaling,
+                             const std::optional<Tensor>& column_scale) {
+  const char* op = "lora_linear_inference";
+  const lrk::Matrix w = matrix(op, "weight", weight);
+  const lrk::Matrix input = rows_of(op, "x", x, w.cols);
+  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+  const lrk::Factor a = factor_argument(op, lora_a, false, w.cols);
+  check_shape(op, "lora_b", "(N, R)", b, w.rows, a.rank());
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
+  const std::vector<float> gates = float_values(op, "gate", "R", gate, b.cols);
+  const std::vector<float> scales = float_values(op, "column_scale", "N", column_scale, w.rows);
+  // In x's dtype, as where it is saved: the same y.
+  std::vector<float> values(static_cast<size_t>(input.rows * b.cols));
+  const lrk::Matrix p{values.data(), input.dtype, input.rows, b.cols, b.cols};
+  lrk::lora_down(runtime(), p, input, a, 1.0f, nullptr);
+  Tensor y = empty(lrk::shape_with_columns(x, w.rows), x.scalar_type());
+  lrk::Epilogue epilogue;
+  epilogue.scale = pointer(scales);
+  epilogue.bias = pointer(biases);
+  lrk::lora_linear(runtime(), rows_of(op, "output", y, w.rows), p, input, w, b, pointer(gates),
+                   static_cast<float>(scaling), epilogue);
+  return y;
+}
+
+// (y, p, u, norm, column_scale): lora_linear_fused with DoRA's column scale, which comes from the
+// same pass over the weight.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_fused(
     const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
     const Tensor& magnitude, const Tensor& weight_sq_norm, const std::optional<Tensor>& bias,
@@ -418,6 +410,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, Tensor? column_scale, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
   m.def(
+      "lora_linear_inference(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "Tensor? gate, float scaling, Tensor? column_scale) -> Tensor");
+  m.def(
       "dora_linear_fused(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
       "Tensor weight_sq_norm, Tensor? bias, float scaling, Tensor? dropout_seed, float dropout_p, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u, Tensor norm, Tensor column_scale)");
@@ -449,6 +444,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_down", TORCH_BOX(&lora_down));
   m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
+  m.impl("lora_linear_inference", TORCH_BOX(&lora_linear_inference));
   m.impl("dora_linear_fused", TORCH_BOX(&dora_linear_fused));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));

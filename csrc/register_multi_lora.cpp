@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -19,7 +20,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 using lrk::dtype_of;
+using lrk::empty;
+using lrk::float_values;
 using lrk::matrix;
+using lrk::pointer;
+using lrk::rows_of;
 using lrk::runtime;
 using lrk::shape_of;
 
@@ -41,23 +46,6 @@ const T* values(const char* op, const char* name, const Tensor& t, ScalarType ty
                   op, ": expected ", name, " to be contiguous, on the CPU and of ", least,
                   " or more elements of its dtype, got shape ", shape_of(t));
   return static_cast<const T*>(t.const_data_ptr());
-}
-
-Tensor zeros(int64_t rows, int64_t cols, ScalarType type, bool clear) {
-  const int64_t sizes[2] = {rows, cols}, strides[2] = {cols > 0 ? cols : 1, 1};
-  const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
-                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                      : aoti_torch_dtype_float16();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  if (clear && rows * cols > 0) {
-    __builtin_memset(
-        result.mutable_data_ptr(), 0,
-        static_cast<size_t>(rows * cols * lrk::dtype_bytes(dtype_of("zeros", "dtype", type))));
-  }
-  return result;
 }
 
 // The adapters, and what of them is not a tensor's memory.
@@ -153,7 +141,8 @@ Tensor multi_lora_down(const Tensor& x, const Tensor& factor, const Tensor& tabl
                   adapters.max_rank, ", got ", max_rank);
   const lrk::Batch batch =
       tiled_batch(op, order, tiles, input.rows, adapters.value.count, std::nullopt);
-  Tensor p = zeros(input.rows, max_rank, ScalarType::Float, true);
+  Tensor p = empty({input.rows, max_rank}, ScalarType::Float);
+  std::fill_n(static_cast<float*>(p.mutable_data_ptr()), input.rows * max_rank, 0.0f);
   lrk::multi_lora_down(runtime(), matrix(op, "p", p), input, f, adapters.value, batch);
   return p;
 }
@@ -184,38 +173,27 @@ void multi_lora_up_(Tensor y, const Tensor& p, const Tensor& factor, const Tenso
     STD_TORCH_CHECK(adapters.value.places[i].dora < scale.rows, op, ": expected adapter ", i,
                     " to have a row of column_scale");
   }
-  std::vector<float> biases;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == sum.cols, op,
-                    ": expected bias of shape (N,) = (", sum.cols, ",), got ", shape_of(*bias));
-    biases.resize(static_cast<size_t>(sum.cols));
-    if (sum.cols) {
-      lrk::kernel_table().stage_float(
-          biases.data(), 1,
-          {bias->const_data_ptr(), dtype_of(op, "bias", bias->scalar_type()), bias->stride(0),
-           sum.cols, 1, 1, nullptr, 0, 0, nullptr});
-    }
-  }
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, sum.cols);
   const lrk::Matrix scaled = out.has_value() ? target(op, "out", *out, sum.rows, sum.cols) : sum;
   STD_TORCH_CHECK(scaled.dtype == sum.dtype, op, ": expected out of y's dtype");
-  lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, &scale,
-                     biases.empty() ? nullptr : biases.data(), &scaled);
+  lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, &scale, pointer(biases),
+                     &scaled);
 }
 
-// The whole correction in one call, from ids to sum: y[m] += s B A x[m]. Nothing is changed where
-// an id is out of range.
-void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
-                     const Tensor& table, const Tensor& scalings, const Tensor& ids) {
-  const char* op = "multi_lora_add_";
-  const lrk::Matrix input = matrix(op, "x", x), a = matrix(op, "lora_a", lora_a);
-  const lrk::Matrix b = matrix(op, "lora_b", lora_b);
+// The whole correction from ids to sum: sum[m] += s B A x[m]. Where an id is out of range this
+// raises before `base` has run, and nothing is changed.
+template <typename Base>
+void add_correction(const char* op, const lrk::Matrix& sum, const lrk::Matrix& input,
+                    const Tensor& lora_a, const Tensor& lora_b, const Tensor& table,
+                    const Tensor& scalings, const Tensor& ids, const Base& base) {
+  const lrk::Matrix a = matrix(op, "lora_a", lora_a), b = matrix(op, "lora_b", lora_b);
   STD_TORCH_CHECK(a.cols == input.cols && a.rows == b.rows, op, ": expected lora_a of shape (",
                   b.rows, ", ", input.cols, "), got ", shape_of(lora_a));
-  const lrk::Matrix sum = target(op, "y", y, input.rows, b.cols);
+  STD_TORCH_CHECK(b.cols == sum.cols, op, ": expected lora_b of ", sum.cols, " columns, got ",
+                  shape_of(lora_b));
   const AdaptersArgument adapters =
       adapters_argument(op, table, scalings, a.rows, std::nullopt, std::nullopt);
   const int64_t rows = input.rows, count = adapters.value.count;
-  const int32_t* id = values<int32_t>(op, "ids", ids, ScalarType::Int, rows);
 
   // Kept between calls: a fresh block would cost more than what is planned in it.
   static thread_local std::vector<int32_t> order, bounds;
@@ -226,10 +204,16 @@ void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tens
   order.resize(static_cast<size_t>(rows));
   bounds.resize(static_cast<size_t>(count + 2));
   tiles.resize(static_cast<size_t>(capacity));
-  const int64_t used = lrk::plan_batch(id, rows, count, kTileRows, order.data(), bounds.data(),
-                                       tiles.data(), capacity);
+  const auto plan = [&](const auto* id) {
+    return lrk::plan_batch(id, rows, count, kTileRows, order.data(), bounds.data(), tiles.data(),
+                           capacity);
+  };
+  const int64_t used = ids.scalar_type() == ScalarType::Long
+                           ? plan(values<int64_t>(op, "ids", ids, ScalarType::Long, rows))
+                           : plan(values<int32_t>(op, "ids", ids, ScalarType::Int, rows));
   STD_TORCH_CHECK(used >= 0, op, ": expected ids from -1 to ", count - 1, ", got another in row ",
                   -1 - used);
+  base();
   const int64_t rank = adapters.max_rank;
   if (rank == 0 || rows == 0) return;
   p.resize(static_cast<size_t>(rows * rank));
@@ -237,6 +221,18 @@ void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tens
   const lrk::Batch batch{order.data(), bounds.data(), tiles.data(), used, nullptr};
   lrk::multi_lora_down(runtime(), down, input, a, adapters.value, batch);
   lrk::multi_lora_up(runtime(), sum, down, b, adapters.value, batch, nullptr, nullptr, nullptr);
+}
+
+// x (..., K) and y (..., N) are contiguous, or matrices.
+void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+                     const Tensor& table, const Tensor& scalings, const Tensor& ids) {
+  const char* op = "multi_lora_add_";
+  const lrk::Matrix input = rows_of(op, "x", x, x.dim() ? x.size(x.dim() - 1) : 0);
+  const lrk::Matrix sum = y.dim() == 2 ? target(op, "y", y, input.rows, lora_b.size(1))
+                                       : rows_of(op, "y", y, lora_b.size(1));
+  STD_TORCH_CHECK(sum.rows == input.rows, op, ": expected y of ", input.rows, " rows, got ",
+                  shape_of(y));
+  add_correction(op, sum, input, lora_a, lora_b, table, scalings, ids, [] {});
 }
 
 Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& table,
@@ -258,37 +254,45 @@ Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& tab
                     ": expected ascending bounds of at most ", wide.rows);
   }
   dtype_of(op, "out_dtype", out_dtype);
-  Tensor out = zeros(rows, wide.cols, out_dtype, false);
+  Tensor out = empty({rows, wide.cols}, out_dtype);
   lrk::multi_lora_grad(runtime(), matrix(op, "out", out), wide, left, adapters.value,
                        {order_argument(op, order, wide.rows), edges, nullptr, 0,
                         row_weights(op, weights, wide.rows)});
   return out;
 }
 
-// x weight^T + bias, for the rows where the extension's product beats the library's.
+// y = x weight^T + bias
+void frozen_product(const char* op, const lrk::Matrix& y, const lrk::Matrix& x,
+                    const lrk::Matrix& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(weight.cols == x.cols, op, ": expected weight of ", x.cols,
+                  " columns like x, got ", weight.cols);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, weight.rows);
+  lrk::Epilogue epilogue;
+  epilogue.bias = pointer(biases);
+  const lrk::Matrix none{nullptr, x.dtype, x.rows, 0, 0};
+  const lrk::Matrix no_factor{nullptr, x.dtype, weight.rows, 0, 0};
+  lrk::lora_linear(runtime(), y, none, x, weight, no_factor, nullptr, 1.0f, epilogue);
+}
+
+// The same, for the rows where the extension's product beats the library's.
 Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "frozen_linear";
   const lrk::Matrix input = matrix(op, "x", x), w = matrix(op, "weight", weight);
-  STD_TORCH_CHECK(w.cols == input.cols, op, ": expected weight of ", input.cols,
-                  " columns like x, got ", w.cols);
-  Tensor y = zeros(input.rows, w.rows, x.scalar_type(), false);
-  std::vector<float> biases(bias.has_value() ? static_cast<size_t>(w.rows) : 0);
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == w.rows, op,
-                    ": expected bias of shape (N,) = (", w.rows, ",), got ", shape_of(*bias));
-    if (w.rows) {
-      lrk::kernel_table().stage_float(
-          biases.data(), 1,
-          {bias->const_data_ptr(), dtype_of(op, "bias", bias->scalar_type()), bias->stride(0),
-           w.rows, 1, 1, nullptr, 0, 0, nullptr});
-    }
-  }
-  lrk::Epilogue epilogue;
-  epilogue.bias = biases.empty() ? nullptr : biases.data();
-  const lrk::Matrix none{nullptr, input.dtype, input.rows, 0, 0};
-  const lrk::Matrix no_factor{nullptr, input.dtype, w.rows, 0, 0};
-  lrk::lora_linear(runtime(), matrix(op, "y", y), none, input, w, no_factor, nullptr, 1.0f,
-                   epilogue);
+  Tensor y = empty({input.rows, w.rows}, x.scalar_type());
+  frozen_product(op, matrix(op, "y", y), input, w, bias);
+  return y;
+}
+
+// And with the corrections added, for x (..., K) that is contiguous or a matrix.
+Tensor multi_lora_linear_inference(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                   const Tensor& lora_b, const std::optional<Tensor>& bias,
+                                   const Tensor& table, const Tensor& scalings, const Tensor& ids) {
+  const char* op = "multi_lora_linear_inference";
+  const lrk::Matrix w = matrix(op, "weight", weight), input = rows_of(op, "x", x, w.cols);
+  Tensor y = empty(lrk::shape_with_columns(x, w.rows), x.scalar_type());
+  const lrk::Matrix sum = rows_of(op, "y", y, w.rows);
+  add_correction(op, sum, input, lora_a, lora_b, table, scalings, ids,
+                 [&] { frozen_product(op, sum, input, w, bias); });
   return y;
 }
 
@@ -309,6 +313,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
       "multi_lora_add_(Tensor(a!) y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor table, "
       "Tensor scalings, Tensor ids) -> ()");
+  m.def(
+      "multi_lora_linear_inference(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor? bias, Tensor table, Tensor scalings, Tensor ids) -> Tensor");
   m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
@@ -317,5 +324,6 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("multi_lora_up_", TORCH_BOX(&multi_lora_up_));
   m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));
   m.impl("multi_lora_add_", TORCH_BOX(&multi_lora_add_));
+  m.impl("multi_lora_linear_inference", TORCH_BOX(&multi_lora_linear_inference));
   m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
 }

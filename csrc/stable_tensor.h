@@ -2,11 +2,14 @@
 // fit. For the registration files alone.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "cpu/lora.h"
 
@@ -83,6 +86,66 @@ inline Matrix matrix_anywhere(const char* op, const char* name, const Tensor& t)
 inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU, like the other tensors");
   return matrix_anywhere(op, name, t);
+}
+
+// (..., columns) as its rows: of any stride where it is a matrix, else contiguous.
+inline Matrix rows_of(const char* op, const char* name, const Tensor& t, int64_t columns) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims > 0 && t.size(dims - 1) == columns, op, ": expected ", name, " of ", columns,
+                  " columns, got ", shape_of(t));
+  if (dims == 2) return matrix(op, name, t);
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), op, ": expected ", name,
+                  " on the CPU, and contiguous where it is no matrix");
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()),
+          columns ? t.numel() / columns : 0, columns, columns};
+}
+
+// The sizes of t with another last one.
+inline std::vector<int64_t> shape_with_columns(const Tensor& t, int64_t columns) {
+  std::vector<int64_t> shape(static_cast<size_t>(t.dim()));
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) shape[static_cast<size_t>(i)] = t.size(i);
+  shape.back() = columns;
+  return shape;
+}
+
+// A contiguous CPU tensor without values.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                                                      : aoti_torch_dtype_float16();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A vector such as the gate as float32, whatever its dtype and stride; empty when there is none.
+inline std::vector<float> float_values(const char* op, const char* name, const char* letter,
+                                       const std::optional<Tensor>& t, int64_t size) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == size, op, ": expected ", name,
+                  " of shape (", letter, ",) = (", size, ",) on the CPU, got ", shape_of(*t));
+  std::vector<float> values(static_cast<size_t>(size));
+  if (size == 0) return values;
+  // One row of adjacent elements, or a column of others.
+  const bool adjacent = t->stride(0) == 1;
+  const int64_t rows = adjacent ? 1 : size, cols = adjacent ? size : 1;
+  kernel_table().stage_float(values.data(), cols,
+                             {t->const_data_ptr(), dtype_of(op, name, t->scalar_type()),
+                              t->stride(0), rows, cols, cols, nullptr, 0, 0, nullptr});
+  return values;
+}
+
+inline const float* pointer(const std::vector<float>& values) {
+  return values.empty() ? nullptr : values.data();
 }
 
 }  // namespace lrk

@@ -11,6 +11,7 @@ import importlib
 import importlib.machinery
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def require(op_name: str) -> None:
     raise RuntimeError(f"{op_name}: the compiled extension is not available: {why}")
 
 
+@cache
 def cpu_isa() -> str | None:
     """The instruction set that the CPU ops run on: "generic", "avx2", "avx512" or "amx".
 

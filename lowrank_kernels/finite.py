@@ -11,7 +11,9 @@ from torch import Tensor
 def all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; so of a tensor without elements.
 
-    The least and the greatest, which a NaN becomes both of: one reading, nothing written, and on a CPU a tenth of the
-    time of ``torch.isfinite(tensor).all()``.
+    No sum with a NaN or an infinity in it is finite. Where the sum is not, it may have overflowed: then the least and
+    the greatest are asked, which a NaN becomes both of. One reading nearly always, nothing written: on a CPU a fraction
+    of the time of ``torch.isfinite(tensor).all()``.
     """
-    return tensor.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(tensor.detach()))
+    tensor = tensor.detach()
+    return math.isfinite(tensor.sum().item()) or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

@@ -11,6 +11,7 @@ from torch import Tensor
 from .ops.backend import BACKENDS
 from .ops.batch_plan import BatchPlan, as_ids, plan_batch
 from .ops.block_sparse import (
+    call_block_adamw_,
     call_block_sparse_linear,
     call_block_sparse_weight_grad,
     check_block_adamw,
@@ -28,8 +29,19 @@ from .ops.dora import (
     check_dora_weight_norm,
     check_weight_sq_norm,
 )
-from .ops.lora import call_lora_linear, check_lora_linear, eager_is_chosen, lora_linear_eager
-from .ops.multi_lora import call_multi_lora_linear, check_multi_lora_linear, may_stay_unplanned
+from .ops.lora import (
+    call_lora_linear,
+    check_lora_linear,
+    lora_linear_eager,
+    lora_linear_inference,
+    lora_linear_way,
+)
+from .ops.multi_lora import (
+    call_multi_lora_linear,
+    check_multi_lora_linear,
+    may_stay_unplanned,
+    multi_lora_linear_directly,
+)
 from .stack import LoRAStack
 
 
@@ -94,10 +106,15 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
     """
-    check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
-    _check_backend(backend, "lora_linear")
-    if backend == "auto" and dropout_p == 0.0 and eager_is_chosen(x, weight, lora_a, lora_b, bias, gate):
+    plain = backend == "auto" and dropout_p == 0.0
+    way = lora_linear_way(x, weight, lora_a, lora_b, bias, gate) if plain else None
+    if way == "eager":
         return lora_linear_eager(x, weight, lora_a, lora_b, bias, gate, scaling)
+    if way == "own_product":
+        return lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling)
+    if way is None:
+        check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
+        _check_backend(backend, "lora_linear")
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
     save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
     y, _ = call_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend)
@@ -369,7 +386,7 @@ def block_adamw_(
     """
     _check_backend(backend, "block_adamw_")
     check_block_adamw(blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed)
-    torch.ops.lowrank_kernels.block_adamw_(
+    call_block_adamw_(
         blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, *betas, eps, weight_decay, step, seed, backend
     )
 
@@ -488,14 +505,21 @@ def multi_lora_linear(
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected x to be a tensor, got {type(x).__name__}")
     plan = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
-    if plan is not None:
-        ids = plan.adapter_ids
-    else:
-        given: Any = adapter_ids
+    planned = len(stack) if plan is None else plan.bounds.shape[1] - 2
+    usual = backend == "auto" and dropout_p == 0.0 and weights is None and not (stack.has_dora or stack.is_sliced)
+    given: Any = adapter_ids if plan is None else plan.adapter_ids
+    if usual and planned == len(stack):
+        y = multi_lora_linear_directly(
+            x, weight, stack.lora_a, stack.lora_b, stack.table, stack.scalings, given, bias
+        )  # fmt: skip
+        if y is not None:
+            return y
+    ids = given
+    if plan is None:
         ids = as_ids(given.reshape(-1) if isinstance(given, Tensor) and given.shape == x.shape[:-1] else given)
     check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, ids, bias, weights, stack.has_dora)
-    if plan is not None and plan.bounds.shape[1] != len(stack) + 2:
-        raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {plan.bounds.shape[1] - 2}")
+    if planned != len(stack):
+        raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {planned}")
     ps = _dropout_of_each(dropout_p, len(stack))
     seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
     norm = scale = None

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from .finite import all_finite
 from .ops.backend import BACKENDS
-from .ops.merge import check_merge_lora
+from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_
 
 ROUNDINGS = ("nearest", "stochastic")
 
 
-@torch.no_grad()
 def merge_lora_(
     weight: Tensor,
     lora_a: Tensor,
@@ -49,6 +48,9 @@ def merge_lora_(
             another dtype than bfloat16, a backend that is unknown or cannot run. W is then untouched.
         TypeError: something that is not a tensor of floats.
     """
+    usual = rounding == "nearest" and backend == "auto"
+    if usual and merge_lora_directly_(weight, lora_a, lora_b, scaling, check_finite):
+        return weight
     _check("merge_lora_", weight, lora_a, lora_b, check_finite, backend)
     if rounding not in ROUNDINGS:
         raise ValueError(f"merge_lora_: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
@@ -61,7 +63,6 @@ def merge_lora_(
     return _merge(weight, lora_a, lora_b, scaling, None, None, bits, backend)
 
 
-@torch.no_grad()
 def merge_dora_(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0, backend: str = "auto"
 ) -> Tensor:
@@ -78,7 +79,6 @@ def merge_dora_(
     return _merge(weight, lora_a, lora_b, scaling, None, column_scale, None, backend)
 
 
-@torch.no_grad()
 def unmerge_dora_(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0, backend: str = "auto"
 ) -> Tensor:
@@ -106,6 +106,5 @@ def _merge(
     wide = torch.promote_types(weight.dtype, torch.float32)
     before, after = (None if t is None else t.to(weight.device, wide).contiguous() for t in (before, after))
     lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
-        torch.ops.lowrank_kernels.merge_lora_(weight, lora_a, lora_b, scaling, before, after, seed, backend)
+    call_merge_lora_(weight, lora_a, lora_b, scaling, before, after, seed, backend)
     return weight

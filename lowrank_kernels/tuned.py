@@ -19,7 +19,7 @@ from functools import cache, lru_cache, partial
 from importlib import metadata
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +32,11 @@ logger = logging.getLogger("lowrank_kernels")
 
 Sizes = Callable[..., Mapping[str, int]]
 
-# Choices that stand above the table, by op: what `lrk tune` runs its candidates with.
-_forced: dict[str, str | None] = {}
+# Choices that stand above the table, by op, None for the rule's: what `lrk tune` runs its candidates with.
+forced: dict[str, str | None] = {}
+TABLE = "what the table says"  # in place of such a choice, where there is none
+_memories: list[Callable[[], None]] = []
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def table_path() -> Path | None:
@@ -61,10 +64,21 @@ def choice(op: str, like: Tensor, sizes: Sizes, *of: Hashable) -> str | None:
     ``sizes(*of)`` names the class. It is asked once for the same ``of``, shapes as a rule, and only where there is a
     table.
     """
-    if op in _forced:
-        return _forced[op]
-    device_type = "cuda" if like.is_cuda else "cpu"
-    return _find(op, device_type, like.dtype, sizes, *of) if _table(device_type)[0] else None
+    if op in forced:
+        return forced[op]
+    return settled(op, "cuda" if like.is_cuda else "cpu", like.dtype, sizes, *of)
+
+
+def settled(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hashable) -> str | None:
+    """The same of the table alone, for operands on such a device."""
+    return _find(op, device_type, dtype, sizes, *of) if _table(device_type)[0] else None
+
+
+def remembered(function: F) -> F:
+    """``function`` with a memory for its results, until the table is read again."""
+    cached = lru_cache(maxsize=4096)(function)
+    _memories.append(cached.cache_clear)
+    return cast(F, cached)
 
 
 def product_sizes(rows: Sequence[int], weight: Sequence[int], rank: int | None = None) -> dict[str, int]:
@@ -95,11 +109,11 @@ def parse(chosen: str | None) -> tuple[str | None, dict[str, int]]:
 def forcing(op: str) -> Iterator[Callable[[str | None], None]]:
     """Inside, ``op`` runs what was last given to the function that this yields, whatever the table says; at first, and
     for None, its own rule."""
-    _forced[op] = None
+    forced[op] = None
     try:
-        yield partial(_forced.__setitem__, op)
+        yield partial(forced.__setitem__, op)
     finally:
-        del _forced[op]
+        del forced[op]
 
 
 # --------------------------------------------------------------------------------------------------------- conditions
@@ -193,7 +207,7 @@ def describe(device_type: str) -> str:
     return _table(device_type)[1]
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _find(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hashable) -> str | None:
     return _table(device_type)[0].get(shape_class(op, dtype, sizes(*of)))
 
@@ -201,4 +215,5 @@ def _find(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hash
 def forget() -> None:
     """Read the table again at the next lookup."""
     _table.cache_clear()
-    _find.cache_clear()
+    for clear in _memories:
+        clear()

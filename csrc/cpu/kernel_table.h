@@ -56,6 +56,15 @@ struct BlockProduct {
   bool accumulate;  // false: C is overwritten
 };
 
+// One pointer for each row of x, and the rows of a factor.
+struct Dots {
+  const float* const* x;
+  const void* factor;
+  Dtype dtype;
+  int64_t stride;
+  int64_t cols;
+};
+
 struct KernelTable {
   const char* name;
 
@@ -100,10 +109,10 @@ struct KernelTable {
                     const Dropout& dropout, int64_t row);
 
   // Products with a factor that is read once where it lies, for few rows of the other side.
-  // out[i][r] = the sum over k of x[i][k] * factor[r][k]; x: one pointer a row.
-  void (*dot_rows)(float* out, int64_t out_stride, const float* const* x, int64_t rows,
-                   const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
-                   int64_t cols);
+  // out[i][r] = the sum over k of x[i][k] * factor[r][k], of `dots` and then, in the same sum, of
+  // `more`, whose factor is float32, or null.
+  void (*dot_rows)(float* out, int64_t out_stride, int64_t rows, int64_t rank, const Dots& dots,
+                   const Dots* more);
   // out[i][j] = the sum over r of p[i][r] * factor[r][j].
   void (*mix_rows)(float* out, int64_t out_stride, const float* p, int64_t p_stride, int64_t rows,
                    const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,

@@ -22,10 +22,13 @@ constexpr int64_t kGradPad = 16;            // sums a power of two apart would s
 constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
 constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
 constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
-constexpr int64_t kProductTasks = 8;        // tasks that a product has, at least ...
-constexpr int64_t kProductColumns = 256;    // ... and columns of a task, at most
-constexpr int64_t kProductDepth = 2048;     // slice of the weight in a task's panels: 1 MiB
-constexpr int64_t kProductRows = 1024;      // rows of y that one task takes, at most
+constexpr int64_t kDotRows = 8;             // up to here rows of x stay beside a row of the weight
+constexpr int64_t kDotColumns = 16;         // columns of y in one such task
+constexpr int64_t kSerialDots = int64_t{1} << 16;  // multiply-adds worth a second thread
+constexpr int64_t kProductTasks = 8;               // tasks that a product has, at least ...
+constexpr int64_t kProductColumns = 256;           // ... and columns of a task, at most
+constexpr int64_t kProductDepth = 2048;            // slice of the weight in a task's panels: 1 MiB
+constexpr int64_t kProductRows = 1024;             // rows of y that one task takes, at most
 
 // Ask for a rectangle ahead of its use, into the second-level cache: rows a page apart fall into
 // few sets of the first, where a block of them would evict itself.
@@ -62,6 +65,44 @@ void down(const Runtime& runtime, const Matrix& out, const Matrix& x, const Pane
                             rows, rank, scale);
     }
   });
+}
+
+// The rows of a matrix, at most kDotRows, as float32: in place, or staged in the call's scratch.
+struct FloatRows {
+  CallScratch scratch;
+  const float* rows[kDotRows];
+
+  FloatRows(const KernelTable& kernels, const Matrix& m, const Dropout* dropout)
+      : scratch(static_cast<size_t>(m.rows * m.cols) * sizeof(float)) {
+    for (int64_t i = 0; i < m.rows; ++i) {
+      rows[i] = static_cast<const float*>(element(m, i, 0));
+      if (m.dtype == Dtype::kFloat32 && !dropout) continue;
+      float* staged = static_cast<float*>(scratch.base()) + i * m.cols;
+      Source source = rectangle(m, i, 0, 1, m.cols);
+      source.dropout = dropout;
+      kernels.stage_float(staged, m.cols, source);
+      rows[i] = staged;
+    }
+  }
+};
+
+// The same for very few rows of x and a factor (R, width), whose rows are read where they lie.
+void down_by_dots(const Runtime& runtime, const Matrix& out, const Matrix& x, const Matrix& factor,
+                  float scale, const Dropout* dropout) {
+  const KernelTable& kernels = runtime.kernels;
+  const FloatRows x_rows(kernels, x, dropout);
+  run(runtime, ceil_div(factor.rows, kDotColumns), x.rows * factor.rows * x.cols >= kSerialDots,
+      [&](int64_t begin, int64_t end) {
+        float sums[kDotRows * kDotColumns];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t r = block * kDotColumns, ranks = std::min(kDotColumns, factor.rows - r);
+          kernels.dot_rows(
+              sums, kDotColumns, x.rows, ranks,
+              {x_rows.rows, element(factor, r, 0), factor.dtype, factor.stride, x.cols}, nullptr);
+          kernels.store(mutable_element(out, 0, r), out.dtype, out.stride, sums, kDotColumns,
+                        x.rows, ranks, scale);
+        }
+      });
 }
 
 // ---- the frozen product and the correction together ---------------------------------------------
@@ -133,6 +174,37 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
       finish(kernels, y, epilogue, turned, kRowBlock, 0, m, row, rows);
     }
   });
+}
+
+// With very few tokens and no tiles, a row of the weight is read once, where it lies, and
+// multiplied with all rows of x; the rank is appended to the reduction.
+void linear_by_dots(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
+                    const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+  const KernelTable& kernels = runtime.kernels;
+  const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
+  const FloatRows x_rows(kernels, x, nullptr);
+  const float* p_rows[kDotRows];
+  for (int64_t i = 0; i < m; ++i) p_rows[i] = static_cast<const float*>(element(p, i, 0));
+  run(runtime, ceil_div(n, kDotColumns), m * n * width >= kSerialDots,
+      [&](int64_t begin, int64_t end) {
+        TaskScratch scratch(static_cast<size_t>(kDotColumns * rank) * sizeof(float));
+        float* staged = static_cast<float*>(scratch.base());
+        float sums[kDotRows * kDotColumns];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t col = block * kDotColumns, cols = std::min(kDotColumns, n - col);
+          Dots correction{p_rows, element(lora_b, col, 0), Dtype::kFloat32, lora_b.stride, rank};
+          if (lora_b.dtype != Dtype::kFloat32) {
+            kernels.stage_float(staged, rank, rectangle(lora_b, col, 0, cols, rank));
+            correction.factor = staged;
+            correction.stride = rank;
+          }
+          kernels.dot_rows(
+              sums, kDotColumns, m, cols,
+              {x_rows.rows, element(weight, col, 0), weight.dtype, weight.stride, width},
+              rank ? &correction : nullptr);
+          finish(kernels, y, epilogue, sums, kDotColumns, 0, m, col, cols);
+        }
+      });
 }
 
 // With many tokens a block of the weight is packed into G, stays in the second-level cache, and
@@ -251,7 +323,9 @@ template <typename Elem>
 void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
             const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
             const DoraNorm* norm) {
-  if (x.rows <= kFewRows) {
+  if (sizeof(Elem) == sizeof(float) && x.rows <= kDotRows && !norm) {
+    linear_by_dots(runtime, y, p, x, weight, lora_b, epilogue);
+  } else if (x.rows <= kFewRows) {
     linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue, norm);
   } else {
     linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr,
@@ -663,6 +737,8 @@ void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const
   const PanelSource source{factor.matrix, !factor.rank_last, row_scale};
   if (on_tiles(runtime, x.dtype)) {
     down<uint16_t>(runtime, out, x, source, scale, dropout);
+  } else if (x.rows <= kDotRows && !factor.rank_last) {
+    down_by_dots(runtime, out, x, factor.matrix, scale, dropout);
   } else {
     down<float>(runtime, out, x, source, scale, dropout);
   }

@@ -2,7 +2,8 @@
 // B (N, R), s the scaling, P = drop(x) A^T, Q = dY B.
 //
 // All passes accumulate in float32 and round once. How a sum is cut depends on shapes alone, never
-// on the number of threads or on the other rows of the batch.
+// on the number of threads, nor on the other rows of the batch but for this: without tile
+// instructions, up to 8 rows are summed another way than more.
 #pragma once
 
 #include <cstdint>

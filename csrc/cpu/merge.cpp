@@ -23,7 +23,8 @@ namespace {
 
 constexpr int64_t kRowBlock = 32;    // rows of W in one block product
 constexpr int64_t kColumns = 512;    // columns of W in one task: their slice of A is packed once
-constexpr int64_t kTaskRows = 512;   // rows of W in one task
+constexpr int64_t kTaskRows = 512;   // rows of W in one task, at most
+constexpr int64_t kTasks = 8;        // tasks that there are, at least, in a weight of many rows
 constexpr int64_t kDepthBlock = 64;  // short float32 sums, added up, lose fewer digits than a long
 constexpr int64_t kParallelWork = int64_t{1} << 16;  // elements of W worth a second thread
 
@@ -64,10 +65,13 @@ void pack(const KernelTable& kernels, float* dst, const Matrix& a) {
 void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora_a,
                 const Matrix& lora_b, float scale, const float* before, const float* after,
                 const StochasticRounding* rounding) {
+  if (weight.rows == 0 || weight.cols == 0) return;
   const KernelTable& kernels = runtime.kernels;
   const RowPasses passes = row_passes(kernels);
   const bool plain = !before && !after && !rounding;
   const int64_t rank = lora_a.rows, slices = ceil_div(weight.cols, kColumns);
+  const int64_t task_rows =
+      std::min(kTaskRows, round_up(ceil_div(weight.rows * slices, kTasks), kRowBlock));
   const auto body = [&](int64_t begin, int64_t end) {
     Layout layout;
     const size_t a_at = layout.add<float>(rank * kColumns);
@@ -80,10 +84,10 @@ void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora
     float* c = at<float>(scratch.base(), c_at);
     float* w = at<float>(scratch.base(), w_at);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / slices * kTaskRows, col = task % slices * kColumns;
+      const int64_t first = task / slices * task_rows, col = task % slices * kColumns;
       const int64_t cols = std::min(kColumns, weight.cols - col);
       pack(kernels, a, part(lora_a, 0, col, rank, cols));
-      for (int64_t row = first; row < std::min(first + kTaskRows, weight.rows); row += kRowBlock) {
+      for (int64_t row = first; row < std::min(first + task_rows, weight.rows); row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, weight.rows - row);
         kernels.stage_float(b, rank, source(part(lora_b, row, 0, rows, rank)));
         for (int64_t r = 0; r < rank; r += kDepthBlock) {
@@ -110,7 +114,7 @@ void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora
       }
     }
   };
-  run(runtime, ceil_div(weight.rows, kTaskRows) * slices,
+  run(runtime, ceil_div(weight.rows, task_rows) * slices,
       weight.rows * weight.cols >= kParallelWork, body);
 }
 

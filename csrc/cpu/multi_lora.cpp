@@ -86,8 +86,10 @@ void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, c
       for (int64_t i = 0; i < tile.count; i += 4) {
         const int64_t n = std::min<int64_t>(4, tile.count - i);
         float block[4 * kRanks];
-        kernels.dot_rows(block, kRanks, rows + i, n, element(factor, place.start + r0, 0),
-                         factor.dtype, factor.stride, count, width);
+        kernels.dot_rows(
+            block, kRanks, n, count,
+            {rows + i, element(factor, place.start + r0, 0), factor.dtype, factor.stride, width},
+            nullptr);
         for (int64_t j = 0; j < n; ++j) {
           for (int64_t r = 0; r < count; ++r) out[r] = scale * block[j * kRanks + r];
           std::memcpy(mutable_element(p, batch.order[tile.first + i + j], r0), out,

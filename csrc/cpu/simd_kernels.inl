@@ -662,20 +662,32 @@ LRK_FN void scale_grad(void* dst, Dtype dtype, int64_t dst_stride, const void* s
 
 // ---- products with a factor read once -----------------------------------------------------------
 
+// Halves added to each other until one float is left.
 LRK_INLINE float lane_sum(VecF v) {
-  float lane[kWidth];
-  store_raw(lane, v);
-  for (int n = kWidth / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  }
-  return lane[0];
+  typedef float Lanes4 __attribute__((vector_size(16)));
+#if LRK_W > 4
+  typedef float Lanes8 __attribute__((vector_size(32)));
+#endif
+#if LRK_W == 16
+  Lanes8 eights[2];
+  __builtin_memcpy(eights, &v, sizeof(v));
+  const Lanes8 eight = eights[0] + eights[1];
+#elif LRK_W == 8
+  const Lanes8 eight = v;
+#endif
+#if LRK_W > 4
+  Lanes4 fours[2];
+  __builtin_memcpy(fours, &eight, sizeof(eight));
+  const Lanes4 four = fours[0] + fours[1];
+#else
+  const Lanes4 four = v;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// Rows x Ranks running sums, a lane apart; the order of a sum is the same whatever Rows and Ranks.
 template <int Rows, int Ranks, typename T>
-LRK_INLINE void dot_tile(float* out, int64_t out_stride, const float* const* x, const T* factor,
+LRK_INLINE void add_dots(VecF (&acc)[Rows][Ranks], const float* const* x, const T* factor,
                          int64_t factor_stride, int64_t cols) {
-  VecF acc[Rows][Ranks] = {};
   int64_t k = 0;
   for (; k + kWidth <= cols; k += kWidth) {
     VecF left[Rows];
@@ -697,53 +709,55 @@ LRK_INLINE void dot_tile(float* out, int64_t out_stride, const float* const* x, 
       for (int i = 0; i < Rows; ++i) acc[i][r] += load_part(x[i] + k, cols - k) * right;
     }
   }
+}
+
+// Rows x Ranks running sums, a lane apart; the order of a sum is the same whatever Rows and Ranks.
+template <int Rows, int Ranks, typename T>
+LRK_INLINE void dot_tile(float* out, int64_t out_stride, int64_t i0, int64_t r0, const Dots& dots,
+                         const Dots* more) {
+  VecF acc[Rows][Ranks] = {};
+  add_dots(acc, dots.x + i0, static_cast<const T*>(dots.factor) + r0 * dots.stride, dots.stride,
+           dots.cols);
+  if (more) {
+    add_dots(acc, more->x + i0, static_cast<const float*>(more->factor) + r0 * more->stride,
+             more->stride, more->cols);
+  }
   for (int i = 0; i < Rows; ++i) {
-    for (int r = 0; r < Ranks; ++r) out[i * out_stride + r] = lane_sum(acc[i][r]);
+    for (int r = 0; r < Ranks; ++r) out[(i0 + i) * out_stride + r0 + r] = lane_sum(acc[i][r]);
   }
 }
 
 template <int Rows, typename T>
-LRK_FN void dot_some_rows(float* out, int64_t out_stride, const float* const* x, const T* factor,
-                          int64_t factor_stride, int64_t rank, int64_t cols) {
+LRK_FN void dot_some_rows(float* out, int64_t out_stride, int64_t i0, int64_t rank,
+                          const Dots& dots, const Dots* more) {
   // As many sums as registers hold, and enough of them to hide an addition's latency.
-  constexpr int kRanks = LRK_W == 16 ? (Rows == 4 ? 4 : 8) : (Rows == 1 ? 4 : 2);
+  constexpr int kRanks = LRK_W == 16 ? (Rows > 2 ? 4 : 8) : (Rows == 1 ? 4 : 2);
   int64_t r = 0;
   for (; r + kRanks <= rank; r += kRanks) {
-    dot_tile<Rows, kRanks>(out + r, out_stride, x, factor + r * factor_stride, factor_stride, cols);
+    dot_tile<Rows, kRanks, T>(out, out_stride, i0, r, dots, more);
   }
-  for (; r < rank; ++r) {
-    dot_tile<Rows, 1>(out + r, out_stride, x, factor + r * factor_stride, factor_stride, cols);
-  }
+  for (; r < rank; ++r) dot_tile<Rows, 1, T>(out, out_stride, i0, r, dots, more);
 }
 
 template <typename T>
-LRK_FN void dot_rows_typed(float* out, int64_t out_stride, const float* const* x, int64_t rows,
-                           const T* factor, int64_t factor_stride, int64_t rank, int64_t cols) {
+LRK_FN void dot_rows_typed(float* out, int64_t out_stride, int64_t rows, int64_t rank,
+                           const Dots& dots, const Dots* more) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    dot_some_rows<4>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
-  }
-  for (; i + 2 <= rows; i += 2) {
-    dot_some_rows<2>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
-  }
-  if (i < rows) {
-    dot_some_rows<1>(out + i * out_stride, out_stride, x + i, factor, factor_stride, rank, cols);
-  }
+  for (; i + 4 <= rows; i += 4) dot_some_rows<4, T>(out, out_stride, i, rank, dots, more);
+  if (i + 3 == rows) dot_some_rows<3, T>(out, out_stride, i, rank, dots, more);
+  if (i + 2 == rows) dot_some_rows<2, T>(out, out_stride, i, rank, dots, more);
+  if (i + 1 == rows) dot_some_rows<1, T>(out, out_stride, i, rank, dots, more);
 }
 
-LRK_FN void dot_rows(float* out, int64_t out_stride, const float* const* x, int64_t rows,
-                     const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
-                     int64_t cols) {
-  switch (dtype) {
+LRK_FN void dot_rows(float* out, int64_t out_stride, int64_t rows, int64_t rank, const Dots& dots,
+                     const Dots* more) {
+  switch (dots.dtype) {
     case Dtype::kFloat32:
-      return dot_rows_typed(out, out_stride, x, rows, static_cast<const float*>(factor),
-                            factor_stride, rank, cols);
+      return dot_rows_typed<float>(out, out_stride, rows, rank, dots, more);
     case Dtype::kBFloat16:
-      return dot_rows_typed(out, out_stride, x, rows, static_cast<const BFloat16*>(factor),
-                            factor_stride, rank, cols);
+      return dot_rows_typed<BFloat16>(out, out_stride, rows, rank, dots, more);
     case Dtype::kFloat16:
-      return dot_rows_typed(out, out_stride, x, rows, static_cast<const Float16*>(factor),
-                            factor_stride, rank, cols);
+      return dot_rows_typed<Float16>(out, out_stride, rows, rank, dots, more);
   }
 }
 

@@ -16,7 +16,7 @@ from .. import _extension, tuned
 logger = logging.getLogger("lowrank_kernels")
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -36,7 +36,7 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     """The reason why a backend cannot run an op on such tensors; None when it can."""
     if backend == "reference":
         return None
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {dtype}; use backend='reference'"
     if backend == "cpu":
         if device_type != "cpu":

@@ -355,5 +355,5 @@ call_block_sparse_linear = define(
     _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward
 )
 _call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
-define_in_place(_ADAMW, _adamw)
+call_block_adamw_ = define_in_place(_ADAMW, _adamw)
 register_autocast("block_sparse_linear", _autocast)

@@ -22,6 +22,7 @@ from .lora import (
     cpu_grad,
     cpu_up_,
     library_linear,
+    lora_linear_inference,
     own_grad_product,
     own_product,
     unit_columns,
@@ -219,6 +220,9 @@ def _scaled_product(
         return dora_linear_fwd(x, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save)
     cpp = torch.ops.lowrank_kernels
     if own_product(x, weight, "dora_linear"):
+        if dropout_p == 0.0 and not save:
+            y = lora_linear_inference(x, weight, lora_a, lora_b, bias, None, scaling, column_scale)
+            return y, y, y
         return cpp.lora_linear_fused(
             x, weight, lora_a, lora_b, bias, None, scaling, dropout_seed, dropout_p, column_scale, save
         )

@@ -43,8 +43,7 @@ def define(
 
     def call(*args: Any) -> Any:
         # Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
-        dispatched = torch.compiler.is_compiling() or not _unobserved(args)
-        return op(*args) if dispatched else direct(*args)
+        return direct(*args) if unobserved(args) else op(*args)
 
     return call
 
@@ -79,41 +78,60 @@ def _above_autograd(
     return kernel
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether torch's dispatcher would do nothing with a call but hand it on: plain tensors, no mode, no profiler."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.autograd._profiler_enabled()
-        and all(type(a) in _PLAIN and (a.is_cpu or a.is_cuda) for a in args if isinstance(a, Tensor))
-    )
+def unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether torch would do nothing with a call but hand it on: plain tensors, no mode, no profiler, no compiler."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if not (a.is_cpu or a.is_cuda):
+                return False
+        elif kind not in _NO_TENSOR and isinstance(a, Tensor):
+            return False
+    return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_TENSOR = frozenset((type(None), bool, int, float, str))
 
 
-def define_in_place(schema: str, implementation: Callable[..., None]) -> None:
+def define_in_place(schema: str, implementation: Callable[..., None]) -> Callable[..., None]:
     """Define an op that changes arguments and returns nothing, for every device; it records no gradients.
 
-    The version counters of the changed arguments are raised, as by any in-place operation of torch.
+    The version counters of the changed arguments are raised, as by any in-place operation of torch. Autocast is off
+    inside.
+
+    Returns:
+        The op, called past torch's dispatcher where nobody listens there. Its arguments are all positional.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     written = [
-        i for i, a in enumerate(getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments)
-        if a.alias_info is not None and a.alias_info.is_write
+        i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]  # fmt: skip
 
     def kernel(*args: Any) -> None:
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd():
             implementation(*args)
         changed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
         torch.autograd.graph.increment_version(changed)  # kernels write without torch's knowing
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    register_autocast(name, lambda dtype, *args: args)
+
+    def call(*args: Any) -> None:
+        (kernel if unobserved(args) else op)(*args)
+
+    return call
 
 
 def no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import _extension, tuned
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
-from .backend import resolve_backend
-from .library import define, no_double_backward, register_autocast
+from .backend import KERNEL_DTYPES, resolve_backend
+from .library import define, no_double_backward, register_autocast, unobserved
 
 _FORWARD = (
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, "
@@ -31,8 +32,6 @@ def check_lora_linear(
     dropout_p: float, op: str = "lora_linear",
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
-    if 0.0 <= dropout_p < 1.0 and _fit(x, weight, lora_a, lora_b, bias, gate):
-        return
     for name, tensor in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
@@ -79,25 +78,20 @@ def check_lora_linear(
         raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
 
 
-def _fit(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None
-) -> bool:  # fmt: skip
-    """Whether there is nothing to say of these operands: what nearly every call comes with, at half the time.
+Metadata = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _fit(x: Metadata, weight: Metadata, a: Metadata, b: Metadata, bias: Metadata | None, gate: Metadata | None) -> bool:
+    """Whether there is nothing to say of such operands, with a frozen weight: what nearly every call comes with.
 
     True promises that every check would pass; False promises nothing.
     """
-    try:
-        (n, k), (r, width), device, dtype = weight.shape, lora_a.shape, x.device, x.dtype
-        return (
-            x.shape[-1] == k == width and lora_b.shape == (n, r) and r > 0
-            and weight.dtype is dtype and dtype in _FLOATS and lora_a.dtype in _FLOATS and lora_b.dtype in _FLOATS
-            and weight.device == device and lora_a.device == device and lora_b.device == device
-            and (bias is None or (bias.shape == (n,) and bias.device == device and bias.dtype in _FLOATS))
-            and (gate is None or (gate.shape == (r,) and gate.device == device and gate.dtype in _FLOATS))
-            and not weight.requires_grad
-        )  # fmt: skip
-    except (AttributeError, IndexError, ValueError):
-        return False
+    device, (n, k), r = x[2], weight[0], a[0][0]
+    return (
+        x[1] is weight[1] and x[0][-1] == k and a[0][1] == k and b[0] == (n, r) and r > 0
+        and (bias is None or bias[0] == (n,)) and (gate is None or gate[0] == (r,))
+        and all(t is None or (t[1] in _FLOATS and t[2] == device) for t in (x, weight, a, b, bias, gate))
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- backends
@@ -184,8 +178,8 @@ def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
 # weight is the long operand ...
 _FEW_ROWS = {
     ("amx", torch.bfloat16): (1, 128),
-    ("amx", torch.float32): (5, 64),
-    ("avx512", torch.float32): (5, 64),
+    ("amx", torch.float32): (1, 64),
+    ("avx512", torch.float32): (1, 64),
     ("amx", torch.float16): (12, 32),
     ("avx512", torch.float16): (12, 32),
 }
@@ -195,33 +189,86 @@ _MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
 
 def own_product(x: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     """Whether the extension computes x Wᵀ too, with the correction in its accumulators."""
-    if weight.stride(1) != 1:
-        return False
     chosen = tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape)
+    return weight.stride(1) == 1 and own_by_rule(chosen, x.dtype, x.shape, weight.shape)
+
+
+def own_by_rule(chosen: str | None, dtype: torch.dtype, x: torch.Size, weight: torch.Size) -> bool:
+    """The same for shapes, after what was settled for them, or by the rule."""
     if chosen in ("own_product", "library_product"):
         return chosen == "own_product"
-    n, k = weight.shape
-    return _within(_FEW_ROWS, x) or (n <= k and _within(_MANY_ROWS, x))
+    rows, (n, k) = x[:-1].numel(), weight
+    return _within(_FEW_ROWS, dtype, rows) or (n <= k and _within(_MANY_ROWS, dtype, rows))
 
 
-def eager_is_chosen(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None
-) -> bool:
-    """Whether `lrk tune` found that PyTorch's calls, past every op of this package, are the fastest way.
-
-    A call that records gradients asks what was found over forward and backward, any other what was over the forward;
-    never under torch.compile or autocast, which were not measured.
-    """
-    if torch.compiler.is_compiling() or not (x.is_cpu or x.is_cuda):
-        return False
-    records = torch.is_grad_enabled() and (
-        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
-        or (bias is not None and bias.requires_grad) or (gate is not None and gate.requires_grad)
-    )  # fmt: skip
+@tuned.remembered
+def _way(
+    forced: str | None, records: bool, x: Metadata, weight: Metadata, lora_a: Metadata, lora_b: Metadata,
+    bias: Metadata | None, gate: Metadata | None,
+) -> str | None:  # fmt: skip
+    """One of "eager", "own_product" and "op" for such operands; None where they are not known to fit together."""
+    if not _fit(x, weight, lora_a, lora_b, bias, gate):
+        return None
+    (rows, dtype, device), rank = x, lora_a[0][0] if x[2].type == "cuda" else None
+    if device.type not in ("cpu", "cuda"):
+        return "op"
     op = "lora_linear_backward" if records else "lora_linear"
-    rank = lora_a.shape[0] if x.is_cuda else None
-    chosen = tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape, rank)
-    return chosen == "eager" and not torch.is_autocast_enabled(x.device.type)
+    chosen = forced
+    if chosen == tuned.TABLE:
+        chosen = tuned.settled(op, device.type, dtype, tuned.product_sizes, rows, weight[0], rank)
+    if chosen == "eager":
+        return "eager"
+    own = (
+        device.type == "cpu" and not records and _extension.available() and dtype in KERNEL_DTYPES
+        and torch.float64 not in (lora_a[1], lora_b[1]) and chosen != "reference"
+        and own_by_rule(chosen, dtype, rows, weight[0])
+    )  # fmt: skip
+    return "own_product" if own else "op"
+
+
+def lora_linear_way(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> str | None:
+    """How a call without dropout runs: "eager", "own_product", "op"; None where the operands are not known to fit.
+
+    "eager", PyTorch's calls, where these are fastest: a call that records gradients asks what is over forward and
+    backward, any other what is over the forward. Not under torch.compile or autocast, which were not measured.
+    "own_product", the extension's in one call, where no gradient is recorded and nobody would notice that it is not
+    this package's op. Operands are checked and settled once for all of their metadata: at one token, where the weight
+    has emptied the caches, more Python takes longer than the correction.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        records = torch.is_grad_enabled() and (
+            x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+            or (bias is not None and bias.requires_grad) or (gate is not None and gate.requires_grad)
+        )  # fmt: skip
+        way = _way(
+            tuned.forced.get("lora_linear_backward" if records else "lora_linear", tuned.TABLE), records,
+            (x.shape, x.dtype, x.device), (weight.shape, weight.dtype, weight.device),
+            (lora_a.shape, lora_a.dtype, lora_a.device), (lora_b.shape, lora_b.dtype, lora_b.device),
+            None if bias is None else (bias.shape, bias.dtype, bias.device),
+            None if gate is None else (gate.shape, gate.dtype, gate.device),
+        )  # fmt: skip
+    except (AttributeError, IndexError, TypeError, ValueError):  # no tensor, no matrix, a size that is no number
+        return None
+    if weight.requires_grad:
+        return None
+    if way == "eager":
+        return "op" if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") else way
+    if way == "own_product":
+        adjacent = x.is_contiguous() and weight.stride(1) == 1 and lora_a.is_contiguous() and lora_b.is_contiguous()
+        return way if adjacent and unobserved((x, weight, lora_a, lora_b, bias, gate)) else "op"
+    return way
+
+
+def lora_linear_inference(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None, scaling: float,
+    column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The formula without dropout in one call of the extension, for contiguous CPU tensors; records no gradient."""
+    return torch.ops.lowrank_kernels.lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling, column_scale)
 
 
 def lora_linear_eager(
@@ -232,15 +279,16 @@ def lora_linear_eager(
     The weight fills the caches, so that its product comes last: in the forward, or, where gradients are recorded, in
     the backward, whose order is the forward's reversed. At one token that is 4 % of the time.
     """
-    base = library_linear(x, weight, bias) if torch.is_grad_enabled() else None
-    p = _gated(torch.nn.functional.linear(x, _in_dtype_of(x, lora_a)), gate)
-    correction = torch.nn.functional.linear(p, _in_dtype_of(x, lora_b))
-    return torch.add(library_linear(x, weight, bias) if base is None else base, correction, alpha=scaling)
+    lora_a, lora_b = _in_dtype_of(x, lora_a), _in_dtype_of(x, lora_b)
+    bias = None if bias is None else _in_dtype_of(x, bias)
+    base = linear(x, weight, bias) if torch.is_grad_enabled() else None
+    correction = linear(_gated(linear(x, lora_a), gate), lora_b)
+    return torch.add(linear(x, weight, bias) if base is None else base, correction, alpha=scaling)
 
 
 def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias by PyTorch, which takes no bias of another dtype than x."""
-    return torch.nn.functional.linear(x, weight, None if bias is None else _in_dtype_of(x, bias))
+    return linear(x, weight, None if bias is None else _in_dtype_of(x, bias))
 
 
 def _in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
@@ -255,12 +303,12 @@ def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") ->
     if chosen in ("own_product", "library_product"):
         return chosen == "own_product"
     n, k = weight.shape
-    return k <= n and _within(_MANY_ROWS, grad_y)
+    return k <= n and _within(_MANY_ROWS, grad_y.dtype, grad_y.numel() // max(1, n))
 
 
-def _within(tokens: dict[tuple[str, torch.dtype], tuple[int, int]], x: Tensor) -> bool:
-    least, most = tokens.get((_extension.cpu_isa() or "", x.dtype), (1, 0))
-    return least <= x.shape[0] <= most
+def _within(tokens: dict[tuple[str, torch.dtype], tuple[int, int]], dtype: torch.dtype, rows: int) -> bool:
+    least, most = tokens.get((_extension.cpu_isa() or "", dtype), (1, 0))
+    return least <= rows <= most
 
 
 def _gated(p: Tensor, gate: Tensor | None) -> Tensor:
@@ -301,6 +349,8 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The main product is the library's; the thin ones are whoever's is faster, and dropout is the extension's."""
     if own_product(x, weight):
+        if dropout_p == 0.0 and not save_p:
+            return lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling), None
         y, p, _ = torch.ops.lowrank_kernels.lora_linear_fused(
             x, weight, lora_a, lora_b, bias, gate, scaling, dropout_seed, dropout_p, None, False
         )

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tuned
+from .. import _extension, tuned
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
-from .backend import resolve_backend
+from .backend import KERNEL_DTYPES, resolve_backend
 from .batch_plan import check_range
-from .library import define, no_double_backward, register_autocast
-from .lora import library_linear, own_product, unit_columns
+from .library import define, no_double_backward, register_autocast, unobserved
+from .lora import Metadata, library_linear, own_by_rule, own_product, unit_columns
 
 _STACK = "Tensor table, Tensor scalings, int max_rank, int[]? slices"
 _PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
@@ -92,6 +92,76 @@ def check_multi_lora_linear(
 
 
 # ----------------------------------------------------------------------------------------------------------- backends
+
+
+@tuned.remembered
+def _direct_way(
+    forced: str | None, x: Metadata, weight: Metadata, lora_a: Metadata, lora_b: Metadata, ids: Metadata,
+    bias: Metadata | None,
+) -> str | None:  # fmt: skip
+    """How such operands are computed best without the op: "own_product", "library_product", or None: not."""
+    (rows, dtype, device), (n, k), height = x, weight[0], lora_a[0][0]
+    fit = (
+        device.type == "cpu" and dtype in KERNEL_DTYPES and weight[1] is dtype and _extension.available()
+        and rows[-1] == k and lora_a[0] == (height, k) and lora_b[0] == (height, n)
+        and ids[0] in (rows[:-1], (rows[:-1].numel(), 1))
+        and ids[1] in (torch.int32, torch.int64) and (bias is None or bias[0] == (n,))
+        and all(t is None or t[1] in KERNEL_DTYPES for t in (lora_a, lora_b, bias))
+        and all(t is None or t[2] == device for t in (weight, lora_a, lora_b, ids, bias))
+    )  # fmt: skip
+    if not fit:
+        return None
+    chosen = forced
+    if chosen == tuned.TABLE:
+        chosen = tuned.settled("multi_lora_linear", "cpu", dtype, tuned.product_sizes, rows, weight[0])
+    if chosen == "reference":
+        return None
+    return "own_product" if own_by_rule(chosen, dtype, rows, weight[0]) else "library_product"
+
+
+def multi_lora_linear_directly(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, ids: Tensor,
+    bias: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """y of LoRA adapters, one a row, past this package's op: the C++ kernels' own calls on a CPU, where no gradient is
+    recorded and nobody notices; None anywhere else. Operands are checked and settled once for all of their metadata.
+
+    Raises:
+        ValueError: ids out of range.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        if torch.is_grad_enabled() and (
+            weight.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):  # fmt: skip
+            return None
+        way = _direct_way(
+            tuned.forced.get("multi_lora_linear", tuned.TABLE),
+            (x.shape, x.dtype, x.device), (weight.shape, weight.dtype, weight.device),
+            (lora_a.shape, lora_a.dtype, lora_a.device), (lora_b.shape, lora_b.dtype, lora_b.device),
+            (ids.shape, ids.dtype, ids.device), None if bias is None else (bias.shape, bias.dtype, bias.device),
+        )  # fmt: skip
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return None
+    adjacent = (
+        way is not None and x.is_contiguous() and weight.stride(1) == 1 and lora_a.is_contiguous()
+        and lora_b.is_contiguous() and ids.is_contiguous()
+    )  # fmt: skip
+    if not adjacent or not unobserved((x, weight, lora_a, lora_b, ids, bias)):
+        return None
+    try:
+        if way == "own_product":
+            return torch.ops.lowrank_kernels.multi_lora_linear_inference(
+                x, weight, lora_a, lora_b, bias, table, scalings, ids
+            )
+        y = library_linear(x, weight, bias)
+        torch.ops.lowrank_kernels.multi_lora_add_(y, x, lora_a, lora_b, table, scalings, ids)
+        return y
+    except RuntimeError:
+        check_range(ids, len(table))
+        raise
 
 
 def _kernels(name: str) -> Any:
