@@ -65,6 +65,21 @@ struct Dots {
   int64_t cols;
 };
 
+// rows x cols of a result from `rank` rows of a factor; its own columns lie behind one another.
+struct Mix {
+  float* out;
+  int64_t out_stride;
+  const float* p;
+  int64_t p_stride;
+  int64_t rows;
+  const void* factor;
+  Dtype dtype;
+  int64_t factor_stride;
+  int64_t rank;
+  int64_t cols;
+  bool accumulate;  // false: out is overwritten
+};
+
 struct KernelTable {
   const char* name;
 
@@ -114,9 +129,7 @@ struct KernelTable {
   void (*dot_rows)(float* out, int64_t out_stride, int64_t rows, int64_t rank, const Dots& dots,
                    const Dots* more);
   // out[i][j] = the sum over r of p[i][r] * factor[r][j].
-  void (*mix_rows)(float* out, int64_t out_stride, const float* p, int64_t p_stride, int64_t rows,
-                   const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
-                   int64_t cols);
+  void (*mix_rows)(const Mix& mix);
 };
 
 // The best table that this processor runs, or the one named by LRK_CPU_ISA (generic, avx2, avx512,

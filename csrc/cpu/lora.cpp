@@ -23,6 +23,9 @@ constexpr int64_t kUpTaskColumns = 2048;    // columns of one up-projection task
 constexpr int64_t kUpFewRowsColumns = 256;  // the same when rows are few
 constexpr int64_t kFewRows = 128;           // up to here one task takes all rows of y
 constexpr int64_t kDotRows = 8;             // up to here rows of x stay beside a row of the weight
+constexpr int64_t kMixTasks = 8;            // tasks of x's gradient for such rows, at least, ...
+constexpr int64_t kMixColumns = 256;        // columns of one, at most ...
+constexpr int64_t kMixRows = 32;            // and rows of the weight in one of its sums
 constexpr int64_t kDotColumns = 16;         // columns of y in one such task
 constexpr int64_t kSerialDots = int64_t{1} << 16;  // multiply-adds worth a second thread
 constexpr int64_t kProductTasks = 8;               // tasks that a product has, at least ...
@@ -331,6 +334,43 @@ void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matr
     linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr,
                            norm);
   }
+}
+
+// The gradient of very few rows of x: rows of the weight are read once, where they lie, and added
+// up.
+void grad_x_by_mixing(const Runtime& runtime, const Matrix& grad_x, const Matrix& q,
+                      const Matrix& grad_y, const Matrix& weight, const Matrix& lora_a,
+                      const Dropout* dropout, const float* row_scale) {
+  const KernelTable& kernels = runtime.kernels;
+  const int64_t m = grad_y.rows, n = weight.rows, width = weight.cols, rank = q.cols;
+  CallScratch shared(static_cast<size_t>(m * n) * sizeof(float));
+  float* dy = static_cast<float*>(shared.base());
+  Source source = rectangle(grad_y, 0, 0, m, n);
+  source.col_scale = row_scale;
+  kernels.stage_float(dy, n, source);
+  const int64_t columns =
+      std::clamp(round_up(ceil_div(width, kMixTasks), 4 * kPanel), 4 * kPanel, kMixColumns);
+  run(runtime, ceil_div(width, columns), m * n * width >= kSerialDots,
+      [&](int64_t begin, int64_t end) {
+        float sums[kDotRows * kMixColumns], correction[kDotRows * kMixColumns];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t col = block * columns, cols = std::min(columns, width - col);
+          for (int64_t row = 0; row < n; row += kMixRows) {
+            kernels.mix_rows({sums, kMixColumns, dy + row, n, m, element(weight, row, col),
+                              weight.dtype, weight.stride, std::min(kMixRows, n - row), cols,
+                              row > 0});
+          }
+          kernels.mix_rows({dropout ? correction : sums, kMixColumns,
+                            static_cast<const float*>(q.data), q.stride, m, element(lora_a, 0, col),
+                            lora_a.dtype, lora_a.stride, rank, cols, !dropout});
+          if (dropout) {
+            kernels.add(sums, Dtype::kFloat32, kMixColumns, correction, kMixColumns, m, cols, 1.0f,
+                        dropout, 0, col);
+          }
+          kernels.store(mutable_element(grad_x, 0, col), grad_x.dtype, grad_x.stride, sums,
+                        kMixColumns, m, cols, 1.0f);
+        }
+      });
 }
 
 // ---- up: y += (p * gate) factor -----------------------------------------------------------------
@@ -766,7 +806,9 @@ void lora_grad_x(const Runtime& runtime, const Matrix& grad_x, const Matrix& q,
   if (grad_x.rows == 0 || grad_x.cols == 0) return;
   const ScaledP scaled(runtime.kernels, q, gate, scale);
   const PanelSource w{weight, false, row_scale}, a{lora_a, false};
-  if (on_tiles(runtime, grad_y.dtype)) {
+  if (grad_y.rows <= kDotRows && weight.rows > 0) {
+    grad_x_by_mixing(runtime, grad_x, scaled.matrix, grad_y, weight, lora_a, dropout, row_scale);
+  } else if (on_tiles(runtime, grad_y.dtype)) {
     linear_many_rows<uint16_t>(runtime, grad_x, scaled.matrix, grad_y, w, a, {}, dropout);
   } else {
     linear_many_rows<float>(runtime, grad_x, scaled.matrix, grad_y, w, a, {}, dropout);

@@ -131,9 +131,9 @@ void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, con
           stage(kernels, left + i * place.rank, p, row, 0, place.rank, place.rank, nullptr);
           for (int64_t r = 0; r < place.rank; ++r) left[i * place.rank + r] *= scale;
         }
-        kernels.mix_rows(sum, task_columns, left, place.rank, tile.count,
-                         element(factor, place.start, col), factor.dtype, factor.stride, place.rank,
-                         cols);
+        kernels.mix_rows({sum, task_columns, left, place.rank, tile.count,
+                          element(factor, place.start, col), factor.dtype, factor.stride,
+                          place.rank, cols, false});
         for (int64_t i = 0; i < tile.count; ++i) {
           const int64_t row = batch.order[tile.first + i];
           kernels.add(mutable_element(y, row, col), y.dtype, y.stride, sum + i * task_columns,

@@ -761,23 +761,24 @@ LRK_FN void dot_rows(float* out, int64_t out_stride, int64_t rows, int64_t rank,
   }
 }
 
-// Rows x (Vecs registers) of the result. The next adapter's rows lie after these: they are asked
-// for while these are read.
+// Rows x (Vecs registers) of the result. The rows after these are asked for while these are read.
 template <int Rows, int Vecs, typename T>
-LRK_INLINE void mix_strip(float* out, int64_t out_stride, const float* p, int64_t p_stride,
-                          const T* factor, int64_t factor_stride, int64_t rank) {
+LRK_INLINE void mix_strip(const Mix& m, int64_t i0, int64_t j0) {
+  const T* factor = static_cast<const T*>(m.factor) + j0;
+  const float* p = m.p + i0 * m.p_stride;
+  float* out = m.out + i0 * m.out_stride + j0;
   VecF acc[Rows][Vecs] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    const T* line = factor + r * factor_stride;
+  for (int64_t r = 0; r < m.rank; ++r) {
+    const T* line = factor + r * m.factor_stride;
     for (int v = 0; v < Vecs * kWidth; v += 64 / sizeof(T)) {
-      __builtin_prefetch(line + rank * factor_stride + v, 0, 2);
+      __builtin_prefetch(line + m.rank * m.factor_stride + v, 0, 2);
     }
     VecF right[Vecs];
 #pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) right[v] = load(line + v * kWidth);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-      const float left = p[i * p_stride + r];
+      const float left = p[i * m.p_stride + r];
 #pragma GCC unroll 8
       for (int v = 0; v < Vecs; ++v) acc[i][v] += left * right[v];
     }
@@ -785,62 +786,48 @@ LRK_INLINE void mix_strip(float* out, int64_t out_stride, const float* p, int64_
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vecs; ++v) store(out + i * out_stride + v * kWidth, acc[i][v]);
+    for (int v = 0; v < Vecs; ++v) {
+      float* to = out + i * m.out_stride + v * kWidth;
+      store(to, m.accumulate ? load(to) + acc[i][v] : acc[i][v]);
+    }
   }
 }
 
 template <int Rows, typename T>
-LRK_FN void mix_some_rows(float* out, int64_t out_stride, const float* p, int64_t p_stride,
-                          const T* factor, int64_t factor_stride, int64_t rank, int64_t cols) {
+LRK_FN void mix_some_rows(const Mix& m, int64_t i0) {
   constexpr int kVecs = LRK_W == 16 ? (Rows == 4 ? 4 : 8) : 2;
   int64_t j = 0;
-  for (; j + kVecs * kWidth <= cols; j += kVecs * kWidth) {
-    mix_strip<Rows, kVecs>(out + j, out_stride, p, p_stride, factor + j, factor_stride, rank);
-  }
-  for (; j + kWidth <= cols; j += kWidth) {
-    mix_strip<Rows, 1>(out + j, out_stride, p, p_stride, factor + j, factor_stride, rank);
-  }
-  if (j == cols) return;
+  for (; j + kVecs * kWidth <= m.cols; j += kVecs * kWidth) mix_strip<Rows, kVecs, T>(m, i0, j);
+  for (; j + kWidth <= m.cols; j += kWidth) mix_strip<Rows, 1, T>(m, i0, j);
+  if (j == m.cols) return;
   VecF acc[Rows] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    const VecF right = load_part(factor + r * factor_stride + j, cols - j);
-    for (int i = 0; i < Rows; ++i) acc[i] += p[i * p_stride + r] * right;
+  for (int64_t r = 0; r < m.rank; ++r) {
+    const VecF right =
+        load_part(static_cast<const T*>(m.factor) + r * m.factor_stride + j, m.cols - j);
+    for (int i = 0; i < Rows; ++i) acc[i] += m.p[(i0 + i) * m.p_stride + r] * right;
   }
-  for (int i = 0; i < Rows; ++i) store_part(out + i * out_stride + j, acc[i], cols - j);
+  for (int i = 0; i < Rows; ++i) {
+    float* to = m.out + (i0 + i) * m.out_stride + j;
+    store_part(to, m.accumulate ? load_part(to, m.cols - j) + acc[i] : acc[i], m.cols - j);
+  }
 }
 
 template <typename T>
-LRK_FN void mix_rows_typed(float* out, int64_t out_stride, const float* p, int64_t p_stride,
-                           int64_t rows, const T* factor, int64_t factor_stride, int64_t rank,
-                           int64_t cols) {
+LRK_FN void mix_rows_typed(const Mix& m) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    mix_some_rows<4>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
-                     factor_stride, rank, cols);
-  }
-  for (; i + 2 <= rows; i += 2) {
-    mix_some_rows<2>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
-                     factor_stride, rank, cols);
-  }
-  if (i < rows) {
-    mix_some_rows<1>(out + i * out_stride, out_stride, p + i * p_stride, p_stride, factor,
-                     factor_stride, rank, cols);
-  }
+  for (; i + 4 <= m.rows; i += 4) mix_some_rows<4, T>(m, i);
+  for (; i + 2 <= m.rows; i += 2) mix_some_rows<2, T>(m, i);
+  if (i < m.rows) mix_some_rows<1, T>(m, i);
 }
 
-LRK_FN void mix_rows(float* out, int64_t out_stride, const float* p, int64_t p_stride, int64_t rows,
-                     const void* factor, Dtype dtype, int64_t factor_stride, int64_t rank,
-                     int64_t cols) {
-  switch (dtype) {
+LRK_FN void mix_rows(const Mix& m) {
+  switch (m.dtype) {
     case Dtype::kFloat32:
-      return mix_rows_typed(out, out_stride, p, p_stride, rows, static_cast<const float*>(factor),
-                            factor_stride, rank, cols);
+      return mix_rows_typed<float>(m);
     case Dtype::kBFloat16:
-      return mix_rows_typed(out, out_stride, p, p_stride, rows,
-                            static_cast<const BFloat16*>(factor), factor_stride, rank, cols);
+      return mix_rows_typed<BFloat16>(m);
     case Dtype::kFloat16:
-      return mix_rows_typed(out, out_stride, p, p_stride, rows, static_cast<const Float16*>(factor),
-                            factor_stride, rank, cols);
+      return mix_rows_typed<Float16>(m);
   }
 }
 

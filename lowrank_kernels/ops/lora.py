@@ -165,26 +165,43 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return lora_linear_bwd(*args)
 
 
+# Measured on two threads of a Xeon with AMX; lesser instruction sets there too, with MKL and oneDNN held to the same.
+# "generic", which serves other processors as well, is not measured: there the library does what it can.
+
+
 def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
-    """Whether PyTorch's own thin products beat the extension's on this CPU.
+    """Whether PyTorch's own thin products beat the extension's on this CPU: in float32, which MKL multiplies.
 
-    They do in float32 (MKL), and in half precision where the extension has no tile instructions. They never do with
-    dropout, which the extension draws while it reads. Measured on a Xeon with AMX; where a CPU has none, unmeasured.
+    They never do with dropout, which the extension draws while it reads.
     """
-    return dropout_p == 0.0 and not (x.dtype == torch.bfloat16 and _extension.cpu_isa() == "amx")
+    return dropout_p == 0.0 and (x.dtype == torch.float32 or _extension.cpu_isa() == "generic")
 
 
-# Tokens (least, most) for which the extension's own product beats PyTorch's, whole correction included: where the
-# weight is the long operand ...
-_FEW_ROWS = {
+_ALL = 1 << 62
+# Tokens (least, most) for which the extension's own product beats PyTorch's, whole correction included. Without tiles
+# PyTorch multiplies bfloat16 and float16 an element at a time, or nearly.
+_OWN_ROWS = {
     ("amx", torch.bfloat16): (1, 128),
+    ("amx", torch.float16): (1, 64),
     ("amx", torch.float32): (1, 64),
+    ("avx512", torch.bfloat16): (1, _ALL),
+    ("avx512", torch.float16): (1, _ALL),
     ("avx512", torch.float32): (1, 64),
-    ("amx", torch.float16): (12, 32),
-    ("avx512", torch.float16): (12, 32),
+    ("avx2", torch.bfloat16): (1, _ALL),
+    ("avx2", torch.float16): (1, _ALL),
+    ("avx2", torch.float32): (1, 32),
 }
-# ... and where the tokens are, in products that are not wider than their reduction. On two threads of that Xeon.
-_MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
+# The same for dY W, the gradient of x.
+_OWN_GRAD_ROWS = {
+    ("amx", torch.bfloat16): (1, 8),
+    ("amx", torch.float16): (1, 8),
+    ("avx512", torch.bfloat16): (1, _ALL),
+    ("avx512", torch.float16): (1, _ALL),
+    ("avx2", torch.bfloat16): (1, _ALL),
+    ("avx2", torch.float16): (1, _ALL),
+}
+# And for both, in products that are not wider than their reduction.
+_OWN_MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
 
 
 def own_product(x: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
@@ -198,7 +215,7 @@ def own_by_rule(chosen: str | None, dtype: torch.dtype, x: torch.Size, weight: t
     if chosen in ("own_product", "library_product"):
         return chosen == "own_product"
     rows, (n, k) = x[:-1].numel(), weight
-    return _within(_FEW_ROWS, dtype, rows) or (n <= k and _within(_MANY_ROWS, dtype, rows))
+    return _within(_OWN_ROWS, dtype, rows) or (n <= k and _within(_OWN_MANY_ROWS, dtype, rows))
 
 
 @tuned.remembered
@@ -303,7 +320,8 @@ def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") ->
     if chosen in ("own_product", "library_product"):
         return chosen == "own_product"
     n, k = weight.shape
-    return k <= n and _within(_MANY_ROWS, grad_y.dtype, grad_y.numel() // max(1, n))
+    dtype, rows = grad_y.dtype, grad_y.numel() // max(1, n)
+    return _within(_OWN_GRAD_ROWS, dtype, rows) or (k <= n and _within(_OWN_MANY_ROWS, dtype, rows))
 
 
 def _within(tokens: dict[tuple[str, torch.dtype], tuple[int, int]], dtype: torch.dtype, rows: int) -> bool:
