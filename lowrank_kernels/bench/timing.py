@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -116,7 +117,7 @@ def measure_roofs(dtype: torch.dtype, device: torch.device, seconds: float = 1.0
     size = 8192 if device.type == "cuda" else 256
     while device.type != "cuda" and size < 2048:
         square = torch.ones(size, size, dtype=dtype)
-        if 8 * _cpu_seconds(lambda square=square: square @ square) > 0.1:
+        if 8 * _cpu_seconds(partial(torch.mm, square, square)) > 0.1:
             break
         size *= 2
     source = torch.ones(1 << 28, dtype=torch.uint8, device=device)

@@ -60,7 +60,8 @@ def _merge_on_cpu(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     before: Tensor | None, after: Tensor | None, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # as set_float32_matmul_precision left it
+    # As torch.set_float32_matmul_precision left it.
+    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     if weight.dtype == torch.float32 and before is None and after is None and exact:
         # The library sums in float32 too then, and takes half the time of our kernel at 2048 x 2048.
         weight.addmm_(lora_b.float(), lora_a.float(), alpha=scaling)

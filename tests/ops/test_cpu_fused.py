@@ -207,8 +207,10 @@ def test_dora_scale_grad(m, n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "r"), [(1, 8, 5, 1), (70, 131, 45, 7), (40, 600, 96, 33), (1100, 64, 2100, 16)]
-)
+    ("m", "n", "k", "r"),
+    [(1, 8, 5, 1), (3, 131, 300, 7), (8, 70, 577, 33), (5, 33, 64, 300), (70, 131, 45, 7), (40, 600, 96, 33),
+     (1100, 64, 2100, 16)],
+)  # fmt: skip
 @pytest.mark.parametrize(("dropout_p", "scaled"), [(0.0, False), (0.3, False), (0.3, True)])
 def test_grad_x(m, n, k, r, dtype, dropout_p, scaled):
     generator = torch.Generator().manual_seed(1)
@@ -225,6 +227,20 @@ def test_grad_x(m, n, k, r, dtype, dropout_p, scaled):
         return dy @ weight.to(dtype) + 0.7 * keep.to(dtype) * ((q.to(dtype) * gate.to(dtype)) @ a.to(dtype))
 
     assert_as_exact_as_eager(got, formula(dtype), formula(torch.float64), what="grad_x")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_grad_x_does_not_feel_its_batch(dtype):
+    generator = torch.Generator().manual_seed(1)
+    grad_y, weight, a, q = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((40, 70), (70, 300), (7, 300), (40, 7))
+    )
+    call = lambda first, last: CPP.lora_grad_x(grad_y[first:last], q[first:last], weight, a, None, 0.7, None, 0.0)  # noqa: E731
+    few, whole = call(0, 8), call(0, 40)  # up to 8 rows are summed another way than more
+    for row in (0, 5, 7):
+        assert torch.equal(call(row, row + 1)[0], few[row])
+    for first in (0, 13, 31):
+        assert torch.equal(call(first, first + 9), whole[first : first + 9])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,7 +267,8 @@ def test_on_a_lower_instruction_set(isa):
     script = (
         "import torch, tests.ops.test_cpu_fused as t\n"
         "for dtype in t.DTYPES:\n"
-        "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True)\n"
+        "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True); t.check(5, 70, 45, 7, dtype, bias=True, gate=True)\n"
+        "    t.test_grad_x(5, 131, 300, 7, dtype, 0.3, True)\n"
         "    t.check(33, 64, 96, 16, dtype, scale=True)\n"
         "    t.test_dora_up(True, 33, 130, 7, dtype); t.test_dora_scale_grad(40, 75, dtype)\n"
         "    t.test_grad_x(70, 131, 45, 7, dtype, 0.3, True); t.test_dora_down_grad(70, 131, 7, dtype, True)\n"
