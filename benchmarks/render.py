@@ -361,9 +361,57 @@ def predictions() -> str:
     return table(text, heads, cells)
 
 
+def half_without_tiles() -> str:
+    """The table of `benchmarks/half_without_tiles.py`."""
+    found = results("half_without_tiles")
+    words = [
+        "Microseconds of plain PyTorch, and of ours, of a forward alone and of a step; R = 16, medians of calls that",
+        f"take turns. {conditions(found['conditions'])} Repeat: `python benchmarks/half_without_tiles.py`.",
+    ]
+    pairs = zip(found["rows"][::2], found["rows"][1::2], strict=True)
+    cells = [
+        (f"{row['isa']}, {row['dtype']}, {row['M']} tokens, K = N = {row['K']}",
+         *(f"{mode['plain_us']:.0f} | {mode['ours_us']:.0f}" for mode in (row, step)))
+        for row, step in pairs
+    ]  # fmt: skip
+    return table(words, " | plain, forward | ours | plain, step | ours", cells)
+
+
+def tuned() -> str:
+    """What `lrk tune` chose unlike the rule, and where its best loses to plain PyTorch."""
+    part = results("cpu_tune")["cpu"]
+    entries = {key: entry for key, entry in part["entries"].items() if entry["choice"] is not None}
+    words = [
+        f"{part['conditions']['device']}; torch {part['conditions']['torch']}, {part['date']}: "
+        f"{len(part['entries'])} classes",
+        f"of shapes, {len(entries)} of them settled unlike the rule (`benchmarks/results/cpu_tune.json`).",
+    ]
+    cells = [
+        (f"`{key.split()[0]}` {' '.join(key.split()[1:])}", entry["choice"].replace("_", " "),
+         f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
+         "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}")
+        for key, entry in entries.items()
+    ]  # fmt: skip
+    return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
+
+
+def tuned_small_layers() -> str:
+    """Every class of the table of small layers."""
+    part = results("cpu_tune_small_layers")["cpu"]
+    cells = [
+        (f"`{key.split()[0]}` {' '.join(key.split()[1:])}", (entry["choice"] or "the rule's").replace("_", " "),
+         f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
+         "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}")
+        for key, entry in part["entries"].items()
+    ]  # fmt: skip
+    words = ["The same for layers whose products take microseconds (`benchmarks/results/cpu_tune_small_layers.json`)."]
+    return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
+
+
 TABLES = (
     cost_over_frozen, demo, bench, predictions, dora_demo_task, smt_gradient, smt_training, smt_demo_task,
     many_adapters, train_many_adapters, compare_serving_references, soak_serving, optimizer_steps, resume,
+    half_without_tiles, tuned, tuned_small_layers,
 )  # fmt: skip
 FIGURES = {render.__name__: render for render in TABLES}
 FIGURES |= {f"cost of {method}": partial(method_cost, method) for method in COSTLY}

@@ -320,7 +320,8 @@ OPS: dict[str, Bench] = {
             _shapes((2048, 2048, 16), (4096, 1024, 64), (1024, 4096, 8), (2049, 1000, 7), names="K N R"),
             _shapes(*((k, n, r) for k, n in _WIDTHS for r in (16, 64)), names="K N R"),
             lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
-            {"plain": lambda i: i["weight"] + (2.0 * (i["lora_b"].float() @ i["lora_a"].float())).to(i["weight"].dtype),
+            {"plain": lambda i: i["weight"].clone().add_((2.0 * (i["lora_b"].float() @ i["lora_a"].float())).to(
+                i["weight"].dtype)),
              "ours": lambda i, backend="auto": lk.merge_lora_(
                 i["weight"].clone(), i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
             lambda i: merge_lora_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),

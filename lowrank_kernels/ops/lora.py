@@ -165,8 +165,9 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return lora_linear_bwd(*args)
 
 
-# Measured on two threads of a Xeon with AMX; lesser instruction sets there too, with MKL and oneDNN held to the same.
-# "generic", which serves other processors as well, is not measured: there the library does what it can.
+# These rules were measured on two threads of a Xeon with AMX, those for lesser instruction sets too, with PyTorch, MKL
+# and oneDNN held to the same. "generic", which serves other processors as well, is not measured: it leaves to the
+# library what that can do.
 
 
 def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
@@ -219,11 +220,10 @@ def own_by_rule(chosen: str | None, dtype: torch.dtype, x: torch.Size, weight: t
 
 
 @tuned.remembered
-def _way(
-    forced: str | None, records: bool, x: Metadata, weight: Metadata, lora_a: Metadata, lora_b: Metadata,
-    bias: Metadata | None, gate: Metadata | None,
-) -> str | None:  # fmt: skip
+def _way(forced: str | None, records: bool, *metadata: Any) -> str | None:
     """One of "eager", "own_product" and "op" for such operands; None where they are not known to fit together."""
+    x, weight, lora_a, lora_b = (metadata[i : i + 3] for i in range(0, 12, 3))
+    bias, gate = metadata[12:]
     if not _fit(x, weight, lora_a, lora_b, bias, gate):
         return None
     (rows, dtype, device), rank = x, lora_a[0][0] if x[2].type == "cuda" else None
@@ -254,7 +254,7 @@ def lora_linear_way(
     this package's op. Operands are checked and settled once for all of their metadata: at one token, where the weight
     has emptied the caches, more Python takes longer than the correction.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor:
         return None
     try:
         records = torch.is_grad_enabled() and (
@@ -263,8 +263,8 @@ def lora_linear_way(
         )  # fmt: skip
         way = _way(
             tuned.forced.get("lora_linear_backward" if records else "lora_linear", tuned.TABLE), records,
-            (x.shape, x.dtype, x.device), (weight.shape, weight.dtype, weight.device),
-            (lora_a.shape, lora_a.dtype, lora_a.device), (lora_b.shape, lora_b.dtype, lora_b.device),
+            x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device,
+            lora_a.shape, lora_a.dtype, lora_a.device, lora_b.shape, lora_b.dtype, lora_b.device,
             None if bias is None else (bias.shape, bias.dtype, bias.device),
             None if gate is None else (gate.shape, gate.dtype, gate.device),
         )  # fmt: skip
@@ -273,7 +273,7 @@ def lora_linear_way(
     if weight.requires_grad:
         return None
     if way == "eager":
-        return "op" if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") else way
+        return "op" if torch._C._is_any_autocast_enabled() else way
     if way == "own_product":
         adjacent = x.is_contiguous() and weight.stride(1) == 1 and lora_a.is_contiguous() and lora_b.is_contiguous()
         return way if adjacent and unobserved((x, weight, lora_a, lora_b, bias, gate)) else "op"
