@@ -2,9 +2,9 @@
 // B (N, R), s the scaling, P = drop(x) A^T, Q = dY B.
 //
 // All passes accumulate in float32 and round once. How a sum is cut depends on shapes alone, never
-// on the number of threads, nor on the other rows of the batch but for this: up to 8 rows are summed
-// another way than more, in lora_grad_x, and without tile instructions in lora_down with an A-like
-// factor and in lora_linear without norms.
+// on the number of threads, nor on the other rows of the batch but for this: up to 8 rows are
+// summed another way than more, in lora_grad_x, and without tile instructions in lora_down with an
+// A-like factor and in lora_linear without norms.
 #pragma once
 
 #include <cstdint>
