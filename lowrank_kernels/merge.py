@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .finite import all_finite
 from .ops.backend import BACKENDS
-from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_
+from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_, merges_directly
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -48,8 +48,9 @@ def merge_lora_(
             another dtype than bfloat16, a backend that is unknown or cannot run. W is then untouched.
         TypeError: something that is not a tensor of floats.
     """
-    usual = rounding == "nearest" and backend == "auto"
-    if usual and merge_lora_directly_(weight, lora_a, lora_b, scaling, check_finite):
+    direct = rounding == "nearest" and backend == "auto" and merges_directly(weight, lora_a, lora_b)
+    if direct and (not check_finite or (all_finite(lora_a) and all_finite(lora_b))):
+        merge_lora_directly_(weight, lora_a, lora_b, scaling)
         return weight
     _check("merge_lora_", weight, lora_a, lora_b, check_finite, backend)
     if rounding not in ROUNDINGS:

@@ -88,7 +88,7 @@ def _fit(x: Metadata, weight: Metadata, a: Metadata, b: Metadata, bias: Metadata
     """
     device, (n, k), r = x[2], weight[0], a[0][0]
     return (
-        x[1] is weight[1] and x[0][-1] == k and a[0][1] == k and b[0] == (n, r) and r > 0
+        x[1] is weight[1] and x[0][-1] == k and a[0] == (r, k) and b[0] == (n, r) and r > 0
         and (bias is None or bias[0] == (n,)) and (gate is None or gate[0] == (r,))
         and all(t is None or (t[1] in _FLOATS and t[2] == device) for t in (x, weight, a, b, bias, gate))
     )  # fmt: skip

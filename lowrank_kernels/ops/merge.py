@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,7 +71,8 @@ def _merge_on_cpu(
 
 
 @tuned.remembered
-def _merges_directly(forced: str | None, weight: Metadata, lora_a: Metadata, lora_b: Metadata) -> bool:
+def _fit_and_settled(forced: str | None, weight: Metadata, lora_a: Metadata, lora_b: Metadata) -> bool:
+    """Whether such operands fit together on a CPU, and are not settled to run the reference."""
     (shape, dtype, device), rank = weight, lora_a[0][0]
     fit = (
         device.type == "cpu" and _extension.available()
@@ -85,28 +84,28 @@ def _merges_directly(forced: str | None, weight: Metadata, lora_a: Metadata, lor
     return fit and forced != "reference"
 
 
-def merge_lora_directly_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, check_finite: bool) -> bool:
-    """Whether W ← W + s B A, rounded to nearest, was done past this package's op: on a CPU, where nobody notices.
+def merges_directly(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether :func:`merge_lora_directly_` takes these operands: on a CPU, where nobody notices that it is not the op.
 
-    Operands are checked and settled once for all of their metadata. What does not fit, or is not finite, is left alone.
+    They are checked and settled once for all of their metadata.
     """
     if not unobserved((weight, lora_a, lora_b)):
         return False
     try:
-        direct = _merges_directly(
+        taken = _fit_and_settled(
             tuned.forced.get("merge_lora_", tuned.TABLE), (weight.shape, weight.dtype, weight.device),
             (lora_a.shape, lora_a.dtype, lora_a.device), (lora_b.shape, lora_b.dtype, lora_b.device),
         )  # fmt: skip
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
-    if not (direct and weight.is_contiguous() and lora_a.is_contiguous() and lora_b.is_contiguous()):
-        return False
-    weight, lora_a, lora_b = weight.detach(), lora_a.detach(), lora_b.detach()
-    if check_finite and not (math.isfinite(lora_a.sum().item()) and math.isfinite(lora_b.sum().item())):
-        return False
-    _merge_on_cpu(weight, lora_a, lora_b, scaling, None, None, None)
+    return taken and weight.is_contiguous() and lora_a.is_contiguous() and lora_b.is_contiguous()
+
+
+def merge_lora_directly_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
+    """W ← W + s B A, rounded to nearest, past this package's op."""
+    weight = weight.detach()
+    _merge_on_cpu(weight, lora_a.detach(), lora_b.detach(), scaling, None, None, None)
     torch.autograd.graph.increment_version(weight)  # the kernel writes without torch's knowing
-    return True
 
 
 def _merge_reference(

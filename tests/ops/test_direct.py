@@ -142,6 +142,8 @@ def test_which_calls_go_past_the_op():
         ({"x": None}, "expected x to be a tensor"),
         ({"lora_a": torch.ones(0, K), "lora_b": torch.ones(N, 0), "gate": None}, "rank of at least 1"),
         ({"lora_b": torch.ones(R, N)}, "expected lora_b of shape"),
+        ({"lora_a": torch.ones(R, K, 1)}, "expected lora_a of shape"),
+        ({"lora_b": torch.ones(N, R, 1)}, "expected lora_b of shape"),
         ({"weight": torch.ones(N, K).requires_grad_()}, "frozen weight"),
         ({"weight": torch.ones(N)}, "expected weight of shape"),
         ({"bias": torch.ones(N, dtype=torch.int32)}, "expected bias of a floating dtype"),
@@ -269,7 +271,7 @@ def test_merges_that_need_the_op():
     for w, *factors in (
         (weight.T.contiguous().T, a, b), (weight.clone(), a.double(), b), (weight.clone(), a.T.contiguous().T, b)
     ):  # fmt: skip
-        assert not merge_op.merge_lora_directly_(w, *factors, 1.0, True)
+        assert not merge_op.merges_directly(w, *factors)
         torch.testing.assert_close(lk.merge_lora_(w, *factors), known)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lk.merge_lora_(weight.clone(), a, b), known)
