@@ -7,13 +7,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/row_hash.h"
 #include "philox.h"
 #include "stable_tensor.h"
 
@@ -158,8 +161,9 @@ Tensor lora_linear_inference(const Tensor& x, const Tensor& weight, const Tensor
 // same pass over the weight.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_fused(
     const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-    const Tensor& magnitude, const Tensor& weight_sq_norm, const std::optional<Tensor>& bias,
-    double scaling, const std::optional<Tensor>& dropout_seed, double dropout_p, bool keep_u) {
+    const Tensor& magnitude, const std::optional<Tensor>& weight_sq_norm,
+    const std::optional<Tensor>& bias, double scaling, const std::optional<Tensor>& dropout_seed,
+    double dropout_p, bool keep_u) {
   const char* op = "dora_linear_fused";
   const lrk::Matrix input = matrix(op, "x", x);
   const lrk::Matrix w = matrix(op, "weight", weight);
@@ -193,6 +197,135 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_fused(
   lrk::lora_linear(runtime(), matrix(op, "output", y), matrix(op, "p", p), input, w, b, nullptr,
                    static_cast<float>(scaling), epilogue, &norms);
   return {y, p, u, norm, scale};
+}
+
+// What a column scale g was computed from, told by hashes: of the rows of W, B and A, and of m with
+// s and the dtypes.
+class ScaleOperands {
+ public:
+  ScaleOperands(const char* op, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                const Tensor& magnitude, double scaling, const std::optional<Tensor>& column_scale,
+                const std::optional<Tensor>& hashes)
+      : weight_(matrix(op, "weight", weight)),
+        a_(matrix(op, "lora_a", lora_a)),
+        b_(matrix(op, "lora_b", lora_b)),
+        magnitude_(float_values(op, "magnitude", "N", magnitude, weight_.rows)),
+        scaling_(scaling),
+        hashes_(empty({2 * weight_.rows + a_.rows + 1}, ScalarType::Long)),
+        column_scale_(empty({weight_.rows}, ScalarType::Float)) {
+    check_shape(op, "lora_a", "(R, K)", a_, a_.rows, weight_.cols);
+    check_shape(op, "lora_b", "(N, R)", b_, weight_.rows, a_.rows);
+    STD_TORCH_CHECK(a_.rows > 0 && a_.cols > 0, op, ": expected R and K of 1 or more, got ",
+                    shape_of(lora_a));
+    uint64_t* factors = of_weight() + weight_.rows;
+    lrk::hash_rows(runtime(), b_, factors);
+    lrk::hash_rows(runtime(), a_, factors + weight_.rows);
+    std::vector<float> rest = magnitude_;
+    rest.resize(rest.size() + 5);
+    const int32_t dtypes[3] = {static_cast<int32_t>(weight_.dtype), static_cast<int32_t>(a_.dtype),
+                               static_cast<int32_t>(b_.dtype)};
+    std::memcpy(rest.data() + magnitude_.size(), &scaling, sizeof(scaling));
+    std::memcpy(rest.data() + magnitude_.size() + 2, dtypes, sizeof(dtypes));
+    factors[weight_.rows + a_.rows] =
+        lrk::row_hash(runtime().kernels)(rest.data(), static_cast<int64_t>(4 * rest.size()));
+    if (column_scale.has_value() && hashes.has_value()) {
+      const bool fits =
+          hashes->is_cpu() && hashes->is_contiguous() &&
+          hashes->scalar_type() == ScalarType::Long && hashes->numel() == hashes_.numel() &&
+          column_scale->is_cpu() && column_scale->is_contiguous() &&
+          column_scale->scalar_type() == ScalarType::Float && column_scale->numel() == weight_.rows;
+      if (fits) {
+        kept_scale_ = static_cast<const float*>(column_scale->const_data_ptr());
+        kept_ = static_cast<const uint64_t*>(hashes->const_data_ptr());
+      }
+    }
+  }
+
+  const lrk::Matrix& weight() const { return weight_; }
+  const lrk::Matrix& lora_a() const { return a_; }
+  const lrk::Matrix& lora_b() const { return b_; }
+  // Where the hashes of the rows of W belong.
+  uint64_t* of_weight() { return static_cast<uint64_t*>(hashes_.mutable_data_ptr()); }
+
+  // g as it was kept, if A, B, m and s are what they were then; else null.
+  const float* kept_scale() {
+    const int64_t n = weight_.rows, all = hashes_.numel();
+    return kept_ && std::equal(kept_ + n, kept_ + all, of_weight() + n) ? kept_scale_ : nullptr;
+  }
+  bool weight_is_what_it_was() { return std::equal(kept_, kept_ + weight_.rows, of_weight()); }
+
+  // g, made anew. By a pass of its own, so that its bits do not depend on the product beside it.
+  const float* compute_scale() {
+    float* scale = static_cast<float*>(column_scale_.mutable_data_ptr());
+    std::vector<float> norms(static_cast<size_t>(weight_.rows));
+    lrk::dora_norm(runtime(), weight_,
+                   {a_, b_, scaling_, nullptr, pointer(magnitude_), norms.data(), nullptr, scale});
+    return scale;
+  }
+  const Tensor& column_scale() const { return column_scale_; }
+  const Tensor& hashes() const { return hashes_; }
+
+ private:
+  lrk::Matrix weight_, a_, b_;
+  std::vector<float> magnitude_;
+  double scaling_;
+  Tensor hashes_, column_scale_;
+  const uint64_t* kept_ = nullptr;
+  const float* kept_scale_ = nullptr;
+};
+
+Tensor nothing(ScalarType type) { return empty({0}, type); }
+
+// (y, g, hashes) of y = g * (x W^T + s x A^T B^T) + bias. With g and hashes of an earlier call g is
+// used as it is where every operand still has its hash, that of W being taken as W is multiplied:
+// the last two results are then empty. Else g is computed with y.
+std::tuple<Tensor, Tensor, Tensor> dora_linear_remembering(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& magnitude, const std::optional<Tensor>& bias, double scaling,
+    const std::optional<Tensor>& column_scale, const std::optional<Tensor>& hashes) {
+  const char* op = "dora_linear_remembering";
+  ScaleOperands operands(op, weight, lora_a, lora_b, magnitude, scaling, column_scale, hashes);
+  const lrk::Matrix& w = operands.weight();
+  const lrk::Matrix input = rows_of(op, "x", x, w.cols);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
+  std::vector<float> values(static_cast<size_t>(input.rows * operands.lora_a().rows));
+  const lrk::Matrix p{values.data(), input.dtype, input.rows, operands.lora_a().rows,
+                      operands.lora_a().rows};
+  lrk::lora_down(runtime(), p, input, {operands.lora_a(), false}, 1.0f, nullptr);
+  Tensor y = empty(lrk::shape_with_columns(x, w.rows), x.scalar_type());
+  const lrk::Matrix out = rows_of(op, "output", y, w.rows);
+  lrk::Epilogue epilogue;
+  epilogue.bias = pointer(biases);
+  const auto product = [&](const float* scale) {
+    epilogue.scale = scale;
+    lrk::lora_linear(runtime(), out, p, input, w, operands.lora_b(), nullptr,
+                     static_cast<float>(scaling), epilogue, nullptr, operands.of_weight());
+  };
+  if (const float* scale = operands.kept_scale()) {
+    product(scale);
+    if (operands.weight_is_what_it_was()) {
+      return {y, nothing(ScalarType::Float), nothing(ScalarType::Long)};
+    }
+  }
+  product(operands.compute_scale());
+  return {y, operands.column_scale(), operands.hashes()};
+}
+
+// (g, hashes) alone, for a product of the library's; both empty where those of an earlier call
+// hold.
+std::tuple<Tensor, Tensor> dora_column_scale_remembering(const Tensor& weight, const Tensor& lora_a,
+                                                         const Tensor& lora_b,
+                                                         const Tensor& magnitude, double scaling,
+                                                         const std::optional<Tensor>& column_scale,
+                                                         const std::optional<Tensor>& hashes) {
+  ScaleOperands operands("dora_column_scale_remembering", weight, lora_a, lora_b, magnitude,
+                         scaling, column_scale, hashes);
+  lrk::hash_rows(runtime(), operands.weight(), operands.of_weight());
+  if (operands.kept_scale() && operands.weight_is_what_it_was()) {
+    return {nothing(ScalarType::Float), nothing(ScalarType::Long)};
+  }
+  operands.compute_scale();
+  return {operands.column_scale(), operands.hashes()};
 }
 
 // A matrix that is written: its rows may not overlap.
@@ -414,8 +547,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor? gate, float scaling, Tensor? column_scale) -> Tensor");
   m.def(
       "dora_linear_fused(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
-      "Tensor weight_sq_norm, Tensor? bias, float scaling, Tensor? dropout_seed, float dropout_p, "
+      "Tensor? weight_sq_norm, Tensor? bias, float scaling, Tensor? dropout_seed, float dropout_p, "
       "bool keep_u) -> (Tensor y, Tensor p, Tensor u, Tensor norm, Tensor column_scale)");
+  m.def(
+      "dora_linear_remembering(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor magnitude, Tensor? bias, float scaling, Tensor? column_scale, Tensor? hashes) -> "
+      "(Tensor y, Tensor column_scale, Tensor hashes)");
+  m.def(
+      "dora_column_scale_remembering(Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor magnitude, float scaling, Tensor? column_scale, Tensor? hashes) -> "
+      "(Tensor column_scale, Tensor hashes)");
   m.def(
       "lora_grad_x(Tensor grad_y, Tensor q, Tensor weight, Tensor lora_a, Tensor? gate, "
       "float scaling, Tensor? dropout_seed, float dropout_p, Tensor? row_scale=None) -> Tensor");
@@ -446,6 +587,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
   m.impl("lora_linear_inference", TORCH_BOX(&lora_linear_inference));
   m.impl("dora_linear_fused", TORCH_BOX(&dora_linear_fused));
+  m.impl("dora_linear_remembering", TORCH_BOX(&dora_linear_remembering));
+  m.impl("dora_column_scale_remembering", TORCH_BOX(&dora_column_scale_remembering));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
   m.impl("dora_up_", TORCH_BOX(&dora_up_));

@@ -54,6 +54,12 @@ void block_grad_(Tensor out, const Tensor& x, const Tensor& grad_y, const Tensor
   lrk::block_grad(runtime(), blocks, xm, dy);
 }
 
+void write_blocks_(Tensor weight, const Tensor& blocks, const Tensor& block_index) {
+  const char* op = "write_blocks_";
+  const lrk::Matrix w = matrix(op, "weight", weight);
+  lrk::write_blocks(runtime(), blocks_of(op, "blocks", blocks, block_index, w.rows, w.cols), w);
+}
+
 float* moments(const char* name, Tensor& t, const Tensor& blocks) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.is_cpu() &&
                       t.numel() == blocks.numel(),
@@ -97,6 +103,7 @@ void block_adamw_step_(Tensor blocks, const Tensor& grad, Tensor exp_avg, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
+  m.def("write_blocks_(Tensor(a!) weight, Tensor blocks, Tensor block_index) -> ()");
   m.def("block_grad_(Tensor(a!) out, Tensor x, Tensor grad_y, Tensor block_index) -> ()");
   m.def(
       "block_adamw_step_(Tensor(a!) blocks, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) "
@@ -105,6 +112,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
+  m.impl("write_blocks_", TORCH_BOX(&write_blocks_));
   m.impl("block_grad_", TORCH_BOX(&block_grad_));
   m.impl("block_adamw_step_", TORCH_BOX(&block_adamw_step_));
 }

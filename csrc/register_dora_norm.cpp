@@ -26,7 +26,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "dora_norm";
-constexpr int64_t kMaxRank = 512;
 
 using lrk::shape_of;
 
@@ -52,18 +51,11 @@ Operands operands(const Tensor& weight, const Tensor& lora_a, const Tensor& lora
   STD_TORCH_CHECK(o.weight.cols > 0, kOp, ": expected weight of shape (N, K) with K of 1 or more");
   STD_TORCH_CHECK(o.lora_a.cols == o.weight.cols, kOp, ": expected lora_a of shape (R, K) = (R, ",
                   o.weight.cols, "), got ", shape_of(lora_a));
-  STD_TORCH_CHECK(o.lora_a.rows >= 1 && o.lora_a.rows <= kMaxRank, kOp,
-                  ": expected a rank of 1 to ", kMaxRank, ", got ", o.lora_a.rows);
+  STD_TORCH_CHECK(o.lora_a.rows >= 1, kOp, ": expected a rank of at least 1, got ", o.lora_a.rows);
   STD_TORCH_CHECK(o.lora_b.rows == o.weight.rows && o.lora_b.cols == o.lora_a.rows, kOp,
                   ": expected lora_b of shape (N, R) = (", o.weight.rows, ", ", o.lora_a.rows,
                   "), got ", shape_of(lora_b));
   return o;
-}
-
-void check_vector(const char* name, const Tensor& t, const Tensor& weight) {
-  check_device(name, t, weight);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == weight.size(0), kOp, ": expected ", name,
-                  " of shape (N,) = (", weight.size(0), ",), got ", shape_of(t));
 }
 
 Tensor empty_floats(int64_t size, int32_t device_type, int32_t device_index) {
@@ -80,28 +72,17 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 // ---- CPU ----------------------------------------------------------------------------------------
 
-// As float32, whatever the dtype and stride; empty when there is none.
-std::vector<float> values(const char* name, const std::optional<Tensor>& t, const Tensor& weight) {
-  if (!t.has_value()) return {};
-  check_vector(name, *t, weight);
-  std::vector<float> result(static_cast<size_t>(t->size(0)));
-  if (result.empty()) return result;
-  lrk::kernel_table().stage_float(
-      result.data(), 1,
-      {t->const_data_ptr(), lrk::dtype_of(kOp, name, (*t).scalar_type()), t->stride(0), t->size(0),
-       1, 1, nullptr, 0, 0, nullptr});
-  return result;
-}
-
 Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double scaling,
                  const std::optional<Tensor>& weight_sq_norm,
                  const std::optional<Tensor>& magnitude, bool) {
   const Operands o = operands(weight, lora_a, lora_b);
-  const std::vector<float> squares = values("weight_sq_norm", weight_sq_norm, weight);
-  const std::vector<float> magnitudes = values("magnitude", magnitude, weight);
+  const int64_t n = o.weight.rows;
+  const std::vector<float> squares =
+      lrk::float_values(kOp, "weight_sq_norm", "N", weight_sq_norm, n);
+  const std::vector<float> magnitudes = lrk::float_values(kOp, "magnitude", "N", magnitude, n);
   const int32_t cpu = aoti_torch_device_type_cpu();
-  Tensor norm = empty_floats(o.weight.rows, cpu, 0), sq_norm = empty_floats(o.weight.rows, cpu, 0);
-  Tensor scale = empty_floats(magnitude.has_value() ? o.weight.rows : 0, cpu, 0);
+  Tensor norm = empty_floats(n, cpu, 0), sq_norm = empty_floats(n, cpu, 0);
+  Tensor scale = empty_floats(magnitude.has_value() ? n : 0, cpu, 0);
   lrk::dora_norm(lrk::runtime(), o.weight,
                  {o.lora_a, o.lora_b, scaling, squares.empty() ? nullptr : squares.data(),
                   magnitudes.empty() ? nullptr : magnitudes.data(), floats(norm), floats(sq_norm),
@@ -113,7 +94,15 @@ Result dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
 
 #if defined(LRK_WITH_CUDA)
 
+constexpr int64_t kMaxRank = 512;
+
 lrk::DoraMatrix device_matrix(const lrk::Matrix& m) { return {m.data, m.dtype, m.stride}; }
+
+void check_vector(const char* name, const Tensor& t, const Tensor& weight) {
+  check_device(name, t, weight);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == weight.size(0), kOp, ": expected ", name,
+                  " of shape (N,) = (", weight.size(0), ",), got ", shape_of(t));
+}
 
 lrk::DoraMatrix device_vector(const char* name, const std::optional<Tensor>& t,
                               const Tensor& weight) {
@@ -126,6 +115,8 @@ Result dora_norm_cuda(const Tensor& weight, const Tensor& lora_a, const Tensor& 
                       double scaling, const std::optional<Tensor>& weight_sq_norm,
                       const std::optional<Tensor>& magnitude, bool clusters) {
   const Operands o = operands(weight, lora_a, lora_b);
+  STD_TORCH_CHECK(o.lora_a.rows <= kMaxRank, kOp, ": expected a rank of 1 to ", kMaxRank,
+                  " on a GPU, got ", o.lora_a.rows);
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, kOp,
                   ": this torch has no CUDA support; install a CUDA build of torch");
   const int32_t device = weight.get_device_index(), cuda = aoti_torch_device_type_cuda();

@@ -75,7 +75,7 @@ inline Matrix matrix_anywhere(const char* op, const char* name, const Tensor& t)
   STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " with 2 dimensions, got shape ",
                   shape_of(t));
   const int64_t rows = t.size(0), cols = t.size(1);
-  STD_TORCH_CHECK(cols <= 1 || t.stride(1) == 1, op, ": expected ", name,
+  STD_TORCH_CHECK(rows == 0 || cols <= 1 || t.stride(1) == 1, op, ": expected ", name,
                   " with adjacent columns (stride 1), got stride ", t.stride(1),
                   "; pass a contiguous tensor");
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t.scalar_type()), rows, cols,
@@ -119,6 +119,7 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                       : type == ScalarType::Long     ? aoti_torch_dtype_int64()
                                                       : aoti_torch_dtype_float16();
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
@@ -127,7 +128,8 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   return Tensor(handle);
 }
 
-// A vector such as the gate as float32, whatever its dtype and stride; empty when there is none.
+// A vector such as the gate as float32, whatever its float dtype and stride; empty when there is
+// none.
 inline std::vector<float> float_values(const char* op, const char* name, const char* letter,
                                        const std::optional<Tensor>& t, int64_t size) {
   if (!t.has_value()) return {};
@@ -135,6 +137,11 @@ inline std::vector<float> float_values(const char* op, const char* name, const c
                   " of shape (", letter, ",) = (", size, ",) on the CPU, got ", shape_of(*t));
   std::vector<float> values(static_cast<size_t>(size));
   if (size == 0) return values;
+  if (t->scalar_type() == ScalarType::Double) {
+    const double* wide = static_cast<const double*>(t->const_data_ptr());
+    for (int64_t i = 0; i < size; ++i) values[i] = static_cast<float>(wide[i * t->stride(0)]);
+    return values;
+  }
   // One row of adjacent elements, or a column of others.
   const bool adjacent = t->stride(0) == 1;
   const int64_t rows = adjacent ? 1 : size, cols = adjacent ? size : 1;

@@ -23,12 +23,17 @@ from .ops.block_sparse import (
     write_blocks_,
 )
 from .ops.dora import (
+    ScaleCache,
     call_dora_linear,
     call_dora_weight_norm,
     check_dora_linear,
     check_dora_weight_norm,
+    check_magnitude,
+    check_norm_and_scale,
     check_weight_sq_norm,
+    dora_linear_remembering,
 )
+from .ops.library import transformed
 from .ops.lora import (
     call_lora_linear,
     check_lora_linear,
@@ -39,8 +44,19 @@ from .ops.lora import (
 from .ops.multi_lora import (
     call_multi_lora_linear,
     check_multi_lora_linear,
+    check_stack_scale,
     may_stay_unplanned,
     multi_lora_linear_directly,
+)
+from .ops.operands import check_count, check_flag, check_number, check_scaling
+from .ops.plain import (
+    plain_block_sparse_linear,
+    plain_block_sparse_weight_grad,
+    plain_column_scale,
+    plain_dora_linear,
+    plain_lora_linear,
+    plain_multi_lora_linear,
+    plain_weight_norm,
 )
 from .stack import LoRAStack
 
@@ -51,7 +67,7 @@ def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.devi
         return None
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, int):
+    if isinstance(seed, int) and not isinstance(seed, bool):
         return torch.full((), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"{op}: expected dropout_seed to be an int or an int64 scalar tensor, got {seed!r}")
@@ -106,7 +122,8 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
     """
-    plain = backend == "auto" and dropout_p == 0.0
+    check_scaling("lora_linear", scaling, getattr(x, "dtype", torch.float32))
+    plain = backend == "auto" and dropout_p == 0.0 and not transformed()
     way = lora_linear_way(x, weight, lora_a, lora_b, bias, gate) if plain else None
     if way == "eager":
         return lora_linear_eager(x, weight, lora_a, lora_b, bias, gate, scaling)
@@ -116,6 +133,8 @@ def lora_linear(
         check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
         _check_backend(backend, "lora_linear")
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
+    if transformed():
+        return plain_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed)
     save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
     y, _ = call_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend)
     return y
@@ -143,10 +162,12 @@ def dora_weight_norm(
         backend: "auto", "reference" (dense), "cpu" and "cuda" (C++ extension), "triton".
 
     Returns:
-        (N,) float32; float64 where an operand is float64 (reference).
+        (N,) float32; float64 where W is float64 (reference).
 
-    Accumulates in float32, deterministic. Where W_i ≈ -s B_i A the terms cancel: the error is then about 1e-7 ‖W_i‖² in
-    n_i², and a negative n_i² counts as 0. Differentiable in both factors.
+    Accumulates in float32, deterministic. Where terms cancel, those of W_i ≈ -s B_i A or those of B_i A itself, digits
+    are lost: the error of n_i² is about 1e-7 (‖W_i‖ + s Σ_r |B_ir| ‖A_r‖)², and a negative n_i² counts as 0. (Triton's
+    kernel squares the sum itself: there it is about 1e-7 n_i² and, of the sum, 1e-7 (|W_ik| + s Σ_r |B_ir A_rk|).)
+    Differentiable in both factors.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, a backend that cannot run here.
@@ -154,7 +175,9 @@ def dora_weight_norm(
     Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5.
     """
     _check_backend(backend, "dora_weight_norm")
-    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
+    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm, scaling)
+    if transformed():
+        return plain_weight_norm(weight, lora_a, lora_b, scaling)
     norm, _, _ = call_dora_weight_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend)
     return norm
 
@@ -174,8 +197,12 @@ def dora_column_scale(
     g = m / n, and 0 where n is 0: such a row of the output is its bias. Arguments, numbers and errors as for
     :func:`dora_weight_norm`; never records gradients.
     """
-    _check_backend(backend, "dora_weight_norm")
-    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm)
+    op = "dora_column_scale"
+    _check_backend(backend, op)
+    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm, scaling, op)
+    check_magnitude(op, magnitude, weight)
+    if transformed():
+        return plain_column_scale(weight, lora_a, lora_b, magnitude, scaling)
     with torch.no_grad():
         norm, sq_norm, scale = call_dora_weight_norm(
             weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend
@@ -194,6 +221,7 @@ def dora_linear(
     scaling: float = 1.0,
     weight_sq_norm: Tensor | None = None,
     norm_and_scale: tuple[Tensor, Tensor] | None = None,
+    scale_cache: ScaleCache | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
     dropout_base: bool = False,
@@ -211,7 +239,10 @@ def dora_linear(
         bias: (N,) or None; not scaled.
         scaling: s.
         weight_sq_norm: as for :func:`dora_weight_norm`.
-        norm_and_scale: (n, g) from :func:`dora_column_scale` for these very operands; computed here otherwise.
+        norm_and_scale: (n, g) from :func:`dora_column_scale` for these very operands, taken on trust; computed here
+            otherwise.
+        scale_cache: a ``ScaleCache`` of the caller's, one a layer: where no gradient is recorded on a CPU, g is kept in
+            it and used again as long as every operand proves to be what it was.
         dropout_p, dropout_seed: as for :func:`lora_linear`.
         dropout_base: dropout reaches the base product too, as in PEFT's training:
             y = x Wᵀ + (g - 1) ∘ (drop(x) Wᵀ) + g ∘ s P Bᵀ + bias. Costs a second main product. False is the paper's
@@ -231,11 +262,25 @@ def dora_linear(
 
     Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and 11.
     """
+    check_scaling("dora_linear", scaling, getattr(x, "dtype", torch.float32))
     check_dora_linear(x, weight, lora_a, lora_b, magnitude, bias, dropout_p)
     _check_backend(backend, "dora_linear")
-    check_weight_sq_norm(weight, weight_sq_norm)
+    check_weight_sq_norm(weight, weight_sq_norm, "dora_linear")
+    check_norm_and_scale(norm_and_scale, weight)
+    check_flag("dora_linear", "dropout_base", dropout_base)
+    check_flag("dora_linear", "detach_norm", detach_norm)
+    if scale_cache is not None and not isinstance(scale_cache, ScaleCache):
+        raise TypeError(f"dora_linear: expected scale_cache to be a ScaleCache, got {type(scale_cache).__name__}")
+    if scale_cache is not None and norm_and_scale is None and dropout_p == 0.0 and backend == "auto":
+        remembered = dora_linear_remembering(x, weight, lora_a, lora_b, magnitude, bias, scaling, scale_cache)
+        if remembered is not None:
+            return remembered
     norm, scale = (None, None) if norm_and_scale is None else norm_and_scale
     seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")
+    if transformed():
+        return plain_dora_linear(
+            x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_p, seed, dropout_base, detach_norm, norm
+        )
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (lora_a, lora_b, magnitude))
     y, *_ = call_dora_linear(
         x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
@@ -258,7 +303,11 @@ def block_columns(block_index: Tensor, block_size: int | tuple[int, int], in_fea
 
     Reads the index: on a GPU that waits for the device.
     """
-    _, bn = check_block_size("block_columns", block_size)
+    op = "block_columns"
+    _, bn = check_block_size(op, block_size)
+    check_count(op, "in_features", in_features, 0)
+    if not isinstance(block_index, Tensor) or block_index.dim() != 2 or block_index.is_floating_point():
+        raise TypeError(f"{op}: expected block_index to be a tensor of integers (n_blocks, 2), got {block_index!r:.60}")
     index = block_index[:, 1].unique().to(torch.int32)
     width = sum(min(bn, in_features - j * bn) for j in index.tolist())
     return BlockColumns(index, width) if 2 * width <= in_features else None
@@ -294,6 +343,8 @@ def block_sparse_weight_grad(
     """
     _check_backend(backend, "block_sparse_weight_grad")
     bm, bn = check_block_sparse_weight_grad(x, grad_y, block_index, block_size)
+    if transformed():
+        return plain_block_sparse_weight_grad(x, grad_y, block_index, (bm, bn))
     return call_block_sparse_weight_grad(x, grad_y, block_index, bm, bn, x.dtype, backend)
 
 
@@ -305,6 +356,7 @@ def block_sparse_linear(
     bias: Tensor | None = None,
     *,
     columns: BlockColumns | tuple[Tensor, int] | None = None,
+    rewrite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """A linear of which chosen blocks train: y = x Wᵀ + bias; dX = dY W, dW_b = dY[:, rows of b]ᵀ x[:, columns of b].
@@ -320,6 +372,7 @@ def block_sparse_linear(
         block_index: (n_blocks, 2) int32, as for :func:`block_sparse_weight_grad`.
         bias: (N,) or None, of any float dtype.
         columns: :func:`block_columns` of the index. With it the index counts as checked, and is not read.
+        rewrite: the backward writes the blocks into W again before it reads W: for a W that is gathered anew then.
         backend: "auto", "reference", "cpu" or "triton". The products with W are the library's in all but "reference".
 
     Returns:
@@ -336,12 +389,15 @@ def block_sparse_linear(
     """
     check_block_sparse_linear(x, weight, blocks, block_index, bias, values=columns is None)
     _check_backend(backend, "block_sparse_linear")
+    check_flag("block_sparse_linear", "rewrite", rewrite)
+    if transformed():
+        return plain_block_sparse_linear(x, weight, blocks, block_index, bias)
     save = torch.is_grad_enabled() and blocks.requires_grad
     readable = type(block_index) is Tensor and block_index.device.type == "cpu" and not torch.compiler.is_compiling()
     if save and columns is None and readable:
         columns = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1])
     chosen, width = columns or (None, 0)
-    y, _ = call_block_sparse_linear(x, weight, blocks, block_index, bias, chosen, width, save, backend)
+    y, _ = call_block_sparse_linear(x, weight, blocks, block_index, bias, chosen, width, save, rewrite, backend)
     return y
 
 
@@ -384,7 +440,15 @@ def block_adamw_(
 
     Source: Loshchilov and Hutter, "Decoupled weight decay", arXiv 1711.05101.
     """
-    _check_backend(backend, "block_adamw_")
+    op = "block_adamw_"
+    _check_backend(backend, op)
+    check_count(op, "step", step, 1)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_number(op, name, value, 0.0)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{op}: expected betas to be a pair of numbers, got {betas!r:.60}")
+    for beta in betas:
+        check_number(op, "betas", beta, 0.0, 1.0)
     check_block_adamw(blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed)
     call_block_adamw_(
         blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, *betas, eps, weight_decay, step, seed, backend
@@ -393,6 +457,7 @@ def block_adamw_(
 
 __all__ = [
     "BlockColumns",
+    "ScaleCache",
     "block_adamw_",
     "block_columns",
     "block_sparse_linear",
@@ -404,6 +469,7 @@ __all__ = [
     "dora_weight_norm",
     "lora_linear",
     "read_blocks",
+    "transformed",
     "write_blocks_",
 ]
 
@@ -412,9 +478,25 @@ def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto
     """(n, g), each (D, N): :func:`dora_column_scale` of each DoRA adapter of a stack, in the order of its magnitudes.
 
     Rows that no adapter has are 0. Never records gradients.
+
+    Raises:
+        TypeError, ValueError: a stack that is not one, or has no magnitudes; and as :func:`dora_column_scale`.
     """
-    assert stack.magnitude is not None
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, stack.lora_a.dtype), torch.float32)
+    op = "stack_column_scale"
+    if not isinstance(stack, LoRAStack):
+        raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
+    if stack.magnitude is None:
+        raise ValueError(f"{op}: expected a stack with DoRA adapters, got one without magnitudes")
+    _check_backend(backend, op)
+    shape = (stack.out_features, stack.in_features)
+    if not isinstance(weight, Tensor) or weight.shape != shape or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{op}: expected weight of shape (N, K) = {shape} and a floating dtype, got {got}")
+    if weight.device != stack.lora_a.device:
+        raise ValueError(
+            f"{op}: expected weight and stack on one device, got {weight.device} and {stack.lora_a.device}"
+        )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     norm = torch.zeros(stack.magnitude.shape, dtype=dtype, device=weight.device)
     scale = torch.zeros_like(norm)
     sq_norms: list[Tensor | None] = [None] * len(stack.slices)
@@ -438,7 +520,10 @@ def _dropout_of_each(dropout_p: float | Sequence[float], adapters: int) -> list[
         if dropout_p == 0.0:
             return []
         dropout_p = [dropout_p] * adapters
-    ps = [float(p) for p in dropout_p]
+    try:
+        ps = [float(p) for p in dropout_p]
+    except (TypeError, ValueError):
+        raise TypeError(f"multi_lora_linear: expected dropout_p of numbers, got {dropout_p!r:.60}") from None
     if len(ps) != adapters or not all(0.0 <= p < 1.0 for p in ps):
         raise ValueError(
             f"multi_lora_linear: expected 0 <= dropout_p < 1, for all adapters or for each of {adapters}, "
@@ -506,7 +591,10 @@ def multi_lora_linear(
         raise TypeError(f"{op}: expected x to be a tensor, got {type(x).__name__}")
     plan = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
     planned = len(stack) if plan is None else plan.bounds.shape[1] - 2
-    usual = backend == "auto" and dropout_p == 0.0 and weights is None and not (stack.has_dora or stack.is_sliced)
+    plain = transformed()
+    usual = backend == "auto" and dropout_p == 0.0 and weights is None and not (
+        stack.has_dora or stack.is_sliced or plain
+    )  # fmt: skip
     given: Any = adapter_ids if plan is None else plan.adapter_ids
     if usual and planned == len(stack):
         y = multi_lora_linear_directly(
@@ -524,20 +612,28 @@ def multi_lora_linear(
     seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
     norm = scale = None
     if stack.has_dora:
+        check_stack_scale(norm_and_scale, stack.magnitude)
         norm, scale = (
             stack_column_scale(weight.detach(), stack, backend=backend) if norm_and_scale is None else norm_and_scale
         )
-    magnitude, grad = stack.magnitude, torch.is_grad_enabled()
+    magnitude, grad = stack.magnitude if stack.has_dora else None, torch.is_grad_enabled()
+    each_p = torch.tensor(ps, dtype=torch.float64, device=x.device) if ps else None
+    slices = stack.slices if stack.is_sliced else None
+    scalings = stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings
+    if plain:
+        return plain_multi_lora_linear(
+            x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, slices, ids, weights,
+            norm, each_p, seed,
+        )  # fmt: skip
     if plan is None:
         records = grad and any(t is not None and t.requires_grad for t in (x, stack.lora_a, stack.lora_b, bias))
-        plain = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
-        if not (plain and may_stay_unplanned(x, ids, backend)):
+        simple = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
+        if not (simple and may_stay_unplanned(x, ids, backend)):
             plan = plan_batch(ids, len(stack))
     y, _, _ = call_multi_lora_linear(
-        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank,
-        stack.slices if stack.is_sliced else None, ids, *(plan[1:] if plan is not None else (None,) * 3),
-        None if weights is None else weights.to(torch.float32), norm, scale,
-        None if seed is None else torch.tensor(ps, dtype=torch.float64, device=x.device), seed,
+        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, stack.max_rank,
+        slices, ids, *(plan[1:] if plan is not None else (None,) * 3),
+        None if weights is None else weights.to(torch.float32), norm, scale, each_p, seed,
         grad and stack.lora_b.requires_grad, grad and magnitude is not None and magnitude.requires_grad, backend,
     )  # fmt: skip
     return y

@@ -8,6 +8,7 @@ from torch import Tensor
 from .finite import all_finite
 from .ops.backend import BACKENDS
 from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_, merges_directly
+from .ops.operands import check_flag, check_optional_vector, check_scaling
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -48,19 +49,20 @@ def merge_lora_(
             another dtype than bfloat16, a backend that is unknown or cannot run. W is then untouched.
         TypeError: something that is not a tensor of floats.
     """
+    check_scaling("merge_lora_", scaling, getattr(weight, "dtype", torch.float32))
     direct = rounding == "nearest" and backend == "auto" and merges_directly(weight, lora_a, lora_b)
-    if direct and (not check_finite or (all_finite(lora_a) and all_finite(lora_b))):
+    if direct and (check_finite is False or (check_finite is True and all_finite(lora_a) and all_finite(lora_b))):
         merge_lora_directly_(weight, lora_a, lora_b, scaling)
         return weight
-    _check("merge_lora_", weight, lora_a, lora_b, check_finite, backend)
+    _check("merge_lora_", weight, lora_a, lora_b, scaling, check_finite, backend)
+    check_flag("merge_lora_", "check_finite", check_finite)
     if rounding not in ROUNDINGS:
         raise ValueError(f"merge_lora_: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if rounding == "stochastic" and weight.dtype != torch.bfloat16:
         raise ValueError(f"merge_lora_: expected a bfloat16 weight for stochastic rounding, got {weight.dtype}")
     bits = None
     if rounding == "stochastic":
-        bits = torch.randint(0, 2**63 - 1, (), device=weight.device) if seed is None else torch.as_tensor(seed)
-        bits = bits.to(weight.device, torch.int64).reshape(())
+        bits = _bits(seed, weight.device)
     return _merge(weight, lora_a, lora_b, scaling, None, None, bits, backend)
 
 
@@ -76,7 +78,8 @@ def merge_dora_(
     Returns:
         weight.
     """
-    _check("merge_dora_", weight, lora_a, lora_b, True, backend)
+    _check("merge_dora_", weight, lora_a, lora_b, scaling, True, backend)
+    _check_column_scale("merge_dora_", weight, column_scale)
     return _merge(weight, lora_a, lora_b, scaling, None, column_scale, None, backend)
 
 
@@ -87,12 +90,32 @@ def unmerge_dora_(
 
     Rows with g = 0 hold nothing of what they were: the caller keeps those.
     """
-    _check("unmerge_dora_", weight, lora_a, lora_b, True, backend)
+    _check("unmerge_dora_", weight, lora_a, lora_b, scaling, True, backend)
+    _check_column_scale("unmerge_dora_", weight, column_scale)
     return _merge(weight, lora_a, lora_b, -scaling, 1.0 / column_scale, None, None, backend)
 
 
-def _check(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, check_finite: bool, backend: str) -> None:
-    check_merge_lora(weight, lora_a, lora_b, op)
+def _bits(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed of stochastic rounding, drawn where none is given."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"merge_lora_: expected seed to be an int or an int64 scalar tensor, got {seed!r:.60}")
+    return seed.to(device).reshape(())
+
+
+def _check_column_scale(op: str, weight: Tensor, column_scale: Tensor) -> None:
+    if not isinstance(column_scale, Tensor):
+        raise TypeError(f"{op}: expected column_scale to be a tensor, got {type(column_scale).__name__}")
+    check_optional_vector(op, "column_scale", "N", column_scale, weight.shape[0], column_scale.device)
+
+
+def _check(
+    op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, check_finite: bool, backend: str
+) -> None:
+    check_merge_lora(weight, lora_a, lora_b, scaling, op)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)) if check_finite else ():

@@ -51,6 +51,7 @@ class LoRAStack:
         scalings: (G,) float32, applied at run time, never folded into a factor.
         places: the same on the host.
         max_rank: the largest R.
+        has_dora: whether there is a DoRA adapter; magnitudes may outlive the last one.
         slices: widths of the slices of N; (N,) unless the linear is several projections in one.
 
     A sliced stack is for one weight of several projections, one below the other (Q, K, V; gate, up): N = Σ N_s. An
@@ -78,7 +79,7 @@ class LoRAStack:
         self.slices = (lora_b.shape[1],) if slices is None else tuple(slices)
         self.places = tuple(places)
         self.table, self.scalings = table_and_scalings or self._tensors()
-        self.max_rank = max(self.ranks, default=0)
+        self._measure()
 
     # -------------------------------------------------------------------------------------------------- making
 
@@ -180,10 +181,6 @@ class LoRAStack:
     def offsets(self) -> tuple[int, ...]:
         """First row of each adapter."""
         return tuple(place.start for place in self.places)
-
-    @property
-    def has_dora(self) -> bool:
-        return self.magnitude is not None
 
     @property
     def nbytes(self) -> int:
@@ -336,18 +333,31 @@ class LoRAStack:
     def _place(self, places: Sequence[Place]) -> None:
         self.places = tuple(places)
         self.table, self.scalings = self._tensors()  # new ones, so that a snapshot keeps its own
-        self.max_rank = max(self.ranks, default=0)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.max_rank = max((place.rank for place in self.places), default=0)
+        self.has_dora = self.magnitude is not None and any(place.magnitude >= 0 for place in self.places)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
-        device, each = self.lora_a.device, range(len(self.slices))
-        of = [[p.slices[s] if p.slices else (p.rank, p.scaling) for p in self.places] for s in each]
-        table = [[(p.start, r, p.magnitude) for p, (r, _) in zip(self.places, of[s], strict=True)] for s in each]
-        scalings = [[scaling for _, scaling in of[s]] for s in each]
+        of = self._ranks_and_scalings()
+        table = [[(p.start, r, p.magnitude) for p, (r, _) in zip(self.places, each, strict=True)] for each in of]
         lead = (len(self.slices),) if self.is_sliced else ()
         return (
-            torch.tensor(table, dtype=torch.int32, device=device).reshape(*lead, len(self.places), 3),
-            torch.tensor(scalings, dtype=torch.float32, device=device).reshape(*lead, len(self.places)),
+            torch.tensor(table, dtype=torch.int32, device=self.lora_a.device).reshape(*lead, len(self.places), 3),
+            self.scalings_in(torch.float32),
         )
+
+    def scalings_in(self, dtype: torch.dtype) -> Tensor:
+        """``scalings`` in another dtype, from the numbers that were given: in float64, without float32's rounding."""
+        scalings = [[scaling for _, scaling in each] for each in self._ranks_and_scalings()]
+        lead = (len(self.slices),) if self.is_sliced else ()
+        return torch.tensor(scalings, dtype=dtype, device=self.lora_a.device).reshape(*lead, len(self.places))
+
+    def _ranks_and_scalings(self) -> list[list[tuple[int, float]]]:
+        """Of each slice, and in it of each adapter."""
+        each = range(len(self.slices))
+        return [[p.slices[s] if p.slices else (p.rank, p.scaling) for p in self.places] for s in each]
 
     def _refuse_training(self, verb: str) -> None:
         if any(t is not None and t.requires_grad for t in (self.lora_a, self.lora_b, self.magnitude)):
@@ -419,8 +429,14 @@ def _checked_factors(
             f"LoRAStack: expected magnitude of {name} of shape (N,) = ({lora_b.shape[0]},), "
             f"got {tuple(magnitude.shape)}"
         )
-    if not math.isfinite(scaling):
-        raise ValueError(f"LoRAStack: expected a finite scaling of {name}, got {scaling}")
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not number:
+        raise TypeError(f"LoRAStack: expected scaling of {name} to be a number, got {type(scaling).__name__}")
+    held = float(torch.tensor(float(scaling), dtype=torch.float32))
+    if not math.isfinite(held) or (held == 0.0) != (scaling == 0.0):
+        raise ValueError(
+            f"LoRAStack: expected scaling of {name} to be a finite number that float32 can hold, got {scaling}"
+        )
     if lora_b.device != lora_a.device:
         raise ValueError(f"LoRAStack: expected lora_b of {name} on {lora_a.device} like lora_a, got {lora_b.device}")
     return lora_a, lora_b, float(scaling), magnitude

@@ -251,7 +251,35 @@ uint16_t stochastic_bfloat16(float value, uint32_t word) {
   return static_cast<uint16_t>((bits + (word & 0xffffu)) >> 16);
 }
 
+// Block b into the weight, through a buffer of its size; `staged`: it holds the block already.
+void write_block(const KernelTable& kernels, const Blocks& blocks, int64_t b, const Matrix& weight,
+                 float* buffer, bool staged) {
+  const int64_t size = blocks.rows * blocks.cols;
+  if (!staged) {
+    char* packed = static_cast<char*>(blocks.data) + b * size * dtype_bytes(blocks.dtype);
+    kernels.stage_float(buffer, size,
+                        rectangle({packed, blocks.dtype, 1, size, size}, 0, 0, 1, size));
+  }
+  const int64_t row = blocks.index[2 * b] * blocks.rows;
+  const int64_t col = blocks.index[2 * b + 1] * blocks.cols;
+  kernels.store(mutable_element(weight, row, col), weight.dtype, weight.stride, buffer, blocks.cols,
+                std::min(blocks.rows, weight.rows - row), std::min(blocks.cols, weight.cols - col),
+                1.0f);
+}
+
 }  // namespace
+
+void write_blocks(const Runtime& runtime, const Blocks& blocks, const Matrix& weight) {
+  const int64_t size = blocks.rows * blocks.cols;
+  run(runtime, blocks.count, blocks.count * size > (int64_t{1} << 16),
+      [&](int64_t begin, int64_t end) {
+        TaskScratch scratch(static_cast<size_t>(size) * sizeof(float));
+        float* buffer = static_cast<float*>(scratch.base());
+        for (int64_t b = begin; b < end; ++b) {
+          write_block(runtime.kernels, blocks, b, weight, buffer, false);
+        }
+      });
+}
 
 void block_grad(const Runtime& runtime, const Blocks& out, const Matrix& x, const Matrix& grad_y) {
   if (out.count == 0) return;
@@ -297,15 +325,7 @@ void block_adamw(const Runtime& runtime, const Blocks& blocks, const void* grad,
       } else {
         kernels.store(packed, blocks.dtype, size, p, size, 1, size, 1.0f);
       }
-      const int64_t row = blocks.index[2 * b] * blocks.rows,
-                    col = blocks.index[2 * b + 1] * blocks.cols;
-      // The weight gets what the blocks hold: rounded ones as they were rounded.
-      if (blocks.dtype != Dtype::kFloat32) {
-        kernels.stage_float(p, size, rectangle(value, 0, 0, 1, size));
-      }
-      kernels.store(mutable_element(weight, row, col), weight.dtype, weight.stride, p, blocks.cols,
-                    std::min(blocks.rows, weight.rows - row),
-                    std::min(blocks.cols, weight.cols - col), 1.0f);
+      write_block(kernels, blocks, b, weight, p, blocks.dtype == Dtype::kFloat32);
     }
   });
 }

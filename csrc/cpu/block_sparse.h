@@ -20,6 +20,9 @@ struct Blocks {
 // how the sum over tokens is cut depends on shapes alone.
 void block_grad(const Runtime& runtime, const Blocks& out, const Matrix& x, const Matrix& grad_y);
 
+// The blocks into the weight, rounded to its dtype.
+void write_blocks(const Runtime& runtime, const Blocks& blocks, const Matrix& weight);
+
 struct AdamW {
   float rate;  // lr / (1 - beta1^t)
   float beta1, beta2, eps;

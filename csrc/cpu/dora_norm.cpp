@@ -131,32 +131,9 @@ void multiply_gram(const Runtime& runtime, float* gram, const Matrix& a, const E
       });
 }
 
-// squares[i] += the sum of squares of a row's slice.
-void add_squares(const KernelTable& kernels, const SquareSums& sums, const Matrix& x, int64_t row,
-                 int64_t rows, int64_t col, int64_t cols, double* squares) {
-  float wide[kDepthBlock];
-  for (int64_t i = 0; i < rows; ++i) {
-    const void* at = element(x, row + i, col);
-    if (x.dtype == Dtype::kBFloat16) {
-      squares[i] += sums.of_bfloat16(static_cast<const uint16_t*>(at), cols);
-      continue;
-    }
-    for (int64_t k = 0; k < cols; k += kDepthBlock) {
-      const int64_t depth = std::min(kDepthBlock, cols - k);
-      const float* values = static_cast<const float*>(at) + k;
-      if (x.dtype != Dtype::kFloat32) {
-        kernels.stage_float(wide, kDepthBlock, rectangle(x, row + i, col + k, 1, depth));
-        values = wide;
-      }
-      squares[i] += sums.of_float(values, depth);
-    }
-  }
-}
-
 template <typename Elem>
 void norm_of(const Runtime& runtime, const Matrix& weight, const DoraNorm& norm) {
   const KernelTable& kernels = runtime.kernels;
-  const SquareSums sums = square_sums(kernels);
   const int64_t n = weight.rows, k = weight.cols, padded = Engine<Elem>::depth(k);
   Layout layout;
   RowNorms norms(norm, sizeof(Elem) == sizeof(uint16_t), &layout);
@@ -183,9 +160,7 @@ void norm_of(const Runtime& runtime, const Matrix& weight, const DoraNorm& norm)
             down_block(engine, weight, row, rows, k0, depth, panels + k0 * kPanel, columns / kPanel,
                        padded * kPanel, static_cast<const Dropout*>(nullptr), u, columns,
                        at<Elem>(scratch.base(), staged_at), k0 > 0);
-            if (!norm.weight_sq_norm) {
-              add_squares(kernels, sums, weight, row, rows, k0, depth, squares);
-            }
+            norms.add_squares(kernels, weight, row, rows, k0, depth, squares);
           }
           norms.finish(kernels, row, rows, u, columns, squares,
                        at<float>(scratch.base(), norms_at));
@@ -222,6 +197,29 @@ void RowNorms::prepare(const Runtime& runtime, void* base, Elem* panels) {
 
 template void RowNorms::prepare<float>(const Runtime&, void*, float*);
 template void RowNorms::prepare<uint16_t>(const Runtime&, void*, uint16_t*);
+
+void RowNorms::add_squares(const KernelTable& kernels, const Matrix& weight, int64_t row,
+                           int64_t rows, int64_t col, int64_t cols, double* squares) const {
+  if (norm_.weight_sq_norm) return;
+  const SquareSums sums = square_sums(kernels);
+  float wide[kDepthBlock];
+  for (int64_t i = 0; i < rows; ++i) {
+    const void* at = element(weight, row + i, col);
+    if (weight.dtype == Dtype::kBFloat16) {
+      squares[i] += sums.of_bfloat16(static_cast<const uint16_t*>(at), cols);
+      continue;
+    }
+    for (int64_t k = 0; k < cols; k += kDepthBlock) {
+      const int64_t depth = std::min(kDepthBlock, cols - k);
+      const float* values = static_cast<const float*>(at) + k;
+      if (weight.dtype != Dtype::kFloat32) {
+        kernels.stage_float(wide, kDepthBlock, rectangle(weight, row + i, col + k, 1, depth));
+        values = wide;
+      }
+      squares[i] += sums.of_float(values, depth);
+    }
+  }
+}
 
 int64_t RowNorms::scratch_floats() const { return 2 * kRowBlock * width_; }
 

@@ -41,6 +41,11 @@ class RowNorms {
   template <typename Elem>
   void prepare(const Runtime& runtime, void* base, Elem* panels);
 
+  // squares[i] += that of columns [col, col + cols) of row `row` + i of the weight, unless the norm
+  // has a weight_sq_norm.
+  void add_squares(const KernelTable& kernels, const Matrix& weight, int64_t row, int64_t rows,
+                   int64_t col, int64_t cols, double* squares) const;
+
   int64_t scratch_floats() const;
   // The norms of `rows` rows (at most kRowBlock) from their U, |W_i|^2 from `squares` where the
   // norm has no weight_sq_norm.

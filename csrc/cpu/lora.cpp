@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_product.h"
+#include "row_hash.h"
 
 namespace lrk {
 namespace {
@@ -131,8 +132,9 @@ void finish(const KernelTable& kernels, const Matrix& y, const Epilogue& epilogu
 template <typename Elem>
 void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                      const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
-                     const DoraNorm* norm) {
+                     const DoraNorm* norm, uint64_t* weight_hashes) {
   const KernelTable& kernels = runtime.kernels;
+  const RowHash hash = row_hash(kernels);
   const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
   const int64_t panels = ceil_div(m, kPanel), padded = Engine<Elem>::depth(width);
   const int64_t padded_rank = Engine<Elem>::depth(rank);
@@ -166,8 +168,12 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
       const Dropout* keep_all = nullptr;
       down_block(engine, weight, row, rows, 0, width, x_panels, c_stride / kPanel, padded * kPanel,
                  keep_all, c, c_stride, staged);
+      // These rows are in the cache now.
+      if (weight_hashes) hash_rows(hash, weight, row, rows, weight_hashes + row);
       if (norms) {
-        norms->finish(kernels, row, rows, c + panels * kPanel, c_stride, nullptr,
+        double squares[kRowBlock] = {};
+        norms->add_squares(kernels, weight, row, rows, 0, width, squares);
+        norms->finish(kernels, row, rows, c + panels * kPanel, c_stride, squares,
                       at<float>(scratch.base(), norms_at));
       }
       down_block(engine, lora_b, row, rows, 0, rank, p_panels, panels, padded_rank * kPanel,
@@ -182,8 +188,10 @@ void linear_few_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, c
 // With very few tokens and no tiles, a row of the weight is read once, where it lies, and
 // multiplied with all rows of x; the rank is appended to the reduction.
 void linear_by_dots(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
-                    const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue) {
+                    const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
+                    uint64_t* weight_hashes) {
   const KernelTable& kernels = runtime.kernels;
+  const RowHash hash = row_hash(kernels);
   const int64_t m = x.rows, n = weight.rows, width = x.cols, rank = p.cols;
   const FloatRows x_rows(kernels, x, nullptr);
   const float* p_rows[kDotRows];
@@ -205,6 +213,7 @@ void linear_by_dots(const Runtime& runtime, const Matrix& y, const Matrix& p, co
               sums, kDotColumns, m, cols,
               {x_rows.rows, element(weight, col, 0), weight.dtype, weight.stride, width},
               rank ? &correction : nullptr);
+          if (weight_hashes) hash_rows(hash, weight, col, cols, weight_hashes + col);
           finish(kernels, y, epilogue, sums, kDotColumns, 0, m, col, cols);
         }
       });
@@ -218,8 +227,9 @@ template <typename Elem>
 void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                       const PanelSource& weight, const PanelSource& factor,
                       const Epilogue& epilogue, const Dropout* dropout,
-                      const DoraNorm* norm = nullptr) {
+                      const DoraNorm* norm = nullptr, uint64_t* weight_hashes = nullptr) {
   const KernelTable& kernels = runtime.kernels;
+  const RowHash hash = row_hash(kernels);
   const int64_t m = x.rows, n = weight.columns(), width = x.cols, rank = p.cols;
   const int64_t padded_rank = Engine<Elem>::depth(rank);
   const int64_t row_blocks = ceil_div(m, kProductRows);
@@ -243,6 +253,7 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
     const size_t u_at = own.add<float>(u_columns * columns);
     const size_t turned_at = own.add<float>(u_columns * columns);
     const size_t norms_at = own.add<float>(norms ? norms->scratch_floats() : 0);
+    const size_t squares_at = own.add<double>(norms ? columns : 0);
     const size_t g_at =
         own.add<Elem>(columns * Engine<Elem>::depth(std::min(width, kProductDepth)));
     const size_t b_at = own.add<Elem>(columns * padded_rank);
@@ -264,11 +275,17 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
       const int64_t panels = ceil_div(cols, kPanel);
       pack_panels(kernels, b_panels, padded_rank, factor.block(col, cols, 0, rank), 0, panels,
                   buffer);
+      double* squares = at<double>(scratch.base(), squares_at);
+      if (norms) std::fill_n(squares, cols, 0.0);
+      if (weight_hashes && first == 0) {
+        hash_rows(hash, weight.matrix, col, cols, weight_hashes + col);
+      }
       for (int64_t k0 = 0; k0 < width; k0 += kProductDepth) {
         const int64_t depth = std::min(kProductDepth, width - k0);
         const int64_t padded = Engine<Elem>::depth(depth);
         pack_panels(kernels, g, padded, weight.block(col, cols, k0, depth), 0, panels, buffer);
         if (norms) {
+          norms->add_squares(kernels, weight.matrix, col, cols, k0, depth, squares);
           const Matrix& a = norms->a();
           float* u = at<float>(scratch.base(), u_at);
           for (int64_t row = 0; row < a.rows; row += kRowBlock) {
@@ -282,7 +299,7 @@ void linear_many_rows(const Runtime& runtime, const Matrix& y, const Matrix& p, 
                               reinterpret_cast<uint32_t*>(u), columns, a.rows, cols);
             for (int64_t j = 0; j < cols; j += kRowBlock) {
               norms->finish(kernels, col + j, std::min(kRowBlock, cols - j), turned + j * u_columns,
-                            u_columns, nullptr, at<float>(scratch.base(), norms_at));
+                            u_columns, squares + j, at<float>(scratch.base(), norms_at));
             }
           }
         }
@@ -325,14 +342,14 @@ struct ScaledP {
 template <typename Elem>
 void linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
             const Matrix& weight, const Matrix& lora_b, const Epilogue& epilogue,
-            const DoraNorm* norm) {
+            const DoraNorm* norm, uint64_t* weight_hashes) {
   if (sizeof(Elem) == sizeof(float) && x.rows <= kDotRows && !norm) {
-    linear_by_dots(runtime, y, p, x, weight, lora_b, epilogue);
+    linear_by_dots(runtime, y, p, x, weight, lora_b, epilogue, weight_hashes);
   } else if (x.rows <= kFewRows) {
-    linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue, norm);
+    linear_few_rows<Elem>(runtime, y, p, x, weight, lora_b, epilogue, norm, weight_hashes);
   } else {
     linear_many_rows<Elem>(runtime, y, p, x, {weight, true}, {lora_b, true}, epilogue, nullptr,
-                           norm);
+                           norm, weight_hashes);
   }
 }
 
@@ -786,17 +803,20 @@ void lora_down(const Runtime& runtime, const Matrix& out, const Matrix& x, const
 
 void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                  const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
-                 const Epilogue& epilogue, const DoraNorm* norm) {
-  if (norm && (y.rows == 0 || y.rows > kProductRows || !norm->weight_sq_norm)) {
+                 const Epilogue& epilogue, const DoraNorm* norm, uint64_t* weight_hashes) {
+  if (norm && (y.rows == 0 || y.rows > kProductRows)) {
     dora_norm(runtime, weight, *norm);
     norm = nullptr;
   }
-  if (y.rows == 0 || y.cols == 0) return;
+  if (y.rows == 0 || y.cols == 0) {
+    if (weight_hashes) hash_rows(runtime, weight, weight_hashes);
+    return;
+  }
   const ScaledP scaled(runtime.kernels, p, gate, scale);
   if (on_tiles(runtime, x.dtype)) {
-    linear<uint16_t>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm);
+    linear<uint16_t>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm, weight_hashes);
   } else {
-    linear<float>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm);
+    linear<float>(runtime, y, scaled.matrix, x, weight, lora_b, epilogue, norm, weight_hashes);
   }
 }
 

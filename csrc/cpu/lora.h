@@ -36,11 +36,13 @@ struct Epilogue {
 };
 
 // y (M, N) from u = x weight^T + scale * (p * gate) lora_b^T; p (M, R) is there already.
-// gate: R floats or null. norm: null, or norms to be computed from the same pass over the weight,
-// where their weight_sq_norm is there; epilogue.scale may be their column_scale.
+// gate: R floats or null. norm: null, or norms to be computed from the same pass over the weight;
+// epilogue.scale may be their column_scale. weight_hashes: null, or N places for those of the rows
+// of the weight, each taken as the row is multiplied.
 void lora_linear(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& x,
                  const Matrix& weight, const Matrix& lora_b, const float* gate, float scale,
-                 const Epilogue& epilogue, const DoraNorm* norm = nullptr);
+                 const Epilogue& epilogue, const DoraNorm* norm = nullptr,
+                 uint64_t* weight_hashes = nullptr);
 
 // grad_x (M, K) = grad_y weight + scale * keep * ((q * gate) lora_a), summed before it is rounded.
 // row_scale: null, or N floats by which the rows of weight are multiplied.

@@ -49,6 +49,15 @@ def _adamw(size: int, blocks: torch.dtype, weight: torch.dtype, stochastic: bool
     return LaunchCase(words, run)
 
 
+def _write(size: int, blocks: torch.dtype, weight: torch.dtype) -> LaunchCase:
+    def run(target: Target) -> None:
+        launchers.write_blocks_(
+            _empty(4096, 4096, of=weight), _empty(41, size, size, of=blocks), _empty(41, 2, of=torch.int32)
+        )
+
+    return LaunchCase(f"write blocks {size} {_WORDS[blocks]}/{_WORDS[weight]}", run)
+
+
 def _cases() -> Iterator[LaunchCase]:
     for M, blocks in ((2048, 41), (2048, 1024), (16, 41)):
         yield _grad(M, blocks, (64, 64), _BF16, _F32)
@@ -62,6 +71,8 @@ def _cases() -> Iterator[LaunchCase]:
     yield _adamw(256, _F32, _BF16)
     yield _adamw(64, _BF16, _BF16)
     yield _adamw(64, _BF16, _BF16, stochastic=True)
+    yield _write(256, _F32, _BF16)
+    yield _write(64, _F32, _F32)
 
 
 def _grad_flops(a: Mapping[str, Any]) -> float:
@@ -100,6 +111,7 @@ FAMILY = OpFamily(
             lambda a: 12.0 * a["blocks_ptr"].shape[0] * a["BM"] * a["BN"],
             in_place=("blocks_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), matrix=False,
         ),
+        "_write_blocks_kernel": KernelWork(lambda a: 0.0, matrix=False),
         "_ordered_sum_kernel": LORA.work["_ordered_sum_kernel"],
     },
     traced=(

@@ -12,8 +12,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import dora_linear, lora_linear
-from ..nn.dora import ScaleCache
+from ..functional import ScaleCache, dora_linear, lora_linear
 from ..nn.frozen import FLOAT_DTYPES, has_hooks, why_not_frozen
 from ..nn.lora import add_bias
 from ..report import Replaced, Report, Skipped, count_parameters
@@ -65,30 +64,14 @@ class AcceleratedLinear(PeftLinear):
         layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         a, b, m = (layer.weight for layer in layers)
         dropout: Any = self.lora_dropout[name]
-        scaling, known = self.scaling[name], {}
-        if not torch.compiler.is_compiling():
+        cache = None
+        if not self.training and not torch.compiler.is_compiling():
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
-            known = cache.known(base.weight, a, b, m, scaling, training=self.training)
         drops = self.training and dropout.training and isinstance(dropout, nn.Dropout)
         return dora_linear(
-            x, base.weight, a, b, m, base.bias,
-            scaling=scaling, dropout_p=dropout.p if drops else 0.0, dropout_base=True, **known,
+            x, base.weight, a, b, m, base.bias, scaling=self.scaling[name], scale_cache=cache,
+            dropout_p=dropout.p if drops else 0.0, dropout_base=True,
         )  # fmt: skip
-
-    # PEFT writes through .data, which the caches cannot see: to W where it merges or initialises an adapter, and to the
-    # factors where it swaps adapters in place, for which it asks for the state dict first.
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        _forget(self)
-        super().merge(*args, **kwargs)
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        _forget(self)
-        super().update_layer(*args, **kwargs)
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        _forget(self)
-        super()._save_to_state_dict(*args)
 
     def _get_name(self) -> str:
         return "Linear"  # a model prints as PEFT prints it
@@ -148,8 +131,8 @@ def accelerate(peft_model: nn.Module) -> Report:
     afterwards through PEFT as before. Layers that PEFT makes later (an added adapter with new targets) are PEFT's:
     call again.
 
-    DoRA's column scale is kept in evaluation until W, A, B, m or the scaling changes. Writes of your own through
-    ``.data`` are not seen: ``restore`` and ``accelerate`` again after them, or run once in training mode.
+    DoRA's column scale is computed from what W, A, B and m hold at each call; in evaluation on a CPU it is kept and
+    used again where their values prove to be the same.
 
     What it does not take runs as before and is in the report's ``skipped``: DoRA over Conv1D, the other variants,
     quantised bases, embeddings, convolutions, layers of other classes.
@@ -198,8 +181,4 @@ def restore(peft_model: nn.Module) -> int:
 def _give_back(layers: list[Any]) -> None:
     for layer in layers:
         layer.__class__ = PeftLinear
-        _forget(layer)
-
-
-def _forget(layer: Any) -> None:
-    layer.__dict__.pop(_CACHES, None)
+        layer.__dict__.pop(_CACHES, None)

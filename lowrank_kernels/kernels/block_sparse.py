@@ -1,7 +1,8 @@
 """Triton kernels of Sparse Matrix Tuning and their launchers.
 
-dW_b = dY[:, rows of b]ᵀ x[:, columns of b] for a list of blocks b of W, and a step of AdamW on those blocks that writes
-them into W as well. Sums are accumulated in float32 and rounded once; parts of a sum over tokens are added in order.
+dW_b = dY[:, rows of b]ᵀ x[:, columns of b] for a list of blocks b of W, a step of AdamW on those blocks that writes
+them into W as well, and that writing alone. Sums are accumulated in float32 and rounded once; parts of a sum over
+tokens are added in order.
 """
 
 from __future__ import annotations
@@ -105,11 +106,31 @@ def _block_adamw_kernel(
     else:
         value = cast(p, blocks_ptr.dtype.element_ty)
     tl.store(blocks_ptr + at, value, mask=mask)
+    _store_in_weight(weight_ptr, value, index_ptr, block, offs, N, K, stride_wn, stride_wk, BM, BN)
+
+
+@triton.jit
+def _store_in_weight(
+    weight_ptr, value, index_ptr, block, offs, N, K, stride_wn, stride_wk, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Elements ``offs`` of a block to their places in W, rounded to its dtype."""
     row = tl.load(index_ptr + 2 * block).to(tl.int64) * BM + offs // BN
     column = tl.load(index_ptr + 2 * block + 1).to(tl.int64) * BN + offs % BN
-    inside = mask & (row < N) & (column < K)  # a block may stick out of W
+    inside = (offs < BM * BN) & (row < N) & (column < K)  # a block may stick out of W
     target: tl.constexpr = weight_ptr.dtype.element_ty
     tl.store(weight_ptr + row * stride_wn + column * stride_wk, cast(value, target), mask=inside)
+
+
+@triton.jit
+def _write_blocks_kernel(
+    blocks_ptr, weight_ptr, index_ptr, N, K, stride_wn, stride_wk,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of one block into W. Grid: (blocks, cdiv(BM * BN, BLOCK)); blocks contiguous (blocks, BM, BN)."""
+    block = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(blocks_ptr + block.to(tl.int64) * (BM * BN) + offs, mask=offs < BM * BN, other=0.0)
+    _store_in_weight(weight_ptr, value, index_ptr, block, offs, N, K, stride_wn, stride_wk, BM, BN)
 
 
 # ---------------------------------------------------------------------------------------------------------- launchers
@@ -159,4 +180,15 @@ def block_adamw_(
     )  # fmt: skip
 
 
-__all__ = ["block_adamw_", "block_grad"]
+def write_blocks_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> None:
+    """W[block] ← blocks, rounded to W's dtype: one launch. weight (N, K) of any strides, the others contiguous."""
+    n, bm, bn = blocks.shape
+    if blocks.numel() == 0 or weight.numel() == 0:
+        return
+    block = 1024
+    _write_blocks_kernel[(n, triton.cdiv(bm * bn, block))](
+        blocks, weight, block_index, *weight.shape, *weight.stride(), BM=bm, BN=bn, BLOCK=block, num_warps=4
+    )
+
+
+__all__ = ["block_adamw_", "block_grad", "write_blocks_"]

@@ -13,23 +13,10 @@ from ..functional import (
     check_block_index,
     check_block_size,
     read_blocks,
+    transformed,
     write_blocks_,
 )
 from .frozen import AroundLinear, check_wrappable
-from .unchanged import Memory, state_of
-
-
-class _WrittenState(Memory):
-    """Which values of (blocks, W) agree: those at which they were last seen to."""
-
-    def clear(self) -> None:
-        self._state: Any = None
-
-    def holds(self, *tensors: Tensor) -> bool:
-        return self._state is not None and self._state == state_of(*tensors)
-
-    def keep(self, *tensors: Tensor) -> None:
-        self._state = state_of(*tensors)
 
 
 class BlockSparseLinear(AroundLinear):
@@ -42,9 +29,9 @@ class BlockSparseLinear(AroundLinear):
     itself, not copied; ``blocks`` (n_blocks, bm, bn), what trains; ``block_index`` (n_blocks, 2) int32;
     ``original_blocks``, what W held there before, in W's dtype.
 
-    Any optimizer may train ``blocks``. The next forward then writes them into W, once per change of the parameter
-    (its version counter), rounded to W's dtype. :class:`~lowrank_kernels.optim.BlockAdamW` writes both in one kernel.
-    Under torch.compile the write is part of the graph, at every forward.
+    Any optimizer may train ``blocks``: every forward writes them into W, rounded to W's dtype, since nothing but their
+    values tells whether they changed (fused optimizer steps leave version counters as they are). Where FSDP2 gathers W
+    anew for the backward, that writes them too.
 
     Args:
         base_layer: a plain nn.Linear of float32, bfloat16, float16 or float64.
@@ -86,8 +73,8 @@ class BlockSparseLinear(AroundLinear):
         index = torch.tensor(sorted(index.tolist()), dtype=torch.int32)
         columns = block_columns(index, self.block_size, base_layer.in_features)
         self._column_width = 0 if columns is None else columns.width
-        self._written = _WrittenState()
         self._merged = False
+        self._written_version: int | None = None
         self._weight_shared_with: tuple[str, ...] = ()
 
         self.base_layer = base_layer.requires_grad_(False)
@@ -136,24 +123,29 @@ class BlockSparseLinear(AroundLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self._merged:
             return self.base_layer(x)
-        self.write_back_()
         base = self.base_layer
+        if transformed():
+            return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias)
+        self.write_back_()
         columns = None if self._columns is None else (self._columns, self._column_width)
-        return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias, columns=columns)
+        return block_sparse_linear(
+            x, base.weight, self.blocks, self.block_index, base.bias, columns=columns,
+            rewrite=getattr(base, "_is_fsdp_managed_module", False),
+        )  # fmt: skip
 
     def write_back_(self) -> BlockSparseLinear:
-        """W[block] ← blocks, rounded to W's dtype, unless W holds them already."""
-        weight, blocks = self.base_layer.weight, self.blocks
+        """W[block] ← blocks, rounded to W's dtype. Nothing where they are sharded (DTensors)."""
+        weight, blocks = self.base_layer.weight, self.blocks.detach()
         if torch.compiler.is_compiling():
-            write_blocks_(weight, blocks.detach(), self.block_index)
-        elif not self._written.holds(blocks, weight):
-            write_blocks_(weight, blocks.detach(), self.block_index)
-            self._written.keep(blocks, weight)
+            write_blocks_(weight, blocks, self.block_index)
+        elif type(weight.data) is Tensor:
+            write_blocks_(weight.data, blocks, self.block_index)
+            # Graphs that saved W must see that it changed, and must not where the same values were written again.
+            version = None if blocks.is_inference() else blocks._version
+            if version != self._written_version and not weight.is_inference():
+                torch.autograd.graph.increment_version(weight)
+            self._written_version = version
         return self
-
-    def written_back(self) -> None:
-        """Say that W holds the blocks as they are now: for whoever has just written both."""
-        self._written.keep(self.blocks, self.base_layer.weight)
 
     def merge_(self) -> BlockSparseLinear:
         """Write the blocks into W; forward is then the plain linear, without gradients for them."""
@@ -165,7 +157,6 @@ class BlockSparseLinear(AroundLinear):
     def unmerge_(self) -> BlockSparseLinear:
         """Put W back to what it was, bit for bit. The blocks keep their values: the next forward writes them again."""
         write_blocks_(self.base_layer.weight, self.original_blocks, self.block_index)
-        self._written.clear()
         self._merged = False
         return self
 
@@ -184,7 +175,6 @@ class BlockSparseLinear(AroundLinear):
                 f"make the layer with those"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._written.clear()
 
     def extra_repr(self) -> str:
         bm, bn = self.block_size

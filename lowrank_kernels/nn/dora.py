@@ -9,51 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import all_finite
-from ..functional import dora_column_scale, dora_linear, dora_weight_norm
+from ..functional import ScaleCache, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
 from .lora import LoRALinear
-from .unchanged import Memory, state_of
-
-
-class ScaleCache(Memory):
-    """(n, g) of a DoRA layer, and ‖W_i‖², for as long as the parameters they come from stay the same (``state_of``).
-
-    Tensors that are not parameters are not trusted to tell.
-    """
-
-    def clear(self) -> None:
-        self._scale: tuple[Any, Any] = (None, None)
-        self._square: tuple[Any, Any] = (None, None)
-
-    def known(
-        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float, *, training: bool
-    ) -> dict[str, Any]:
-        """What ``dora_linear`` need not compute: ``norm_and_scale`` in evaluation, ``weight_sq_norm`` in training.
-
-        Whichever is not known yet is computed. Training never takes (n, g) from here, so that a run that is resumed
-        goes through the same sums as one that was not.
-        """
-        operands = (weight, lora_a, lora_b, magnitude)
-        if any(t.is_inference() or not isinstance(t, nn.Parameter) for t in operands):
-            return {}
-        of_weight = state_of(weight)
-        known, sq_norm = self._square
-        if training:
-            self._scale = (None, None)
-            if known == of_weight:
-                return {"weight_sq_norm": sq_norm}
-        key = (*of_weight, *state_of(*operands[1:]), scaling)
-        if self._scale[0] != key:
-            # Kept tensors may take part in autograd later, which inference tensors cannot.
-            with torch.inference_mode(False):
-                norm, scale, sq_norm = dora_column_scale(
-                    *operands, scaling=scaling, weight_sq_norm=sq_norm if known == of_weight else None
-                )
-            self._square = (of_weight, sq_norm)
-            if training:
-                return {"weight_sq_norm": sq_norm}
-            self._scale = (key, (norm, scale))
-        return {"norm_and_scale": self._scale[1]}
 
 
 class _Merged(NamedTuple):
@@ -78,8 +36,9 @@ class DoRALinear(LoRALinear):
         detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
         (the others as for ``LoRALinear``; there is no ``lora_bias``)
 
-    In evaluation (n, g) are computed once and kept until W, A, B or m changes; in training ‖W_i‖² is. After writes
-    through ``.data``, which nothing can see, call ``scale_cache.clear()``.
+    g is computed in every forward, from the same read of W as the product where this package makes that. In evaluation
+    on a CPU it is kept, and used again where the values of W, A, B and m prove to be what they were (see
+    :class:`~lowrank_kernels.functional.ScaleCache`).
 
     Source: Liu et al., "DoRA", arXiv 2402.09353.
     """
@@ -108,13 +67,10 @@ class DoRALinear(LoRALinear):
         if self.merged:
             return self.base_layer(x)
         base, a, b, m = self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
-        # A compiled graph keeps no state between calls: the norm is a part of it.
-        known = {}
-        if not torch.compiler.is_compiling():
-            known = self.scale_cache.known(base.weight, a, b, m, self.scaling, training=self.training)
         return dora_linear(
-            x, base.weight, a, b, m, base.bias,
-            scaling=self.scaling, **known,
+            x, base.weight, a, b, m, base.bias, scaling=self.scaling,
+            # A compiled graph keeps no state between calls: the norm is a part of it.
+            scale_cache=None if self.training or torch.compiler.is_compiling() else self.scale_cache,
             dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.multi_lora_tiles import TILE_ROWS, tile_capacity
 from .library import define, no_double_backward
+from .operands import check_count
 
 _PLAN = "batch_plan(Tensor adapter_ids, int num_adapters) -> (Tensor, Tensor, Tensor)"
 
@@ -68,11 +69,11 @@ def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tenso
     return order, bounds, tiles
 
 
-def check_range(adapter_ids: Tensor, num_adapters: int) -> None:
+def check_range(adapter_ids: Tensor, num_adapters: int, op: str = "multi_lora_linear") -> None:
     """Raise ValueError for ids that no adapter has."""
     low, high = (int(v) for v in adapter_ids.aminmax())
     if low < -1 or high >= num_adapters:
-        raise ValueError(f"multi_lora_linear: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}")
+        raise ValueError(f"{op}: expected adapter_ids from -1 to {num_adapters - 1}, got {low} to {high}")
 
 
 def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,21 +117,34 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
         TypeError: ids that are not integers.
         ValueError: ids out of range (on the CPU; elsewhere a device-side assertion), another shape.
     """
-    ids = as_ids(adapter_ids)
-    return BatchPlan(ids, *_call_plan(ids, num_adapters))
+    ids = as_ids(adapter_ids, "plan_batch")
+    check_count("plan_batch", "num_adapters", num_adapters, 0)
+    if ids.shape[1] == 0:
+        raise ValueError(f"plan_batch: expected adapter_ids (M, J) with J of 1 or more, got {tuple(ids.shape)}")
+    try:
+        return BatchPlan(ids, *_call_plan(ids, num_adapters))
+    except ValueError:
+        check_range(adapter_ids, num_adapters, "plan_batch")  # in the words of the ids as they were given
+        raise
 
 
-def as_ids(adapter_ids: Tensor) -> Tensor:
-    """(M, J) int32, whatever integers they are and with a J or without."""
+_INT32 = torch.iinfo(torch.int32)
+
+
+def as_ids(adapter_ids: Tensor, op: str = "multi_lora_linear") -> Tensor:
+    """(M, J) int32, contiguous, whatever integers they are and with a J or without; none becomes another id."""
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
         said = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
-        raise TypeError(f"multi_lora_linear: expected adapter_ids to be a tensor of integers, got {said}")
+        raise TypeError(f"{op}: expected adapter_ids to be a tensor of integers, got {said}")
     if adapter_ids.dim() not in (1, 2):
-        raise ValueError(
-            f"multi_lora_linear: expected adapter_ids of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}"
-        )
-    ids = adapter_ids.to(torch.int32)
-    return ids if ids.dim() == 2 else ids[:, None]
+        raise ValueError(f"{op}: expected adapter_ids of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}")
+    ids = adapter_ids
+    if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise TypeError(f"{op}: expected adapter_ids of a signed integer dtype or uint8, got {ids.dtype}")
+    if ids.dtype == torch.int64:  # beyond int32 they stay out of range instead of wrapping into it
+        ids = ids.clamp(_INT32.min, _INT32.max)
+    ids = ids.to(torch.int32)
+    return (ids if ids.dim() == 2 else ids[:, None]).contiguous()
 
 
 class BatchPlanner:

@@ -16,9 +16,10 @@ from ..reference.block_sparse import (
     read_blocks_ref,
     write_blocks_ref_,
 )
-from .backend import resolve_backend
-from .library import define, define_in_place, no_double_backward, register_autocast
-from .lora import library_linear, unit_columns
+from .backend import KERNEL_DTYPES, automatic, resolve_backend
+from .library import define, define_in_place, no_double_backward, unobserved
+from .lora import library_grad, library_linear, rows_in
+from .operands import as_rows, check_optional_vector, is_empty, like_rows_of, unit_columns
 
 _GRAD = (
     "block_sparse_weight_grad(Tensor x, Tensor grad_y, Tensor block_index, int bm, int bn, ScalarType dtype, "
@@ -26,7 +27,7 @@ _GRAD = (
 )
 _FORWARD = (
     "block_sparse_linear(Tensor x, Tensor weight, Tensor blocks, Tensor block_index, Tensor? bias, Tensor? columns, "
-    "SymInt width, bool save, str backend) -> (Tensor, Tensor)"
+    "SymInt width, bool save, bool rewrite, str backend) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
     "block_sparse_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor block_index, Tensor? columns, "
@@ -54,6 +55,16 @@ def check_block_size(op: str, block_size: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def check_block_shape(op: str, blocks: Tensor) -> tuple[int, int]:
+    """(bm, bn) of blocks (n_blocks, bm, bn)."""
+    try:
+        return check_block_size(op, tuple(blocks.shape[1:]))
+    except ValueError:
+        raise ValueError(
+            f"{op}: expected blocks of shape (n_blocks, bm, bn), bm and bn multiples of 16, got {tuple(blocks.shape)}"
+        ) from None
+
+
 def check_block_index(op: str, block_index: Any, block_size: tuple[int, int], shape: tuple[int, int]) -> None:
     """Raise for an index of another form, and, where its values are at hand, for blocks out of range or twice there.
 
@@ -73,11 +84,11 @@ def check_block_index(op: str, block_index: Any, block_size: tuple[int, int], sh
     for i, j in block_index.tolist():
         if not (0 <= i < rows and 0 <= j < columns):
             raise ValueError(
-                f"{op}: expected blocks within the {rows} × {columns} blocks of {bm}×{bn} of a weight of shape "
+                f"{op}: expected block_index within the {rows} × {columns} blocks of {bm}×{bn} of a weight of shape "
                 f"({n}, {k}), got block ({i}, {j})"
             )
         if (i, j) in seen:
-            raise ValueError(f"{op}: expected every block once, got block ({i}, {j}) more than once")
+            raise ValueError(f"{op}: expected block_index with every block once, got block ({i}, {j}) more than once")
         seen.add((i, j))
 
 
@@ -123,7 +134,7 @@ def check_block_sparse_linear(
     if not isinstance(blocks, Tensor) or blocks.dim() != 3 or not blocks.is_floating_point():
         got = f"{tuple(blocks.shape)} {blocks.dtype}" if isinstance(blocks, Tensor) else type(blocks).__name__
         raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn) and a floating dtype, got {got}")
-    check_block_size(op, tuple(blocks.shape[1:]))
+    check_block_shape(op, blocks)
     if values:
         check_block_index(op, block_index, (blocks.shape[1], blocks.shape[2]), (n, k))
     if block_index.shape[0] != blocks.shape[0]:
@@ -131,10 +142,9 @@ def check_block_sparse_linear(
             f"{op}: expected block_index of shape (n_blocks, 2) = ({blocks.shape[0]}, 2), "
             f"got {tuple(block_index.shape)}"
         )
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("blocks", blocks), ("block_index", block_index), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
+    check_optional_vector(op, "bias", "N", bias, n, x.device)
+    for name, tensor in (("weight", weight), ("blocks", blocks), ("block_index", block_index)):
+        if tensor.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
@@ -159,7 +169,7 @@ def _block_grad(
     if backend == "auto":
         chosen = tuned.choice("block_sparse_weight_grad", x, tuned.block_sizes, x.shape[0], len(block_index), size)
         name = chosen if chosen == "reference" else name
-    if name == "reference":
+    if name == "reference" or is_empty(x, grad_y):
         return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)
     if dtype == torch.float64:  # float64 blocks over a narrower weight: kernels sum in float32
         return _block_grad(x, grad_y, block_index, size, torch.float32, op, name).to(dtype)
@@ -176,7 +186,7 @@ def _block_grad(
 def _weight_grad(
     x: Tensor, grad_y: Tensor, block_index: Tensor, bm: int, bn: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    rows = (x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]))
+    rows = (as_rows(x), as_rows(grad_y))
     return _block_grad(*rows, block_index, (bm, bn), dtype, "block_sparse_weight_grad", backend)
 
 
@@ -192,14 +202,15 @@ def _take_columns(x: Tensor, columns: Tensor, bn: int, width: int) -> Tensor:
 
 def _forward(
     x: Tensor, weight: Tensor, blocks: Tensor, block_index: Tensor, bias: Tensor | None, columns: Tensor | None,
-    width: int, save: bool, backend: str,
+    width: int, save: bool, rewrite: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     name = resolve_backend("block_sparse_linear", backend, x)
+    rows = as_rows(x)
     # The blocks are inside the weight: the product is the library's, whatever else runs here.
-    y = block_sparse_linear_ref(x, weight, bias) if name == "reference" else library_linear(x, weight, bias)
+    y = block_sparse_linear_ref(rows, weight, bias) if name == "reference" else library_linear(rows, weight, bias)
     if not save or columns is None:
-        return y, x.new_empty(0)
-    return y, _take_columns(x.reshape(-1, x.shape[-1]), columns, blocks.shape[2], width)
+        return like_rows_of(x, y), x.new_empty(0)
+    return like_rows_of(x, y), _take_columns(rows, columns, blocks.shape[2], width)
 
 
 def _backward(
@@ -207,19 +218,17 @@ def _backward(
     dtype: torch.dtype, needs: Needs, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_blocks, need_bias = needs
-    rows = grad_y.reshape(-1, grad_y.shape[-1])
+    rows = as_rows(grad_y)
     grad_x = grad_blocks = grad_bias = grad_y.new_empty(0)
     if need_x:
-        grad_x = grad_y @ weight
+        grad_x = library_grad(grad_y, weight)
     if need_blocks:
         assert x is not None
         if columns is not None:
             # x holds the chosen column blocks alone: a block's column is its place among them.
             place = torch.searchsorted(columns, block_index[:, 1].contiguous(), out_int32=True)
             block_index = torch.stack((block_index[:, 0], place), 1)
-        grad_blocks = _block_grad(
-            x.reshape(-1, x.shape[-1]), rows, block_index, (bm, bn), dtype, "block_sparse_linear", backend
-        )
+        grad_blocks = _block_grad(as_rows(x), rows, block_index, (bm, bn), dtype, "block_sparse_linear", backend)
     if need_bias:
         grad_bias = rows.sum(0)
     return grad_x, grad_blocks, grad_bias
@@ -263,6 +272,14 @@ def check_block_adamw(
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError for operands that do not fit together."""
     op = "block_adamw_"
+    named = ("weight", weight), ("blocks", blocks), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: expected {name} to be a tensor of a floating dtype, got {got}")
+    for name, tensor in named:
+        if tensor.device != blocks.device:
+            raise ValueError(f"{op}: expected {name} and blocks on one device, got {tensor.device}")
     if blocks.dim() != 3:
         raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn), got {tuple(blocks.shape)}")
     if weight.dim() != 2:
@@ -276,10 +293,13 @@ def check_block_adamw(
     for name, tensor in (("blocks", blocks), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: expected {name} to be contiguous, got strides {tensor.stride()}")
+    check_block_index(op, block_index, check_block_shape(op, blocks), (weight.shape[0], weight.shape[1]))
     if block_index.shape != (len(blocks), 2):
         raise ValueError(
             f"{op}: expected block_index of shape (n_blocks, 2) = ({len(blocks)}, 2), got {tuple(block_index.shape)}"
         )
+    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1):
+        raise TypeError(f"{op}: expected seed to be an int64 scalar tensor or None, got {seed!r:.60}")
     if seed is not None and blocks.dtype != torch.bfloat16:
         raise TypeError(f"{op}: expected bfloat16 blocks for stochastic rounding, got {blocks.dtype}")
 
@@ -290,7 +310,20 @@ def read_blocks(weight: Tensor, block_index: Tensor, block_size: tuple[int, int]
 
 
 def write_blocks_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Tensor:
-    """As ``reference.write_blocks_ref_``."""
+    """W[block] ← blocks, rounded to W's dtype, in place; what sticks out of W is left out. One kernel where there is
+    one for such tensors, else as ``reference.write_blocks_ref_``. Raises no version counter."""
+    adjacent = blocks.is_contiguous() and block_index.is_contiguous() and not is_empty(weight, blocks)
+    kernels = weight.dtype in KERNEL_DTYPES and blocks.dtype in KERNEL_DTYPES
+    if adjacent and kernels and unobserved((weight, blocks, block_index)):
+        name, _ = automatic("write_blocks_", weight.device.type, weight.dtype)
+        if name == "cpu" and weight.stride(1) == 1:
+            torch.ops.lowrank_kernels.write_blocks_(weight, blocks, block_index)
+            return weight
+        if name == "triton":
+            from ..kernels import block_sparse
+
+            block_sparse.write_blocks_(weight, blocks, block_index)
+            return weight
     return write_blocks_ref_(weight, blocks, block_index)
 
 
@@ -301,9 +334,8 @@ def _weight_grad_fake(x, grad_y, block_index, bm, bn, dtype, backend):  # type: 
     return x.new_empty(block_index.shape[0], bm, bn, dtype=dtype)
 
 
-def _forward_fake(x, weight, blocks, block_index, bias, columns, width, save, backend):  # type: ignore[no-untyped-def]
-    rows = x.numel() // x.shape[-1]
-    saved = x.new_empty(rows, width) if save and columns is not None else x.new_empty(0)
+def _forward_fake(x, weight, blocks, block_index, bias, columns, width, save, rewrite, backend):  # type: ignore[no-untyped-def]
+    saved = x.new_empty(rows_in(x), width) if save and columns is not None else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), saved
 
 
@@ -317,19 +349,21 @@ def _backward_fake(grad_y, x, weight, block_index, columns, bm, bn, dtype, needs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, blocks, block_index, bias, columns, _, save, backend = inputs
+    x, weight, blocks, block_index, bias, columns, _, save, rewrite, backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     kept = None if not save else x if columns is None else output[1]
-    ctx.save_for_backward(kept, weight, block_index, columns)
+    ctx.save_for_backward(kept, weight, block_index, columns, blocks if rewrite else None)
     ctx.size, ctx.dtype, ctx.backend = tuple(blocks.shape[1:]), blocks.dtype, backend
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _autograd_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 9
-    x, weight, block_index, columns = ctx.saved_tensors
+        return (None,) * 10
+    x, weight, block_index, columns, blocks = ctx.saved_tensors
+    if blocks is not None:
+        write_blocks_(weight.data, blocks.detach(), block_index)
     need_x, _w, need_blocks, _i, need_bias = ctx.needs_input_grad[:5]
     needs = (need_x, need_blocks, need_bias)
     grads = _call_backward(
@@ -339,7 +373,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor
     grad_x, grad_blocks, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, grad_blocks, None, grad_bias, None, None, None, None
+    return grad_x, None, grad_blocks, None, grad_bias, None, None, None, None, None
 
 
 def _autocast(dtype: torch.dtype, x, weight, blocks, block_index, bias, *rest):  # type: ignore[no-untyped-def]
@@ -352,8 +386,7 @@ call_block_sparse_weight_grad = define(
     _GRAD, _weight_grad, _weight_grad_fake, **no_double_backward("block_sparse_weight_grad")
 )
 call_block_sparse_linear = define(
-    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
 )
 _call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
 call_block_adamw_ = define_in_place(_ADAMW, _adamw)
-register_autocast("block_sparse_linear", _autocast)

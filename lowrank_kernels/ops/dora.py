@@ -14,18 +14,31 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from .backend import resolve_backend
-from .library import define, no_double_backward, register_autocast
+from .backend import KERNEL_DTYPES, resolve_backend, why_not
+from .library import define, no_double_backward, unobserved
 from .lora import (
     check_lora_linear,
     cpu_down,
     cpu_grad,
     cpu_up_,
+    in_dtype_of,
+    library_grad,
     library_linear,
     lora_linear_inference,
     own_grad_product,
     own_product,
+    rows_in,
+)
+from .operands import (
+    as_rows,
+    check_optional_vector,
+    check_scaling,
+    factor,
+    float32_vector,
+    is_empty,
+    like_rows_of,
     unit_columns,
+    vector,
 )
 
 _NORM = (
@@ -52,31 +65,42 @@ def check_dora_linear(
 ) -> None:
     """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
     check_lora_linear(x, weight, lora_a, lora_b, bias, None, dropout_p, op="dora_linear")
-    if not isinstance(magnitude, Tensor) or not magnitude.is_floating_point():
-        raise TypeError(f"dora_linear: expected magnitude to be a tensor of a floating dtype, got {magnitude!r:.60}")
-    if magnitude.shape != (weight.shape[0],):
-        raise ValueError(
-            f"dora_linear: expected magnitude of shape (N,) = ({weight.shape[0]},), got {tuple(magnitude.shape)}"
-        )
-    if magnitude.device != x.device:
-        raise ValueError(f"dora_linear: expected magnitude on {x.device} like x, got {magnitude.device}")
+    check_magnitude("dora_linear", magnitude, weight)
 
 
-def check_dora_weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, weight_sq_norm: Tensor | None) -> None:
+def check_magnitude(op: str, magnitude: Tensor, weight: Tensor) -> None:
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"{op}: expected magnitude to be a tensor, got {type(magnitude).__name__}")
+    check_optional_vector(op, "magnitude", "N", magnitude, weight.shape[0], weight.device, "weight")
+
+
+def check_dora_weight_norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, weight_sq_norm: Tensor | None, scaling: float,
+    op: str = "dora_weight_norm",
+) -> None:  # fmt: skip
     """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError("dora_weight_norm: expected weight to be a tensor of shape (N, K)")
+    check_scaling(op, scaling, getattr(weight, "dtype", torch.float32))
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{op}: expected weight to be a tensor of shape (N, K) and a floating dtype, got {got}")
+    if isinstance(lora_a, Tensor) and lora_a.device != weight.device:
+        raise ValueError(f"{op}: expected weight and lora_a on one device, got {weight.device} and {lora_a.device}")
     no_rows = weight.detach().new_empty(0, weight.shape[1])
-    check_lora_linear(no_rows, weight.detach(), lora_a, lora_b, None, None, 0.0, op="dora_weight_norm")
-    check_weight_sq_norm(weight, weight_sq_norm)
+    check_lora_linear(no_rows, weight.detach(), lora_a, lora_b, None, None, 0.0, op=op)
+    check_weight_sq_norm(weight, weight_sq_norm, op)
 
 
-def check_weight_sq_norm(weight: Tensor, weight_sq_norm: Tensor | None) -> None:
-    if weight_sq_norm is not None and weight_sq_norm.shape != (weight.shape[0],):
-        raise ValueError(
-            f"dora_weight_norm: expected weight_sq_norm of shape (N,) = ({weight.shape[0]},), "
-            f"got {tuple(weight_sq_norm.shape)}"
-        )
+def check_weight_sq_norm(weight: Tensor, weight_sq_norm: Tensor | None, op: str) -> None:
+    check_optional_vector(op, "weight_sq_norm", "N", weight_sq_norm, weight.shape[0], weight.device, "weight")
+
+
+def check_norm_and_scale(norm_and_scale: tuple[Tensor, Tensor] | None, weight: Tensor) -> None:
+    if norm_and_scale is None:
+        return
+    if not isinstance(norm_and_scale, tuple) or len(norm_and_scale) != 2 or any(t is None for t in norm_and_scale):
+        raise TypeError(f"dora_linear: expected norm_and_scale to be a pair (n, g) or None, got {norm_and_scale!r:.60}")
+    for name, values in zip(("n of norm_and_scale", "g of norm_and_scale"), norm_and_scale, strict=True):
+        check_optional_vector("dora_linear", name, "N", values, weight.shape[0], weight.device, "weight")
 
 
 # --------------------------------------------------------------------------------------------------------------- norm
@@ -88,14 +112,22 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sizes = (tuned.factor_sizes, weight.shape, lora_a.shape)
     name = resolve_backend("dora_weight_norm", backend, weight, *sizes)
-    if name == "reference":
-        norm = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
+    if name == "cuda" and lora_a.shape[0] > _LARGEST_CUDA_RANK:
+        if backend != "auto":
+            raise ValueError(
+                f"dora_weight_norm: expected a rank of at most {_LARGEST_CUDA_RANK} for backend 'cuda', "
+                f"got {lora_a.shape[0]}; use backend='triton'"
+            )
+        name = "reference" if why_not("dora_weight_norm", "triton", "cuda", weight.dtype) else "triton"
+    if name == "reference" or is_empty(weight):
+        wide = dora_weight_norm_ref(weight, lora_a, lora_b, scaling=scaling)
+        norm = wide.to(torch.promote_types(weight.dtype, torch.float32))
         if weight_sq_norm is None:
             weight_sq_norm = weight.to(norm.dtype).square().sum(1)
         scale = norm.new_empty(0) if magnitude is None else dora_column_scale_ref(magnitude, norm)
-        return norm, weight_sq_norm.clone(), scale
-    weight, lora_a, lora_b = unit_columns(weight), unit_columns(lora_a), unit_columns(lora_b)
-    operands = (weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude)
+        return norm, weight_sq_norm.to(norm.dtype, copy=True), scale
+    weight, lora_a, lora_b = unit_columns(weight), factor(lora_a), factor(lora_b)
+    operands = (weight, lora_a, lora_b, scaling, float32_vector(weight_sq_norm), vector(magnitude))
     if name == "triton":
         from ..kernels.dora import dora_norm
 
@@ -105,9 +137,11 @@ def _norm(
     return norm, sq_norm, scale
 
 
+_LARGEST_CUDA_RANK = 512  # of the CUDA C++ kernel, which keeps A Aᵀ's rows in shared memory
+
+
 def _norm_fake(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend):  # type: ignore[no-untyped-def]
-    wide = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
-    norm = weight.new_empty(weight.shape[0], dtype=wide)
+    norm = weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
     return norm, torch.empty_like(norm), norm.new_empty(0) if magnitude is None else torch.empty_like(norm)
 
 
@@ -123,7 +157,7 @@ def _norm_backward(ctx: Any, grad_norm: Tensor | None, *_: None) -> tuple[Tensor
     weight, lora_a, lora_b, norm = ctx.saved_tensors
     if grad_norm is None:
         return (None,) * 7
-    row_factor = torch.where(norm > 0, grad_norm / norm, 0.0)
+    row_factor = torch.where(norm == 0, 0.0, grad_norm / norm)
     grad_a, grad_b = _norm_gradients(weight, lora_a, lora_b, ctx.scaling, row_factor)
     return None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None, None, None, None
 
@@ -140,7 +174,7 @@ def _norm_gradients(
     weighted_b = row_factor[:, None] * b
     grad_a = scaling * scaling * (b.T @ weighted_b) @ a
     grad_b = scaling * scaling * weighted_b @ (a @ a.T)
-    rows_at_once = max(1, (1 << 22) // weight.shape[1])
+    rows_at_once = max(1, (1 << 22) // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         w = weight[rows].to(wide)
@@ -158,13 +192,13 @@ def _forward(
     dropout_seed: Tensor | None, dropout_base: bool, detach_norm: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, P, u, n, g); the last two are empty where they were given, P and u unless ``save``."""
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     name = resolve_backend("dora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
+    if is_empty(x2, weight):
+        name = "reference"
     given = norm is not None
-    # The extension's own product makes the norms too, where |W_i|^2 is known: W is read once for both.
-    norms_inside = (
-        name == "cpu" and not given and weight_sq_norm is not None and own_product(x2, weight, "dora_linear")
-    )  # fmt: skip
+    # The extension's own product makes the norms too: W is read once for both.
+    norms_inside = name == "cpu" and not given and own_product(x2, weight, "dora_linear")
     if not given and not norms_inside:
         norm, _, column_scale = _norm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend)
     if name == "reference":
@@ -174,7 +208,7 @@ def _forward(
             scaling=scaling, dropout_p=dropout_p, dropout_seed=dropout_seed, dropout_base=dropout_base,
         )  # fmt: skip
     else:
-        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        x2, lora_a, lora_b, bias = unit_columns(x2), factor(lora_a), factor(lora_b), vector(bias)
         rest = None
         if dropout_base and dropout_p > 0.0:
             # y = g ∘ (d Wᵀ + s d Aᵀ Bᵀ) + (x - d) Wᵀ + bias with d = drop(x): plain DoRA on d, and what d lost.
@@ -183,20 +217,80 @@ def _forward(
             x2, bias, dropout_p, dropout_seed = dropped, None, 0.0, None
         if norms_inside:
             y, p, u, norm, column_scale = torch.ops.lowrank_kernels.dora_linear_fused(
-                x2, weight, lora_a, lora_b, magnitude, weight_sq_norm, bias, scaling, dropout_seed, dropout_p, save
-            )
+                x2, weight, lora_a, lora_b, vector(magnitude), float32_vector(weight_sq_norm), bias, scaling,
+                dropout_seed, dropout_p, save,
+            )  # fmt: skip
         else:
-            assert column_scale is not None
+            scale = float32_vector(column_scale)
+            assert scale is not None
             y, p, u = _scaled_product(
-                x2, weight, lora_a, lora_b, column_scale, bias, scaling, dropout_p, dropout_seed, save, name
+                x2, weight, lora_a, lora_b, scale, bias, scaling, dropout_p, dropout_seed, save, name
             )
         if rest is not None:
             y = y.add_(rest)
     nothing = x.new_empty(0)
-    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    y = like_rows_of(x, y)
     norm, column_scale = (nothing, nothing.clone()) if given else (norm, column_scale)
     assert norm is not None and column_scale is not None
     return (y, p, u, norm, column_scale) if save else (y, nothing.clone(), nothing.clone(), norm, column_scale)
+
+
+class ScaleCache:
+    """The column scale g of a layer, kept between calls with hashes of all that it was computed from.
+
+    ``dora_linear(..., scale_cache=...)`` uses it where W, A, B, m and s are what they were, told by their values (64
+    bits a row), and makes it anew where not: never by version counters or addresses, which fused optimizer steps, FSDP2
+    and writes through ``.data`` leave as they are. Copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget g. Never needed for a right result."""
+        self.kept: tuple[Tensor | None, Tensor | None] = (None, None)  # (g, hashes), replaced together
+
+    def __deepcopy__(self, memo: Any) -> ScaleCache:
+        return ScaleCache()
+
+    def __reduce__(self) -> Any:
+        return ScaleCache, ()
+
+
+def dora_linear_remembering(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, scaling: float,
+    cache: ScaleCache,
+) -> Tensor | None:  # fmt: skip
+    """y of checked operands without dropout, with g from the cache or into it; None where that is not to be had.
+
+    On a CPU alone, where the hash of a row of W is taken as the row is multiplied: on a GPU, whether it is the same
+    would have to be waited for, and n costs the same read of W.
+    """
+    tensors = (x, weight, lora_a, lora_b, magnitude, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return None
+    if not (x.is_cpu and unobserved(tensors)) or is_empty(x, weight):
+        return None
+    adjacent = x.is_contiguous() and weight.stride(1) == 1 and lora_a.is_contiguous() and lora_b.is_contiguous()
+    narrow = torch.float64 not in (lora_a.dtype, lora_b.dtype)
+    if not (adjacent and narrow):
+        return None
+    if resolve_backend("dora_linear", "auto", x, tuned.product_sizes, x.shape, weight.shape) != "cpu":
+        return None
+    cpp, (g, hashes) = torch.ops.lowrank_kernels, cache.kept
+    if own_product(x, weight, "dora_linear"):
+        y, new_g, new_hashes = cpp.dora_linear_remembering(
+            x, weight, lora_a, lora_b, magnitude, bias, scaling, g, hashes
+        )
+        if new_hashes.numel():
+            cache.kept = (new_g, new_hashes)
+        return y
+    new_g, new_hashes = cpp.dora_column_scale_remembering(weight, lora_a, lora_b, magnitude, scaling, g, hashes)
+    if new_hashes.numel():
+        cache.kept = (g, _) = (new_g, new_hashes)
+    assert g is not None
+    y, _, _ = _scaled_product(as_rows(x), weight, lora_a, lora_b, g, bias, scaling, 0.0, None, False, "cpu")
+    return like_rows_of(x, y)
 
 
 def _drop(x: Tensor, dropout_p: float, dropout_seed: Tensor | None, backend: str) -> Tensor:
@@ -227,7 +321,7 @@ def _scaled_product(
             x, weight, lora_a, lora_b, bias, None, scaling, dropout_seed, dropout_p, column_scale, save
         )
     p = cpu_down(x, lora_a, False, dropout_p, dropout_seed)
-    u = torch.nn.functional.linear(x, weight)
+    u = library_linear(x, weight, None)
     y = torch.empty_like(u) if save else u
     cpp.dora_up_(u, p, lora_b, scaling, column_scale, bias, y if save else None)
     return y, p, u
@@ -237,7 +331,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, column_scale, bias, scaling, dropout_p, dropout_seed,
     dropout_base, detach_norm, save, backend,
 ):  # fmt: skip
-    rows, n = x.numel() // x.shape[-1], weight.shape[0]
+    rows, n = rows_in(x), weight.shape[0]
     y, nothing = x.new_empty(*x.shape[:-1], n), x.new_empty(0)
     norms = [nothing, nothing.clone()]
     if norm is None:
@@ -254,33 +348,36 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_a, need_b, need_m, need_bias = needs
-    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
+    dy = unit_columns(as_rows(grad_y))
     name = resolve_backend("dora_linear", backend, grad_y)
-    if name == "reference":
+    if name == "reference" or is_empty(dy, weight):
         grads: tuple[Tensor | None, ...] = dora_linear_backward_ref(
             dy, x, weight, lora_a, lora_b, column_scale, norm, p, u,
             scaling=scaling, dropout_p=dropout_p, dropout_seed=dropout_seed, dropout_base=dropout_base,
             detach_norm=detach_norm, needs=needs,
         )  # fmt: skip
     else:
-        x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
-        a, b = unit_columns(lora_a), unit_columns(lora_b)
+        x2 = None if x is None else unit_columns(as_rows(x))
         through_norm = not detach_norm and (need_a or need_b)
+        n, g = float32_vector(norm), float32_vector(column_scale)
+        assert n is not None and g is not None
+        norm, column_scale = n, g
         grad_x, grad_a, grad_b, grad_m = (_triton_backward if name == "triton" else _cpu_backward)(
-            dy, x2, weight, a, b, norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
+            dy, x2, weight, factor(lora_a), factor(lora_b), norm, column_scale, p, u, scaling, dropout_p, dropout_seed,
             dropout_base and dropout_p > 0.0, (need_x, need_a, need_b, need_m or through_norm),
-            norm.dtype if through_norm else magnitude_dtype,
+            magnitude_dtype if magnitude_dtype in KERNEL_DTYPES and not through_norm else torch.float32,
         )  # fmt: skip
         if through_norm:
             assert grad_m is not None
-            row_factor = torch.where(norm > 0, -column_scale * grad_m / norm, 0.0)
+            row_factor = torch.where(norm == 0, 0.0, -column_scale * grad_m / norm)
             more_a, more_b = _norm_gradients(weight, lora_a, lora_b, scaling, row_factor)
-            grad_a = None if grad_a is None else (grad_a + more_a).to(lora_a.dtype)
-            grad_b = None if grad_b is None else (grad_b + more_b).to(lora_b.dtype)
+            grad_a = None if grad_a is None else grad_a + more_a
+            grad_b = None if grad_b is None else grad_b + more_b
+        grad_a, grad_b = in_dtype_of(grad_a, lora_a), in_dtype_of(grad_b, lora_b)
         grads = (grad_x, grad_a, grad_b, grad_m if need_m else None, dy.sum(0) if need_bias else None)
     grad_x, grad_a, grad_b, grad_m, grad_bias = grads
     if grad_x is not None:
-        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+        grad_x = like_rows_of(grad_y, grad_x)
     if grad_m is not None:
         grad_m = grad_m.to(magnitude_dtype)
     return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, grad_a, grad_b, grad_m, grad_bias))
@@ -312,11 +409,11 @@ def _cpu_backward(
     if own:  # g goes into the rows of W as they are packed
         grad_x = cpp.lora_grad_x(grad_y, q, weight, lora_a, None, scaling, dropout_seed, dropout_p, column_scale)
     elif need_x and dropout_base:
-        through_mask = (grad_u - grad_y) @ weight
+        through_mask = library_grad(grad_u - grad_y, weight)
         cpu_up_(through_mask, q, lora_a, False, None, scaling, 0.0, None)
-        grad_x = (grad_y @ weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
+        grad_x = library_grad(grad_y, weight).add_(_drop(through_mask, dropout_p, dropout_seed, "cpu"))
     elif need_x:
-        grad_x = grad_u @ weight
+        grad_x = library_grad(grad_u, weight)
         cpu_up_(grad_x, q, lora_a, False, None, scaling, dropout_p, dropout_seed)
     if need_a:
         assert x is not None
@@ -337,7 +434,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     n, k = weight.shape
     shapes = (
         grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_b, memory_format=torch.contiguous_format), 
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
         torch.empty_like(norm, dtype=magnitude_dtype), grad_y.new_empty(n),
     )  # fmt: skip
     return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
@@ -394,6 +491,7 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
 
 
 call_dora_weight_norm = define(_NORM, _norm, _norm_fake, setup_context=_norm_setup_context, backward=_norm_backward)
-call_dora_linear = define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+call_dora_linear = define(
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
+)
 _call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("dora_linear"))
-register_autocast("dora_linear", _autocast)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "lowrank_kernels"
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -19,6 +21,7 @@ def define(
     *,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    autocast: Callable[..., tuple[Any, ...]] = lambda dtype, *args: args,
 ) -> Callable[..., Any]:
     """Define ``lowrank_kernels::<schema>`` with one implementation for every device, a fake, and autograd.
 
@@ -27,7 +30,9 @@ def define(
         implementation: chooses its backend itself; never sees tensors that record gradients.
         fake: shapes, dtypes and layouts of the results, from metadata alone.
         setup_context, backward: as those of ``torch.autograd.Function``; backward runs ops, or raises
-            (:func:`no_double_backward`).
+            (:func:`no_double_backward`). Autocast is off in both.
+        autocast: ``autocast(dtype, *args)`` casts the arguments where autocast is on. The op itself always runs
+            without it: what it computes, its own code casts.
 
     Returns:
         The op, called past torch's dispatcher where nobody listens there. Its arguments are all positional.
@@ -40,10 +45,12 @@ def define(
 
     _library.impl(name, _above_autograd(name, op, setup_context, backward), "Autograd")
     direct = _above_autograd(name, implementation, setup_context, backward)
+    _register_autocast(name, op, autocast)
 
     def call(*args: Any) -> Any:
         # Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
-        return direct(*args) if unobserved(args) else op(*args)
+        # dY may be a batch of them (is_grads_batched) that looks like a plain tensor: the dispatcher knows what to do.
+        return direct(*args) if unobserved(args) and not _is_batched(args[0]) else op(*args)
 
     return call
 
@@ -64,18 +71,50 @@ def _above_autograd(
             setup_context(ctx, args, output)
         return output
 
+    def without_autocast(ctx: Any, *grads: Any) -> Any:
+        # The gradients of a forward have its dtypes, wherever backward is called.
+        if not torch._C._is_any_autocast_enabled():
+            return backward(ctx, *grads)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return backward(ctx, *grads)
+
     function: Any = type(
         name,
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        {"forward": staticmethod(forward), "backward": staticmethod(without_autocast)},
     )
 
     def kernel(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
         return forward(None, *args)
 
     return kernel
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def transformed() -> bool:
+    """True inside a torch.func transform (grad, vjp, jvp, vmap, ...) or a level of forward-mode differentiation.
+
+    The public functions then compute the plain formula, whose derivatives of every kind PyTorch knows.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise RuntimeError(
+            f"{name}: the kernels have no forward-mode derivative; call the public function inside the dual level, "
+            f"which then computes the plain formula"
+        )
 
 
 def unobserved(args: tuple[Any, ...]) -> bool:
@@ -85,6 +124,7 @@ def unobserved(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._is_any_autocast_enabled()
         or torch.autograd._profiler_enabled()
     ):
@@ -126,9 +166,14 @@ def define_in_place(schema: str, implementation: Callable[..., None]) -> Callabl
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
-    register_autocast(name, lambda dtype, *args: args)
+    _register_autocast(name, op, lambda dtype, *args: args)
 
     def call(*args: Any) -> None:
+        if transformed():
+            raise RuntimeError(
+                f"{name}: it changes its arguments in place and has no derivative; call it outside of torch.func "
+                f"transforms and of forward-mode differentiation"
+            )
         (kernel if unobserved(args) else op)(*args)
 
     return call
@@ -146,14 +191,13 @@ def no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:
     return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
 
 
-def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
+def _register_autocast(name: str, op: Any, cast: Callable[..., tuple[Any, ...]]) -> None:
     """Run ``cast(dtype, *args)`` on the arguments wherever autocast is on, then the op without autocast."""
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device_type in ("cpu", "cuda"):
         key = "Autocast" + device_type.upper()
 
-        def kernel(*args: Any, _device: str = device_type, _key: str = key) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
+        def kernel(*args: Any, _device: str = device_type) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return op(*cast(torch.get_autocast_dtype(_device), *args))
 
         _library.impl(name, kernel, key)

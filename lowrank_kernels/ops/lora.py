@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.nn.functional import linear
 from .. import _extension, tuned
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
 from .backend import KERNEL_DTYPES, resolve_backend
-from .library import define, no_double_backward, register_autocast, unobserved
+from .library import define, no_double_backward, unobserved
+from .operands import as_rows, check_optional_vector, factor, is_empty, like_rows_of, unit_columns, vector
 
 _FORWARD = (
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, "
@@ -49,21 +52,11 @@ def check_lora_linear(
         raise ValueError(f"{op}: expected a rank of at least 1, got lora_a of shape {tuple(lora_a.shape)}")
     if lora_b.shape != (n, r):
         raise ValueError(f"{op}: expected lora_b of shape (N, R) = ({n}, {r}), got {tuple(lora_b.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
-    if gate is not None and gate.shape != (r,):
-        raise ValueError(f"{op}: expected gate of shape (R,) = ({r},), got {tuple(gate.shape)}")
-    for name, optional in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", bias),
-        ("gate", gate),
-    ):
-        if optional is not None and optional.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
-        if optional is not None and not optional.is_floating_point():
-            raise TypeError(f"{op}: expected {name} of a floating dtype, got {optional.dtype}")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
+    check_optional_vector(op, "bias", "N", bias, n, x.device)
+    check_optional_vector(op, "gate", "R", gate, r, x.device)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
@@ -74,6 +67,13 @@ def check_lora_linear(
             f"{op}: expected a frozen weight, got one that requires grad; "
             f"call weight.requires_grad_(False), or train it with torch.nn.functional.linear"
         )
+    check_dropout_p(op, dropout_p)
+
+
+def check_dropout_p(op: str, dropout_p: float) -> None:
+    """Raise for what is no probability below 1."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: expected dropout_p to be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
 
@@ -101,21 +101,22 @@ def _forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
     scaling: float, dropout_p: float, dropout_seed: Tensor | None, save_p: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     p: Tensor | None
     name = resolve_backend("lora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
-    if name == "reference":
+    if name == "reference" or is_empty(x2, weight):
         y, p = lora_linear_ref(
             x2, weight, lora_a, lora_b, bias,
             scaling=scaling, gate=gate, dropout_p=dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
     else:
         run = _cpu_forward if name == "cpu" else _triton_forward
-        x2, lora_a, lora_b = unit_columns(x2), unit_columns(lora_a), unit_columns(lora_b)
+        x2, lora_a, lora_b = unit_columns(x2), factor(lora_a), factor(lora_b)
+        bias, gate = vector(bias), vector(gate)
         y, p = run(x2, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p)
     if p is None or not save_p:
         p = x.new_empty(0)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), p
+    return like_rows_of(x, y), p
 
 
 def _backward(
@@ -123,21 +124,21 @@ def _backward(
     p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None, needs: Needs, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_a, need_b, need_bias, need_gate = needs
-    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
+    dy = unit_columns(as_rows(grad_y))
     name = resolve_backend("lora_linear", backend, grad_y)
-    if name == "reference":
+    if name == "reference" or is_empty(dy, weight):
         grads: tuple[Tensor | None, ...] = lora_linear_backward_ref(
             dy, x, weight, lora_a, lora_b, p,
             scaling=scaling, gate=gate, dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
         )  # fmt: skip
     else:
-        x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
-        lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
+        x2 = None if x is None else unit_columns(as_rows(x))
         run = _cpu_backward if name == "cpu" else _triton_backward
         grad_x, grad_a, grad_b, q = run(
-            dy, x2, weight, lora_a, lora_b, gate, p, scaling, dropout_p, dropout_seed,
+            dy, x2, weight, factor(lora_a), factor(lora_b), vector(gate), p, scaling, dropout_p, dropout_seed,
             (need_x, need_a, need_b), need_gate,
         )  # fmt: skip
+        grad_a, grad_b = in_dtype_of(grad_a, lora_a), in_dtype_of(grad_b, lora_b)
         grad_gate = None
         if need_gate:
             assert q is not None and p is not None and gate is not None
@@ -145,12 +146,13 @@ def _backward(
         grads = (grad_x, grad_a, grad_b, dy.sum(0) if need_bias else None, grad_gate)
     grad_x = grads[0]
     if grad_x is not None:
-        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+        grad_x = like_rows_of(grad_y, grad_x)
     return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
 
 
-def unit_columns(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+def in_dtype_of(gradient: Tensor | None, of: Tensor) -> Tensor | None:
+    """A gradient in its operand's dtype: kernels give float32 for float64."""
+    return gradient if gradient is None or gradient.dtype == of.dtype else gradient.to(of.dtype)
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor | None]:
@@ -170,12 +172,14 @@ def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
 # library what that can do.
 
 
-def _library_is_faster(x: Tensor, dropout_p: float = 0.0) -> bool:
+def _library_is_faster(x: Tensor, inner: int, dropout_p: float = 0.0) -> bool:
     """Whether PyTorch's own thin products beat the extension's on this CPU: in float32, which MKL multiplies.
 
     They never do with dropout, which the extension draws while it reads.
     """
-    return dropout_p == 0.0 and (x.dtype == torch.float32 or _extension.cpu_isa() == "generic")
+    if dropout_p != 0.0 or library_reads_past_rows(x, inner):
+        return False
+    return x.dtype == torch.float32 or _extension.cpu_isa() == "generic"
 
 
 _ALL = 1 << 62
@@ -207,8 +211,10 @@ _OWN_MANY_ROWS = {("amx", torch.bfloat16): (512, 1024)}
 
 def own_product(x: Tensor, weight: Tensor, op: str = "lora_linear") -> bool:
     """Whether the extension computes x Wᵀ too, with the correction in its accumulators."""
+    if weight.stride(1) != 1:
+        return False
     chosen = tuned.choice(op, x, tuned.product_sizes, x.shape, weight.shape)
-    return weight.stride(1) == 1 and own_by_rule(chosen, x.dtype, x.shape, weight.shape)
+    return library_reads_past_rows(x, weight.shape[1]) or own_by_rule(chosen, x.dtype, x.shape, weight.shape)
 
 
 def own_by_rule(chosen: str | None, dtype: torch.dtype, x: torch.Size, weight: torch.Size) -> bool:
@@ -227,18 +233,20 @@ def _way(forced: str | None, records: bool, *metadata: Any) -> str | None:
     if not _fit(x, weight, lora_a, lora_b, bias, gate):
         return None
     (rows, dtype, device), rank = x, lora_a[0][0] if x[2].type == "cuda" else None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or 0 in weight[0]:
         return "op"
     op = "lora_linear_backward" if records else "lora_linear"
     chosen = forced
     if chosen == tuned.TABLE:
         chosen = tuned.settled(op, device.type, dtype, tuned.product_sizes, rows, weight[0], rank)
-    if chosen == "eager":
+    (n, k) = weight[0]
+    unsafe = _reads_past_rows(dtype, device.type, k) or _reads_past_rows(dtype, device.type, n)
+    if chosen == "eager" and not unsafe and not _reads_past_rows(dtype, device.type, lora_a[0][0]):
         return "eager"
     own = (
         device.type == "cpu" and not records and _extension.available() and dtype in KERNEL_DTYPES
         and torch.float64 not in (lora_a[1], lora_b[1]) and chosen != "reference"
-        and own_by_rule(chosen, dtype, rows, weight[0])
+        and (unsafe or own_by_rule(chosen, dtype, rows, weight[0]))
     )  # fmt: skip
     return "own_product" if own else "op"
 
@@ -305,7 +313,36 @@ def lora_linear_eager(
 
 def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias by PyTorch, which takes no bias of another dtype than x."""
+    if library_reads_past_rows(x, weight.shape[1]):
+        rows = unit_columns(as_rows(x))
+        y = torch.ops.lowrank_kernels.frozen_linear(rows, unit_columns(weight), vector(bias))
+        return like_rows_of(x, y)
     return linear(x, weight, None if bias is None else _in_dtype_of(x, bias))
+
+
+def library_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
+    """dY W by PyTorch."""
+    if library_reads_past_rows(grad_y, weight.shape[0]):
+        return library_linear(grad_y, weight.T.contiguous(), None)
+    return grad_y @ weight
+
+
+def library_reads_past_rows(x: Tensor, inner: int) -> bool:
+    """True where PyTorch's product of x must not be used: see :func:`_reads_past_rows`."""
+    return inner % 2 == 1 and _reads_past_rows(x.dtype, x.device.type, inner)
+
+
+def _reads_past_rows(dtype: torch.dtype, device_type: str, inner: int) -> bool:
+    """True where oneDNN reads an element beyond each row and multiplies it by zero: NaN, if that is no number.
+
+    It does so in bfloat16 with an odd inner size on processors with AMX (torch 2.14.1).
+    """
+    return inner % 2 == 1 and dtype == torch.bfloat16 and device_type == "cpu" and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
@@ -316,6 +353,8 @@ def own_grad_product(grad_y: Tensor, weight: Tensor, op: str = "lora_linear") ->
     """The same for dY W, the gradient of x."""
     if weight.stride(1) != 1:
         return False
+    if library_reads_past_rows(grad_y, weight.shape[0]):
+        return True
     chosen = tuned.choice(f"{op}_backward", grad_y, tuned.product_sizes, grad_y.shape, weight.shape)
     if chosen in ("own_product", "library_product"):
         return chosen == "own_product"
@@ -335,7 +374,7 @@ def _gated(p: Tensor, gate: Tensor | None) -> Tensor:
 
 def cpu_down(x: Tensor, factor: Tensor, rank_last: bool, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
     """drop(x) Aᵀ, or with ``rank_last`` x B: (M, R) in x's dtype."""
-    if _library_is_faster(x, dropout_p):
+    if _library_is_faster(x, x.shape[1], dropout_p):
         return x @ (factor if rank_last else factor.T).to(x.dtype)
     return torch.ops.lowrank_kernels.lora_down(x, factor, rank_last, dropout_seed, dropout_p)
 
@@ -345,7 +384,7 @@ def cpu_up_(
     dropout_p: float, dropout_seed: Tensor | None,
 ) -> None:  # fmt: skip
     """y += drop'(s (p ∘ gate) factor), in place."""
-    if _library_is_faster(y, dropout_p):
+    if _library_is_faster(y, p.shape[1], dropout_p):
         y.addmm_(_gated(p, gate), (factor.T if rank_last else factor).to(y.dtype), alpha=scaling)
     else:
         torch.ops.lowrank_kernels.lora_up_(y, p, factor, rank_last, gate, scaling, dropout_seed, dropout_p)
@@ -356,7 +395,7 @@ def cpu_grad(
     dropout_p: float, dropout_seed: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """s (p ∘ gate)ᵀ drop(big): (R, C), or with ``rank_last`` its transpose."""
-    if _library_is_faster(big, dropout_p) and dtype == big.dtype and not rank_last:
+    if _library_is_faster(big, big.shape[0], dropout_p) and dtype == big.dtype and not rank_last:
         return torch.mm(_gated(p, gate).T, big).mul_(scaling)
     return torch.ops.lowrank_kernels.lora_grad(big, p, gate, scaling, rank_last, dropout_seed, dropout_p, dtype)
 
@@ -401,7 +440,7 @@ def _cpu_backward(
                 grad_y, q, weight, lora_a, gate, scaling, dropout_seed, dropout_p
             )
         else:
-            grad_x = grad_y @ weight
+            grad_x = library_grad(grad_y, weight)
             cpu_up_(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed)
     if need_a:
         assert q is not None and x is not None
@@ -412,9 +451,14 @@ def _cpu_backward(
 # ------------------------------------------------------------------------------------------- registration with torch
 
 
+def rows_in(x: Tensor) -> int:
+    """M of x (..., K), from sizes that may be symbolic."""
+    return math.prod(x.shape[:-1])
+
+
 def _forward_fake(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, dropout_seed, save_p, backend):  # type: ignore[no-untyped-def]
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_a.shape[0]) if save_p else x.new_empty(0)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(rows_in(x), lora_a.shape[0]) if save_p else x.new_empty(0)
 
 
 def _backward_fake(grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, dropout_seed, needs, backend):  # type: ignore[no-untyped-def]
@@ -460,6 +504,7 @@ def _autocast(dtype: torch.dtype, x, weight, lora_a, lora_b, bias, *rest):  # ty
     return x, weight, lora_a, lora_b, bias, *rest
 
 
-call_lora_linear = define(_FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward)
+call_lora_linear = define(
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
+)
 _call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("lora_linear"))
-register_autocast("lora_linear", _autocast)

@@ -9,7 +9,8 @@ from .. import _extension, tuned
 from ..reference.merge import merge_lora_ref
 from .backend import KERNEL_DTYPES, resolve_backend
 from .library import define_in_place, unobserved
-from .lora import Metadata, unit_columns
+from .lora import Metadata
+from .operands import check_scaling, factor, is_empty, unit_columns
 
 _SCHEMA = (
     "merge_lora_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scaling, Tensor? before, Tensor? after, "
@@ -18,8 +19,9 @@ _SCHEMA = (
 _BLOCK_ELEMENTS = 1 << 24  # of the reference: 64 MiB of float32 at a time, whatever the weight's size
 
 
-def check_merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, op: str = "merge_lora_") -> None:
+def check_merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, op: str = "merge_lora_") -> None:
     """Raise ValueError or TypeError, in the op's name, for operands that do not fit together."""
+    check_scaling(op, scaling, getattr(weight, "dtype", torch.float32))
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -31,7 +33,9 @@ def check_merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, op: str = "
         raise ValueError(f"{op}: expected lora_a of shape (R, K) = ({r}, {k}), got {tuple(lora_a.shape)}")
     if lora_b.shape != (n, r):
         raise ValueError(f"{op}: expected lora_b of shape (N, R) = ({n}, {r}), got {tuple(lora_b.shape)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+    if weight.numel() and any(
+        size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
+    ):
         raise ValueError(f"{op}: expected a weight of its own memory, got an expanded one; merge into weight.clone()")
 
 
@@ -39,13 +43,12 @@ def _merge(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     before: Tensor | None, after: Tensor | None, seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
+    if is_empty(weight):
+        return
     name = resolve_backend("merge_lora_", backend, weight, tuned.factor_sizes, weight.shape, lora_a.shape)
-    # Kernels take float32 factors at most.
-    if name != "reference" and torch.float64 in (lora_a.dtype, lora_b.dtype):
-        lora_a, lora_b = lora_a.float(), lora_b.float()
-    lora_a, lora_b = unit_columns(lora_a), unit_columns(lora_b)
     if name == "reference":
         return _merge_reference(weight, lora_a, lora_b, scaling, before, after, seed)
+    lora_a, lora_b = factor(lora_a), factor(lora_b)
     if name == "triton":
         from ..kernels.merge import merge_lora_
 

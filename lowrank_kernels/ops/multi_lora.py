@@ -13,8 +13,25 @@ from .. import _extension, tuned
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 from .backend import KERNEL_DTYPES, resolve_backend
 from .batch_plan import check_range
-from .library import define, no_double_backward, register_autocast, unobserved
-from .lora import Metadata, library_linear, own_by_rule, own_product, unit_columns
+from .library import define, no_double_backward, unobserved
+from .lora import (
+    Metadata,
+    library_grad,
+    library_linear,
+    own_by_rule,
+    own_product,
+    rows_in,
+)
+from .operands import (
+    as_rows,
+    check_optional_vector,
+    factor,
+    float32_vector,
+    is_empty,
+    like_rows_of,
+    unit_columns,
+    vector,
+)
 
 _STACK = "Tensor table, Tensor scalings, int max_rank, int[]? slices"
 _PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
@@ -61,6 +78,11 @@ def check_multi_lora_linear(
             f"{op}: expected adapter_ids of x's leading shape, {tuple(x.shape[:-1])}, {rows} rows in all, "
             f"got {adapter_ids.shape[0]} rows"
         )
+    if adapter_ids.shape[1] == 0:
+        raise ValueError(f"{op}: expected adapter_ids (M, J) with J of 1 or more, got {tuple(adapter_ids.shape)}")
+    if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
+        said = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{op}: expected weights to be a tensor of a floating dtype or None, got {said}")
     if weights is not None and weights.shape != adapter_ids.shape:
         raise ValueError(
             f"{op}: expected weights of adapter_ids' shape (M, J) = {tuple(adapter_ids.shape)}, "
@@ -73,9 +95,8 @@ def check_multi_lora_linear(
             f"{op}: expected one adapter a row, without weights, since the stack holds DoRA adapters, whose columns "
             f"are scaled and do not add up; got (M, J) = {tuple(adapter_ids.shape)}"
         )
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{op}: expected bias of shape (N,) = ({n},), got {tuple(bias.shape)}")
-    others = ("weight", weight), ("stack", lora_a), ("adapter_ids", adapter_ids), ("bias", bias), ("weights", weights)
+    check_optional_vector(op, "bias", "N", bias, n, x.device)
+    others = ("weight", weight), ("stack", lora_a), ("adapter_ids", adapter_ids), ("weights", weights)
     for name, optional in others:
         if optional is not None and optional.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
@@ -91,6 +112,22 @@ def check_multi_lora_linear(
         )
 
 
+def check_stack_scale(norm_and_scale: tuple[Tensor, Tensor] | None, magnitude: Tensor | None) -> None:
+    """Raise for what is neither None nor the (n, g) of a stack's magnitudes."""
+    if norm_and_scale is None or magnitude is None:
+        return
+    op = "multi_lora_linear"
+    if not isinstance(norm_and_scale, tuple) or len(norm_and_scale) != 2:
+        raise TypeError(f"{op}: expected norm_and_scale to be a pair (n, g) or None, got {norm_and_scale!r:.60}")
+    for name, t in zip(("n", "g"), norm_and_scale, strict=True):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape != magnitude.shape:
+            got = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(
+                f"{op}: expected {name} of norm_and_scale of shape (D, N) = {tuple(magnitude.shape)} and a floating "
+                f"dtype, got {got}"
+            )
+
+
 # ----------------------------------------------------------------------------------------------------------- backends
 
 
@@ -103,7 +140,8 @@ def _direct_way(
     (rows, dtype, device), (n, k), height = x, weight[0], lora_a[0][0]
     fit = (
         device.type == "cpu" and dtype in KERNEL_DTYPES and weight[1] is dtype and _extension.available()
-        and rows[-1] == k and lora_a[0] == (height, k) and lora_b[0] == (height, n)
+        and rows[-1] == k and 0 not in weight[0]
+        and lora_a[0] == (height, k) and lora_b[0] == (height, n)
         and ids[0] in (rows[:-1], (rows[:-1].numel(), 1))
         and ids[1] in (torch.int32, torch.int64) and (bias is None or bias[0] == (n,))
         and all(t is None or t[1] in KERNEL_DTYPES for t in (lora_a, lora_b, bias))
@@ -196,8 +234,9 @@ def _slices_of(
     lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, slices: Sequence[int] | None
 ) -> list[_Slice]:
     if slices is None:
-        return [_Slice(None, unit_columns(lora_a), unit_columns(lora_b), table, scalings)]
-    lora_a, lora_b, found, begin = lora_a.contiguous(), unit_columns(lora_b), [], 0
+        return [_Slice(None, factor(lora_a), factor(lora_b), table, scalings)]
+    lora_a = (lora_a.float() if lora_a.dtype == torch.float64 else lora_a).contiguous()
+    lora_b, found, begin = factor(lora_b), [], 0
     for s, width in enumerate(slices):
         columns = slice(begin, begin + width)
         found.append(_Slice(columns, lora_a[s], lora_b[:, columns], table[s], scalings[s]))
@@ -216,9 +255,9 @@ def _forward(
     norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
     save_p: bool, save_u: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = as_rows(x)
     name = resolve_backend("multi_lora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
-    if name == "reference":
+    if name == "reference" or is_empty(x2, weight):
         y, p, u = multi_lora_linear_ref(
             x2, weight, lora_a, lora_b, table, scalings, adapter_ids, bias,
             slices=slices, weights=weights, column_scale=column_scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -226,12 +265,13 @@ def _forward(
         p = torch.nn.functional.pad(p, (0, max_rank - p.shape[-1]))
     else:
         x2, parts = unit_columns(x2), _slices_of(lora_a, lora_b, table, scalings, slices)
+        bias, column_scale, weights = vector(bias), float32_vector(column_scale), float32_vector(weights)
         own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
         if order is None or tiles is None:
             u = _base_product(name, x2, weight, own)
             for part in parts:
                 _add_unplanned(part, u, x2, adapter_ids)
-            return u.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0), x.new_empty(0)
+            return like_rows_of(x, u), x.new_empty(0), x.new_empty(0)
         kernels, choices = _kernels(name), order.shape[0]
         one_kernel = (
             name == "triton" and choices == 1 and max_rank
@@ -266,7 +306,7 @@ def _forward(
         if total is not u:
             y = total.to(x.dtype)
     return (
-        y.reshape(*x.shape[:-1], weight.shape[0]),
+        like_rows_of(x, y),
         p if save_p else x.new_empty(0),
         u if save_u else x.new_empty(0),
     )
@@ -302,10 +342,10 @@ def _backward(
     needs: Needs, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_a, need_b, need_m, need_bias = needs
-    dy = unit_columns(grad_y.reshape(-1, grad_y.shape[-1]))
-    x2 = None if x is None else unit_columns(x.reshape(-1, x.shape[-1]))
+    dy = unit_columns(as_rows(grad_y))
+    x2 = None if x is None else unit_columns(as_rows(x))
     name = resolve_backend("multi_lora_linear", backend, grad_y)
-    if name == "reference":
+    if name == "reference" or is_empty(dy, weight):
         grads: tuple[Tensor | None, ...] = multi_lora_linear_backward_ref(
             dy, x2, weight, lora_a, lora_b, table, scalings, adapter_ids, p,
             slices=slices, weights=weights, column_scale=column_scale, norm=norm, u=u,
@@ -314,15 +354,16 @@ def _backward(
     else:
         assert order is not None and bounds is not None and tiles is not None  # what may train was planned
         du, grad_m = dy, None
+        norm, column_scale, weights = float32_vector(norm), float32_vector(column_scale), float32_vector(weights)
         if column_scale is not None:
             du, grad_m = _dora_gradients(dy, u if need_m else None, table, adapter_ids, norm, column_scale)
-        grad_x = du @ weight if need_x else None
+        grad_x = library_grad(du, weight) if need_x else None
         parts = _slices_of(lora_a, lora_b, table, scalings, slices)
         choices = range(order.shape[0] if max_rank and dy.shape[0] else 0)
         # What several corrections add up to is added up in float32, so that it is rounded once.
         several = order.shape[0] > 1
         total = grad_x.float() if grad_x is not None and len(parts) * len(choices) > 1 else grad_x
-        dtype_a, dtype_b = (torch.float32 if several else t.dtype for t in (lora_a, lora_b))
+        dtype_a, dtype_b = (torch.float32 if several or t.dtype == torch.float64 else t.dtype for t in (lora_a, lora_b))
         of_a: list[Tensor | None] = [None] * len(parts)
         of_b: list[Tensor | None] = [None] * len(parts)
         kernels = _kernels(name)
@@ -355,7 +396,7 @@ def _backward(
         grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
     grad_x = grads[0]
     if grad_x is not None:
-        grad_x = grad_x.reshape(*grad_y.shape[:-1], weight.shape[1])
+        grad_x = like_rows_of(grad_y, grad_x)
     return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
 
 
@@ -388,7 +429,7 @@ def _dora_gradients(
     assert norm is not None
     owner = torch.arange(len(column_scale), device=dora.device)[:, None] == dora[None, :]
     inner = owner.to(norm.dtype) @ (dy.to(norm.dtype) * u.to(norm.dtype))
-    return du, torch.where(norm > 0, inner / norm, 0.0)
+    return du, torch.where(norm == 0, 0.0, inner / norm)
 
 
 # ------------------------------------------------------------------------------------------- registration with torch
@@ -398,7 +439,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, slices, adapter_ids, order, bounds, tiles,
     weights, norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend,
 ):  # fmt: skip
-    rows, n = x.numel() // x.shape[-1], weight.shape[0]
+    rows, n = rows_in(x), weight.shape[0]
     return (
         x.new_empty(*x.shape[:-1], n),
         x.new_empty(order.shape[0] * len(slices or (0,)), rows, max_rank) if save_p else x.new_empty(0),
@@ -458,7 +499,6 @@ def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
 
 
 call_multi_lora_linear = define(
-    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward
+    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
 )
 _call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("multi_lora_linear"))
-register_autocast("multi_lora_linear", _autocast)

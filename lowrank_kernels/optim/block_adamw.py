@@ -92,7 +92,6 @@ class BlockAdamW(torch.optim.Optimizer):
                 step=state["step"], lr=group["lr"], betas=group["betas"], eps=group["eps"],
                 weight_decay=group["weight_decay"], seed=seed,
             )  # fmt: skip
-            layer.written_back()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

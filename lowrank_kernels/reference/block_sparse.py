@@ -53,6 +53,15 @@ def write_blocks_ref_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Te
     return weight
 
 
+def with_blocks_ref(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Tensor:
+    """A copy of W with the blocks in it, rounded to its dtype; differentiable in both."""
+    bm, bn = blocks.shape[1:]
+    rows, columns, i, j = _positions(weight.shape, block_index, (bm, bn))
+    there = (i == torch.arange(bm, device=i.device)[:, None]) & (j == torch.arange(bn, device=j.device))
+    places = tuple(t.expand(there.shape)[there] for t in (rows, columns))
+    return weight.index_put(places, blocks[there].to(weight.dtype))
+
+
 def block_sparse_weight_grad_ref(
     x: Tensor, grad_y: Tensor, block_index: Tensor, block_size: tuple[int, int], dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -68,7 +77,8 @@ def block_sparse_weight_grad_ref(
         (n, bm, bn), zero where a block sticks out of (N, K).
     """
     acc = torch.promote_types(x.dtype, torch.float32)
-    x2, dy = x.reshape(-1, x.shape[-1]).to(acc), grad_y.reshape(-1, grad_y.shape[-1]).to(acc)
+    tokens = x.shape[:-1].numel()
+    x2, dy = x.reshape(tokens, x.shape[-1]).to(acc), grad_y.reshape(tokens, grad_y.shape[-1]).to(acc)
     bm, bn = block_size
     out = x.new_zeros(len(block_index), bm, bn, dtype=dtype or x.dtype)
     for b, (i, j) in enumerate(block_index.tolist()):
@@ -109,7 +119,7 @@ def block_sparse_linear_backward_ref(
     if need_blocks:
         assert x is not None
         grad_blocks = block_sparse_weight_grad_ref(x, grad_y, block_index, block_size, dtype)
-    grad_bias = wide.reshape(-1, grad_y.shape[-1]).sum(0).to(grad_y.dtype) if need_bias else None
+    grad_bias = wide.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1]).sum(0).to(grad_y.dtype) if need_bias else None
     return BlockSparseGradients(grad_x, grad_blocks, grad_bias)
 
 

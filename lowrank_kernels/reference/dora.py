@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lora import _accumulation_dtype, _drop, _keep
+from .lora import _accumulation_dtype, _drop, _keep, _rows
 
 
 class DoRAGradients(NamedTuple):
@@ -34,8 +34,9 @@ def dora_weight_norm_ref(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scal
 
 
 def dora_column_scale_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / n; 0 for a row whose norm is 0."""
-    return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0.0)
+    """g = m / n; 0 for a row whose norm is 0, NaN for one whose norm is NaN."""
+    zero = norm == 0
+    return torch.where(zero, 0.0, magnitude.to(norm.dtype) / torch.where(zero, 1.0, norm))
 
 
 def dora_linear_ref(
@@ -60,7 +61,7 @@ def dora_linear_ref(
         y (..., N), P (M, R) and u (M, N), all in x's dtype.
     """
     acc = _accumulation_dtype(x.dtype)
-    x2 = x.reshape(-1, x.shape[-1]).to(acc)
+    x2 = _rows(x).to(acc)
     w = weight.to(acc)
     a, b = (f.to(x.dtype).to(acc) for f in (lora_a, lora_b))
     dropped = _drop(x2, _keep(x2, dropout_p, dropout_seed), dropout_p)
@@ -105,7 +106,7 @@ def dora_linear_backward_ref(
     """
     dtype = grad_y.dtype
     acc = _accumulation_dtype(dtype)
-    dy = grad_y.reshape(-1, grad_y.shape[-1]).to(acc)
+    dy = _rows(grad_y).to(acc)
     w = weight.to(acc)
     a, b = (f.to(dtype).to(acc) for f in (lora_a, lora_b))
     g, n = column_scale.to(acc), norm.to(acc)
@@ -124,19 +125,20 @@ def dora_linear_backward_ref(
     grad_a = grad_b = None
     if need_a:
         assert x is not None
-        x2 = x.reshape(-1, x.shape[-1]).to(acc)
+        x2 = _rows(x).to(acc)
         grad_a = scaling * (q.T @ _drop(x2, _keep(x2, dropout_p, dropout_seed), dropout_p))
     if need_b:
         assert p is not None
         grad_b = scaling * (du.T @ p.to(acc))
-    if need_m or not detach_norm:
+    through_norm = not detach_norm and (need_a or need_b)
+    if need_m or through_norm:
         assert u is not None
         inner = (dy * u.to(acc)).sum(0)
-        positive = n > 0
+        zero = n == 0
         if need_m:
-            grads[3] = torch.where(positive, inner / n, 0.0)
-        if not detach_norm:
-            c = torch.where(positive, -g * inner / n.square(), 0.0)[:, None]
+            grads[3] = torch.where(zero, 0.0, inner / n)
+        if through_norm:
+            c = torch.where(zero, 0.0, -g * inner / n.square())[:, None]
             dense = c * (w + scaling * (lora_b.to(acc) @ lora_a.to(acc)))
             if grad_a is not None:
                 grad_a = grad_a + scaling * (lora_b.to(acc).T @ dense)

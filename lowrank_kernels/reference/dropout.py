@@ -46,7 +46,7 @@ def philox_words_ref(seed: Tensor, rows: int, columns: int, first_row: int = 0) 
         high1, low1 = _multiply_high_low(c2, PHILOX_MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + PHILOX_WEYL[0]) & _LOW32, (k1 + PHILOX_WEYL[1]) & _LOW32
-    return torch.stack((c0, c1, c2, c3), dim=-1).reshape(rows, -1)[:, :columns]
+    return torch.stack((c0, c1, c2, c3), dim=-1).reshape(rows, 4 * c0.shape[1])[:, :columns]
 
 
 def dropout_keep_mask_ref(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

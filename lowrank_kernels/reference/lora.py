@@ -24,6 +24,10 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _keep(x: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor | None:
     if dropout_p == 0.0:
         return None
@@ -60,7 +64,7 @@ def lora_linear_ref(
         y of shape (..., N) in x's dtype, and P of shape (M, R) in x's dtype, M being the flattened rows of x.
     """
     acc = _accumulation_dtype(x.dtype)
-    x2 = x.reshape(-1, x.shape[-1]).to(acc)
+    x2 = _rows(x).to(acc)
     a, b = (f.to(x.dtype).to(acc) for f in (lora_a, lora_b))
     p = _drop(x2, _keep(x2, dropout_p, dropout_seed), dropout_p) @ a.T
     gated = p if gate is None else p * gate.to(acc)
@@ -96,7 +100,7 @@ def lora_linear_backward_ref(
     """
     dtype = grad_y.dtype
     acc = _accumulation_dtype(dtype)
-    dy = grad_y.reshape(-1, grad_y.shape[-1]).to(acc)
+    dy = _rows(grad_y).to(acc)
     a, b = (f.to(dtype).to(acc) for f in (lora_a, lora_b))
     need_x, need_a, need_b, need_bias, need_gate = needs
     q = dy @ b
@@ -109,7 +113,7 @@ def lora_linear_backward_ref(
         grads[0] = grad_x.to(dtype).reshape(*grad_y.shape[:-1], weight.shape[1])
     if need_a:
         assert x is not None
-        x2 = x.reshape(-1, x.shape[-1]).to(acc)
+        x2 = _rows(x).to(acc)
         dropped = _drop(x2, _keep(x2, dropout_p, dropout_seed), dropout_p)
         grads[1] = (scaling * (gated_q.T @ dropped)).to(lora_a.dtype)
     if need_b:

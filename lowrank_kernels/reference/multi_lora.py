@@ -173,7 +173,7 @@ def multi_lora_linear_backward_ref(
             if need_m:
                 assert u is not None
                 inner = (dy[rows] * u[rows].to(acc)).sum(0)
-                grad_m[dora] = torch.where(norm[dora] > 0, inner / norm[dora].to(acc), 0.0)
+                grad_m[dora] = torch.where(norm[dora] == 0, 0.0, inner / norm[dora].to(acc))
     grad_x = du @ weight.to(acc) if need_x else None
     grad_a = lora_a.new_zeros(lora_a.shape, dtype=acc) if need_a else None
     grad_b = lora_b.new_zeros(lora_b.shape, dtype=acc) if need_b else None

@@ -8,10 +8,11 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels.functional import block_adamw_, read_blocks
 from lowrank_kernels.inspect.memory import record_memory
-from lowrank_kernels.kernels.block_sparse import block_grad
+from lowrank_kernels.kernels.block_sparse import block_grad, write_blocks_
 from lowrank_kernels.kernels.block_sparse_tiles import BlockGradTiles, block_grad_tiles
 from lowrank_kernels.kernels.target import TARGETS
 from lowrank_kernels.reference import block_sparse_weight_grad_ref
+from lowrank_kernels.reference.block_sparse import write_blocks_ref_
 from tests.interpreter.test_lora import _far_apart, _in_place
 from tests.ops.test_block_sparse import check_adamw
 from tests.problems.block_sparse import random_index
@@ -53,6 +54,21 @@ def test_any_tiles(dtype: torch.dtype, splits: int, tile: tuple[int, int]) -> No
     exact = block_sparse_weight_grad_ref(x.double(), grad_y.double(), index, size)
     eager = read_blocks(grad_y.T @ x, index, size)
     assert_as_exact_as_eager(ours, eager, exact, factor=GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("block_dtype", [BF16, F32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_are_written_where_they_belong(dtype: torch.dtype, block_dtype: torch.dtype, transposed: bool) -> None:
+    """Ragged ones too, and nothing beside them: one launch, each element once."""
+    size, index = (32, 48), random_index(70, 100, (32, 48), 0.7)
+    weight = torch.randn(100, 70).to(dtype).T if transposed else torch.randn(70, 100).to(dtype)
+    blocks = torch.randn(len(index), *size).to(block_dtype)
+    expected = write_blocks_ref_(weight.clone(), blocks, index)
+    with record_memory() as record:
+        write_blocks_(weight, blocks, index)
+    assert torch.equal(weight, expected)
+    assert [launch.name for launch in record.launches] == ["write_blocks_kernel"], record.table()
 
 
 def test_tiles_split_tokens_only_for_want_of_blocks() -> None:

@@ -74,29 +74,57 @@ def test_outside_of_the_blocks_nothing_moves_and_unmerge_is_exact(kind, dtype):
     assert torch.equal(layer.base_layer.weight, after) and layer.merged
 
 
-def test_write_back_happens_once_a_change(monkeypatch):
-    from lowrank_kernels.nn import block_sparse
+def load(assign):
+    def change(layer):
+        state = layer.state_dict()
+        layer.load_state_dict({**state, "blocks": 2 * state["blocks"]}, assign=assign)
 
-    layer, calls = make(), []
-    write = block_sparse.write_blocks_
-    monkeypatch.setattr(block_sparse, "write_blocks_", lambda *a: calls.append(1) or write(*a))
-    optimizer, x = torch.optim.SGD([layer.blocks], lr=0.1), torch.randn(3, 40)
-    for _ in range(3):
-        layer(x)
-    assert len(calls) == 1
-    layer(x).square().sum().backward()
+    return change
+
+
+CHANGES = {
+    "edit": lambda layer: layer.blocks.mul_(2),
+    "raw": lambda layer: layer.blocks.data.mul_(2),
+    "foreach": lambda layer: torch._foreach_mul_([layer.blocks], 2),
+    "W zeroed": lambda layer: layer.base_layer.weight.zero_(),
+    "W zeroed, raw": lambda layer: layer.base_layer.weight.data.zero_(),
+    "loaded": load(False),
+    "assigned": load(True),
+    "replaced": lambda layer: setattr(layer.blocks, "data", layer.blocks.data * 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_weight_holds_the_blocks_at_every_forward(kind, dtype):
+    layer, x = make(dtype=dtype), torch.randn(3, 40).to(dtype)
     layer(x)
-    optimizer.step()
-    layer(x)
-    layer(x)
-    assert len(calls) == 2
-    fused = BlockAdamW(layer)
-    fused.step()
-    layer(x)
-    assert len(calls) == 2  # the fused step has written W itself
     with torch.no_grad():
-        layer.base_layer.weight.zero_()
-    assert layer(x).abs().sum() > 0 and len(calls) == 3
+        CHANGES[kind](layer)
+    layer(x)
+    weight = layer.base_layer.weight
+    assert torch.equal(read_blocks(weight, layer.block_index, (16, 16)), ragged(layer).to(dtype))
+
+
+def ragged(layer):
+    """The blocks, zero where they stick out of W, as reading them gives."""
+    blocks = layer.blocks.detach().clone()
+    for b, (i, j) in enumerate(layer.block_index.tolist()):
+        blocks[b, max(0, layer.out_features - 16 * i) :] = 0
+        blocks[b, :, max(0, layer.in_features - 16 * j) :] = 0
+    return blocks
+
+
+def test_writing_the_same_blocks_again_leaves_saved_graphs_valid_and_other_blocks_do_not():
+    layer, x = make(), torch.randn(3, 40, requires_grad=True)
+    first, second = layer(x), layer(x)
+    (first.sum() + second.sum()).backward()
+    y = layer(x)
+    with torch.no_grad():
+        layer.blocks.mul_(2)
+    layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_several_backwards_add_up_and_a_shared_layer_gets_both_gradients():

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank_kernels.adapt import adapt
 from lowrank_kernels.config import DoRAConfig
+from lowrank_kernels.functional import ScaleCache
 from lowrank_kernels.nn import DoRALinear
-from lowrank_kernels.nn import dora as dora_module
-from lowrank_kernels.nn.dora import ScaleCache
 from lowrank_kernels.reference import dropout_keep_mask_ref
 
 
@@ -194,19 +193,19 @@ def new_storages(layer):
         layer(torch.randn(1, 24))
 
 
-def raw_writes_in_training(layer):
-    """As some optimizers' kernels write: no version counts them."""
-    layer.train()
-    layer.lora_B.weight.data.mul_(1.5)
-    layer(torch.randn(1, 24))
-    layer.lora_B.weight.data.mul_(1.5)
-    layer(torch.randn(1, 24))
-    layer.eval()
+def raw_write(name):
+    """No version counts it."""
+    return lambda layer: layer.get_parameter(name).data.mul_(1.5 if name != "lora_A.weight" else -1.5)
 
 
-def raw_write_and_clear(layer):
-    layer.weight.data.mul_(1.5)
-    layer.scale_cache.clear()
+def raw_signs(layer):
+    """Two in a row: the row's sum of squares and its bits' parity stay."""
+    layer.base_layer.weight.data[:, [2, 10]] *= -1
+
+
+def raw_columns(layer):
+    weight = layer.base_layer.weight.data
+    weight[:, [2, 10]] = weight[:, [10, 2]]
 
 
 CHANGES = {
@@ -222,17 +221,21 @@ CHANGES = {
     "rounded": through_bfloat16,
     "float64": lambda layer: layer.to(torch.float64),
     "new storages": new_storages,
-    "raw, training": raw_writes_in_training,
-    "raw, cleared": raw_write_and_clear,
+    **{f"raw, {name}": raw_write(name) for name in ("base_layer.weight", "lora_A.weight", "lora_B.weight")},
+    "raw, m": raw_write("lora_magnitude_vector"),
+    "signs of W": raw_signs,
+    "columns of W": raw_columns,
     "alpha": lambda layer: setattr(layer, "alpha", 5.0),
 }
 
 
+@pytest.mark.parametrize("rows", [2, 6, 20, 200])  # each its own way through the extension, or the library's product
 @pytest.mark.parametrize("kind", CHANGES)
-def test_the_cache_is_never_stale(kind):
+def test_the_cache_is_never_stale(kind, rows):
     layer = make().eval()
-    x = torch.randn(6, 24)
-    before = layer(x)
+    x = torch.randn(rows, 24)
+    with torch.no_grad():
+        before = layer(x)
     CHANGES[kind](layer)
     x = x.to(layer.weight.dtype)
     exact = layer.weight.dtype == torch.float64
@@ -242,48 +245,29 @@ def test_the_cache_is_never_stale(kind):
         assert_same(layer(x), plain(layer, x))
 
 
-def test_the_norm_is_computed_once_in_evaluation_and_the_weights_part_once_in_training(monkeypatch):
-    layer, calls, x = make().eval(), [], torch.randn(2, 24)
-
-    def counted(name):
-        original = getattr(dora_module, name)
-
-        def call(*args, **kwargs):
-            known = {key for key in ("weight_sq_norm", "norm_and_scale") if kwargs.get(key) is not None}
-            calls.append((name, *known))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(dora_module, name, call)
-
-    counted("dora_column_scale")
-    counted("dora_linear")
-
-    def found(forwards):
-        calls.clear()
-        for _ in range(forwards):
-            layer(x)
-        return calls
-
-    given, computed = ("dora_linear", "norm_and_scale"), ("dora_linear", "weight_sq_norm")
-    assert found(3) == [("dora_column_scale",), given, given, given]
-    layer.train()
-    assert found(2) == [computed, computed]
-    layer.eval()
-    assert found(2) == [("dora_column_scale", "weight_sq_norm"), given, given]
-    edit("base_layer.weight")(layer)
-    layer.train()
-    assert found(2) == [("dora_column_scale",), computed, computed]
+@pytest.mark.parametrize("rows", [2, 6, 20, 200])
+def test_the_scale_is_kept_while_nothing_changes(rows):
+    layer, x = make().eval(), torch.randn(rows, 24)
+    with torch.no_grad():
+        y = layer(x)
+        kept = layer.scale_cache.kept
+        assert kept[0] is not None
+        assert torch.equal(layer(x), y) and layer.scale_cache.kept is kept
+        layer.lora_B.weight.data[0, 0] += 1e-6
+        layer(x)
+        assert layer.scale_cache.kept is not kept
 
 
-def test_a_cache_of_moved_parameters_does_not_keep_their_memory():
-    layer = make().eval()
-    layer(torch.randn(1, 24))
-    key, _ = layer.scale_cache._scale
-    layer.double()
-    assert all(state[0].expired() for state in key[:-1])
+def test_the_kept_scale_is_the_one_that_is_used():
+    """Else the test above would say nothing."""
+    layer, x = make().eval(), torch.randn(3, 24)
+    with torch.no_grad():
+        layer(x)
+        layer.scale_cache.kept[0].zero_()
+        assert torch.equal(layer(x), layer.bias.expand(3, 16))
 
 
-def test_functional_call_bypasses_the_cache():
+def test_functional_call_sees_the_tensors_that_it_is_given():
     layer = make().eval()
     x = torch.randn(3, 24)
     layer(x)
@@ -335,9 +319,8 @@ def test_copies_compute_the_same_and_are_independent(merged):
             twin.lora_magnitude_vector.zero_()
         assert torch.equal(twin(x), twin.bias.expand(3, 16))
         assert_same(layer(x), y)
-    assert (
-        isinstance(copy.deepcopy(layer.scale_cache), ScaleCache) and copy.deepcopy(layer.scale_cache)._scale[0] is None
-    )
+    assert isinstance(copy.deepcopy(layer.scale_cache), ScaleCache)
+    assert copy.deepcopy(layer.scale_cache).kept == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- merging

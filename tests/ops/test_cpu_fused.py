@@ -70,7 +70,8 @@ def test_any_number_of_tokens(m, dtype):
     ("k", "n", "r"), [(1, 1, 1), (31, 33, 7), (257, 45, 16), (64, 1, 33), (2100, 40, 64), (40, 64, 512)]
 )
 def test_odd_widths_and_ranks(k, n, r, dtype):
-    check(9, k, n, r, dtype, factor_dtype=torch.float32)
+    tokens = 9 if n > 1 else 100  # eager's largest error over a few numbers says little
+    check(tokens, k, n, r, dtype, factor_dtype=torch.float32)
 
 
 # Many rows: more than one task of rows; a reduction cut in two; outputs that fill no block; few outputs.
@@ -136,8 +137,8 @@ def test_dora_takes_its_norms_from_the_product(dtype, tokens, monkeypatch):
     original = dora._norm
     monkeypatch.setattr(dora, "_norm", lambda *args: calls.append(1) or original(*args))
     known = lk.dora_linear(x, weight, a, b, magnitude, weight_sq_norm=square)
-    assert len(calls) == (0 if own else 1)
-    assert torch.equal(known, lk.dora_linear(x, weight, a, b, magnitude)) and len(calls) == (1 if own else 2)
+    assert torch.equal(known, lk.dora_linear(x, weight, a, b, magnitude))
+    assert len(calls) == (0 if own else 2)
 
 
 def test_no_token_and_no_output():

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+import lowrank_kernels as lk
 from lowrank_kernels import tuned
 from tests.problems import Problem, differentiate, leaves, problems
 from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
@@ -60,6 +61,27 @@ def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: str | No
     assert torch.equal(y, again_y)
     assert again["bias"].dtype == other
     torch.testing.assert_close(again["bias"], grads["bias"].to(other))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("op", ["lora_linear", "dora_linear", "block_sparse_linear", "multi_lora_linear"])
+def test_a_result_may_be_changed_in_place(op: str, shape: tuple[int, ...]) -> None:
+    """As models do with a linear's: DeBERTa divides it."""
+    x, w, a, b = (torch.randn(*s) for s in ((*shape, 16), (32, 16), (2, 16), (32, 2)))
+    index = torch.zeros(1, 2, dtype=torch.int32)
+    function = {
+        "lora_linear": lambda x: lk.lora_linear(x, w, a, b),
+        "dora_linear": lambda x: lk.dora_linear(x, w, a, b, torch.ones(32)),
+        "block_sparse_linear": lambda x: lk.block_sparse_linear(x, w, torch.zeros(1, 16, 16), index),
+        "multi_lora_linear": lambda x: lk.multi_lora_linear(
+            x, w, lk.LoRAStack.from_factors([(a, b, 1.0)]), torch.zeros(x.shape[:-1].numel(), dtype=torch.int64)
+        ),
+    }[op]
+    x.requires_grad_()
+    y = function(x)
+    y /= 2
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(function(x).sum() / 2, x)[0])
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

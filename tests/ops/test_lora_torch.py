@@ -236,7 +236,9 @@ def test_only_what_is_trained_gets_a_gradient_and_it_is_the_same(trained, backen
     lk.lora_linear(**some, backend=backend).square().sum().backward()
     for name, tensor in some.items():
         if name in trained:
-            torch.testing.assert_close(tensor.grad, everything[name].grad)
+            # Sums may run in another order where less is asked for, and add up to another last bit.
+            together = everything[name].grad
+            assert (tensor.grad - together).abs().max() <= 16 * torch.finfo(tensor.dtype).eps * together.abs().max()
         else:
             assert tensor.grad is None
 

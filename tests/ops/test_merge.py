@@ -104,7 +104,9 @@ def test_strides_and_empty(backend: str) -> None:
         assert apart[:, :4].isnan().all() and apart[:, 74:].isnan().all()
         transposed = w.T.contiguous().T
         lk.merge_lora_(transposed, a, b, scaling=SCALING, backend=backend)
-        assert torch.equal(transposed, expected) and transposed.stride() == (1, 35)
+        # In float32 the sum is the library's, whose order may follow the layout.
+        torch.testing.assert_close(transposed, expected, rtol=0.0, atol=1e-6 if dtype == F32 else 0.0)
+        assert transposed.stride() == (1, 35)
         for n, k in ((0, 5), (5, 0)):
             empty = torch.empty(n, k, dtype=dtype)
             assert lk.merge_lora_(empty, torch.ones(2, k), torch.ones(n, 2), backend=backend) is empty

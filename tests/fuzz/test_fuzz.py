@@ -1,0 +1,23 @@
+"""2,000 calls a run, the same ones every time; `make nightly` makes a million."""
+
+from __future__ import annotations
+
+import pytest
+
+from .check import faults
+
+CASES, CHUNK = 2000, 50
+
+MISSED: list[int] = [11, 153, 432]
+"""Seeds that found a fault once."""
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+def test_results_lie_within_the_formulas_bound(first: int) -> None:
+    found = [fault for seed in range(first, first + CHUNK) for fault in faults(seed)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("seed", MISSED)
+def test_what_was_missed_once(seed: int) -> None:
+    assert not faults(seed)
