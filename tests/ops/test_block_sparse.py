@@ -234,9 +234,7 @@ def test_messages_of_the_gradient(changes, error, message) -> None:
 
 @pytest.mark.skipif(not _extension.available(), reason="no compiled extension")
 def test_the_extension_itself_refuses_blocks_outside_of_the_weight() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"expected blocks within a weight of shape \(48, 32\), got block \(0, 2\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"expected blocks within a weight of shape \(48, 32\), got block \(0, 2\)"):
         torch.ops.lowrank_kernels.block_grad_(
             torch.zeros(1, 16, 16), torch.zeros(3, 32), torch.zeros(3, 48), index_of((0, 2))
         )
