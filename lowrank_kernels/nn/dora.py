@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..functional import ScaleCache, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
-from .lora import LoRALinear
+from .frozen import must_be_called
+from .lora import LoRALinear, is_tracked_view
+from .sharded import by_rows_like, is_dtensor, own_part, whole
 
 
 class _Merged(NamedTuple):
@@ -64,9 +66,12 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(norm.to(self.lora_A.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base_layer(x)
-        base, a, b, m = self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
+        base, lora_a, lora_b, m = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if self._merged is not None:
+            return base(x)
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(base.weight):
+            return self._call_submodules(x)
+        a, b = lora_a.weight, lora_b.weight
         return dora_linear(
             x, base.weight, a, b, m, base.bias, scaling=self.scaling,
             # A compiled graph keeps no state between calls: the norm is a part of it.
@@ -74,6 +79,31 @@ class DoRALinear(LoRALinear):
             dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )  # fmt: skip
+
+    def _call_submodules(self, x: Tensor) -> Tensor:
+        """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), W x being base_layer's output without bias.
+
+        With ``dropout_base`` the W x that g - 1 scales is that of drop(x). The norm reads the weights beside the calls.
+        """
+        weight, a, b = self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
+        shapes = (self.out_features, self.in_features), (self.r, self.in_features), (self.out_features, self.r)
+        for name, t, shape in zip(("base_layer", "lora_A", "lora_B"), (weight, a, b), shapes, strict=True):
+            if t.is_meta or is_dtensor(t) or tuple(t.shape) != shape:
+                raise ValueError(
+                    f"DoRALinear: expected the whole weight of {name} at hand, which the norm needs, got "
+                    f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
+                    f"the modules in it"
+                )
+        if self.detach_norm:
+            a, b = a.detach(), b.detach()
+        norm = dora_weight_norm(weight.detach(), a, b, scaling=self.scaling)
+        scale = torch.where(norm > 0, self.lora_magnitude_vector / torch.where(norm > 0, norm, 1), 0)
+        dropped = nn.functional.dropout(x, self.dropout, self.training)
+        y = self.base_layer(x)
+        base = self.base_layer(dropped) if self.dropout_base and dropped is not x else y
+        if self.bias is not None:
+            base = base - self.bias.to(base.dtype)
+        return (y + (scale - 1) * base + scale * self._correct(dropped)).to(y.dtype)
 
     def merge_(self, keep_copy: bool = False) -> DoRALinear:
         """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the plain linear. Nothing when merged.
@@ -86,14 +116,26 @@ class DoRALinear(LoRALinear):
         Raises:
             ValueError: as ``LoRALinear.merge_``, and for a magnitude that is not finite.
         """
-        self._keep_copy = keep_copy
-        super().merge_()
+        if not self.merged:
+            self.put_in_(self.prepare_merge(keep_copy))
         return self
 
+    def prepare_merge(self, keep_copy: bool = False) -> _Merged:
+        self._keep_copy = keep_copy
+        return super().prepare_merge()
+
+    def _merged_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        magnitude = ("lora_magnitude_vector", self.lora_magnitude_vector, (self.out_features,))
+        return [*super()._merged_parameters(), magnitude]
+
     def _merge_state(self) -> _Merged:
-        weight, a, b = self.weight.detach(), self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone()
-        norm, scale, _ = dora_column_scale(weight, a, b, self.lora_magnitude_vector.detach(), scaling=self.scaling)
-        if not all_finite(scale):
+        weight, a = own_part(self.weight.detach()), whole(self.lora_A.weight.detach()).clone()
+        b = self._rows_of_weight(self.lora_B.weight.detach()).clone()
+        m = self._rows_of_weight(self.lora_magnitude_vector.detach())
+        norm, scale, _ = dora_column_scale(weight, a, b, m, scaling=self.scaling)
+        # All ranks agree, so that none has merged where another refuses.
+        every_scale = whole(by_rows_like(self.weight, scale)) if is_dtensor(self.weight) else scale
+        if not all_finite(every_scale):
             raise ValueError("DoRALinear.merge_: expected a finite column scale m / n, found NaN or Inf")
         # A merged row has norm |g n|, and so an element of at least |g n| / sqrt(K).
         least = math.inf if self._keep_copy else math.sqrt(weight.shape[1]) * torch.finfo(weight.dtype).tiny
@@ -102,11 +144,14 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _put_in(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
-        merge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+        if len(state.lora_b):
+            merge_dora_(own_part(weight), state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
 
     @torch.no_grad()
     def _take_out(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
-        unmerge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+        weight = own_part(weight)
+        if len(state.lora_b):
+            unmerge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
         weight[state.rows.to(weight.device)] = state.kept.to(weight.device, weight.dtype)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks as _for_all_backwards
+from torch.nn.modules.module import _global_backward_pre_hooks as _before_all_backwards
+from torch.nn.modules.module import _global_forward_hooks as _for_all_forwards
+from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_forwards
+
+from .sharded import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,6 +23,23 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def must_be_called(*linears: nn.Module) -> bool:
+    """Whether calling one of these linears does more than y = x Wᵀ + bias with the weight that is in it now: it carries
+    hooks (as FSDP's and offloading's, which bring the weight), is wrapped, or there are global hooks."""
+    for linear in linears:
+        own = linear.__dict__  # at every forward of a layer: nothing is faster
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or (type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward)
+        ):
+            return True
+    return bool(_for_all_forwards or _before_all_forwards or _for_all_backwards or _before_all_backwards)
 
 
 def why_not_frozen(module: nn.Module) -> str | None:
@@ -35,10 +58,17 @@ def why_not_frozen(module: nn.Module) -> str | None:
         return f"quantised ({kind}, weight of {weight.dtype})"
     if type(module).forward is not nn.Linear.forward:
         return f"a {kind} has a forward of its own"
+    if is_dtensor(weight) or getattr(module, "_is_fsdp_managed_module", False):
+        return "its weight is sharded already (DTensor, FSDP); adapt the model before it is sharded or wrapped"
+    if type(weight) in (nn.Parameter, torch.Tensor) and weight.shape != (module.out_features, module.in_features):
+        return (
+            f"its weight has the shape {tuple(weight.shape)}, not ({module.out_features}, {module.in_features}): it is "
+            f"partitioned (DeepSpeed ZeRO-3) or sharded; adapt the model before that, or gather the weight first"
+        )
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout is not torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain tensor"
     if has_hooks(module):
-        return "it carries hooks or a replaced forward, which would no longer run; remove them first"
+        return "it carries hooks or a replaced forward; remove them first, and add them to base_layer afterwards"
     return None
 
 

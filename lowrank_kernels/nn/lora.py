@@ -8,16 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..finite import all_finite
 from ..functional import lora_linear
 from ..init.factors import init_factors_
 from ..merge import merge_lora_
-from .frozen import AroundLinear, check_wrappable
+from .frozen import AroundLinear, check_wrappable, must_be_called
+from .sharded import is_dtensor, own_part, whole, why_not_written
 
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
 
 
 class _Merged(NamedTuple):
-    """What was added to the weight, and so has to come out again, whatever the factors have become meanwhile."""
+    """What was added to the weight, and so has to come out again, whatever the factors have become meanwhile.
+
+    Of a sharded weight, B and the bias are those of this rank's rows.
+    """
 
     lora_a: Tensor
     lora_b: Tensor
@@ -46,6 +51,9 @@ class LoRALinear(AroundLinear):
 
     x (..., K) has W's dtype, or runs under autocast. Factors are rounded to x's dtype inside the product;
     their gradients have their own dtype. ``state_dict`` always describes the unmerged layer.
+
+    Where ``base_layer``, ``lora_A`` or ``lora_B`` carries hooks or is wrapped, the layer calls all three, as PEFT's
+    does: x is then widened to the factors' dtype, and dropout is torch's, with other masks.
 
     Raises:
         TypeError: a base layer that cannot be wrapped, with the reason; a dtype that is not a float.
@@ -111,18 +119,43 @@ class LoRALinear(AroundLinear):
         return self._merged is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.base_layer(x)
-        base, lora_b = self.base_layer, self.lora_B
+        base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
+        if self._merged is not None:
+            return base(x)
+        weight = base.weight
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
+            return self._call_submodules(x)
         return lora_linear(
             x,
-            base.weight,
-            self.lora_A.weight,
+            weight,
+            lora_a.weight,
             lora_b.weight,
-            add_bias(base.bias, lora_b.bias, self.scaling, base.weight.dtype),
+            add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype),
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _call_submodules(self, x: Tensor) -> Tensor:
+        """y = base_layer(x) + s lora_B(lora_A(drop(x))), so that whatever is attached to the three runs."""
+        if not is_dtensor(self.lora_A.weight) and x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"LoRALinear: expected x with {self.in_features} columns, got {x.shape[-1]}; where base_layer is split "
+                f"by RowwiseParallel, lora_A has to be, too"
+            )
+        y, correction = self.base_layer(x), self._correct(nn.functional.dropout(x, self.dropout, self.training))
+        if y.shape != correction.shape or is_dtensor(y) != is_dtensor(correction):
+            raise ValueError(
+                f"LoRALinear: expected base_layer and lora_B to be split alike, got outputs of {type(y).__name__} "
+                f"{tuple(y.shape)} and {type(correction).__name__} {tuple(correction.shape)}; where base_layer is "
+                f"split by ColwiseParallel, lora_B has to be, too"
+            )
+        return (y + correction).to(y.dtype)
+
+    def _correct(self, x: Tensor) -> Tensor:
+        """s lora_B(lora_A(x)), by calling both, in the factors' dtype where there is no autocast."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.weight.dtype)
+        return self.scaling * self.lora_B(self.lora_A(x))
 
     @torch.no_grad()
     def resize_(self, r: int) -> LoRALinear:
@@ -148,39 +181,71 @@ class LoRALinear(AroundLinear):
         """W ← W + s B A, in float32, rounded once; forward is then the plain linear. Nothing when merged.
 
         The merged factors are remembered, (N + K) R elements, so that ``unmerge_`` takes out what was put in
-        even when the factors have changed since.
+        even when the factors have changed since. Of a weight that FSDP2 shards every rank merges its own rows; all
+        of them have to call this.
 
         Raises:
-            ValueError: a weight that another module uses as well; a bias to merge and none to take it;
-                factors that are not finite. The layer is then as it was.
+            ValueError: a weight that another module uses as well, or that cannot be written just now (offloaded,
+                FSDP's gathered copy); a bias to merge and none to take it; factors that are not finite. The layer
+                is then as it was.
         """
-        if self.merged:
-            return self
+        if not self.merged:
+            self.put_in_(self.prepare_merge())
+        return self
+
+    def prepare_merge(self) -> Any:
+        """What ``put_in_`` takes to merge the layer. Raises what ``merge_`` raises; nothing is changed."""
+        op, base, lora_a, lora_b = f"{type(self).__name__}.merge_", self.base_layer, self.lora_A, self.lora_B
         if self.weight_shared_with:
             raise ValueError(
-                f"LoRALinear.merge_: this weight is also that of {', '.join(self.weight_shared_with)}, which "
+                f"{op}: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
-        lora_bias = self.lora_B.bias
-        if lora_bias is not None and self.base_layer.bias is None:
-            raise ValueError("LoRALinear.merge_: expected a base layer with a bias to take lora_B.bias, got none")
-        state = self._merge_state()
+        if lora_b.bias is not None and base.bias is None:
+            raise ValueError(f"{op}: expected a base layer with a bias to take lora_B.bias, got none")
+        _check_written(op, base)
+        for name, p, shape in self._merged_parameters():
+            if p.is_meta or tuple(p.shape) != shape:
+                raise ValueError(f"{op}: expected {name} of shape {shape} at hand, got {tuple(p.shape)} on {p.device}")
+            if is_dtensor(base.weight) and shape[0] == self.out_features and not split_alike(base.weight, p):
+                raise ValueError(f"{op}: expected {name} to be sharded by rows as the base weight is; it is not")
+        for name, p, _ in LoRALinear._merged_parameters(self):
+            if not all_finite(whole(p.detach())):
+                raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
+        return self._merge_state()
+
+    def _merged_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        """(name, parameter, shape) of all that merging reads besides W."""
+        n, k, lora_bias = self.out_features, self.in_features, self.lora_B.bias
+        factors = [("lora_A", self.lora_A.weight, (self.r, k)), ("lora_B", self.lora_B.weight, (n, self.r))]
+        return factors if lora_bias is None else [*factors, ("lora_B.bias", lora_bias, (n,))]
+
+    def put_in_(self, state: Any) -> None:
+        """Merge what ``prepare_merge`` returned."""
         self._put_in(self.base_layer.weight, self.base_layer.bias, state)
         self._merged = state
-        return self
 
     def _merge_state(self) -> Any:
         lora_bias = self.lora_B.bias
         return _Merged(
-            self.lora_A.weight.detach().clone(),
-            self.lora_B.weight.detach().clone(),
-            None if lora_bias is None else lora_bias.detach().clone(),
+            whole(self.lora_A.weight.detach()).clone(),
+            self._rows_of_weight(self.lora_B.weight.detach()).clone(),
+            None if lora_bias is None else self._rows_of_weight(lora_bias.detach()).clone(),
             self.scaling,
         )
 
+    def _rows_of_weight(self, tensor: Tensor) -> Tensor:
+        """Of a tensor (N, ...), the rows that belong to the rows of W that are here."""
+        return own_part(tensor) if is_dtensor(self.base_layer.weight) else whole(tensor)
+
     def unmerge_(self) -> LoRALinear:
-        """Take out what ``merge_`` put in: W to within one rounding of what it was. Nothing when not merged."""
+        """Take out what ``merge_`` put in: W to within one rounding of what it was. Nothing when not merged.
+
+        Raises:
+            ValueError: a weight that cannot be written just now, as for ``merge_``.
+        """
         if self._merged is not None:
+            _check_written(f"{type(self).__name__}.unmerge_", self.base_layer)
             self._take_out(self.base_layer.weight, self.base_layer.bias, self._merged)
             self._merged = None
         return self
@@ -194,9 +259,10 @@ class LoRALinear(AroundLinear):
     @staticmethod
     @torch.no_grad()
     def _add_to(weight: Tensor, bias: Tensor | None, state: _Merged, sign: float) -> None:
-        merge_lora_(weight, state.lora_a, state.lora_b, scaling=sign * state.scaling)
+        if len(state.lora_b):
+            merge_lora_(own_part(weight), state.lora_a, state.lora_b, scaling=sign * state.scaling, check_finite=False)
         if state.bias is not None:
-            assert bias is not None
+            bias = own_part(bias)
             wide = torch.promote_types(bias.dtype, torch.float32)
             bias.copy_(bias.to(wide) + sign * state.scaling * state.bias.to(bias.device, wide))
 
@@ -211,8 +277,11 @@ class LoRALinear(AroundLinear):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "base_layer.weight" in state_dict:
-            self._merged = None  # the weight that is about to arrive is an unmerged one
+        if any(prefix + "base_layer." + name in state_dict for name in ("weight", "bias")):
+            # What is about to arrive is unmerged; what does not arrive has to be, too. On the meta device nothing is.
+            if self.base_layer.weight.is_meta:
+                self._merged = None
+            self.unmerge_()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -221,6 +290,23 @@ class LoRALinear(AroundLinear):
             f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:.6g}, "
             f"dropout={self.dropout}, merged={self.merged}"
         )
+
+
+def is_tracked_view(weight: Tensor) -> bool:
+    """Whether a frozen weight seems to need a gradient because it is a view of FSDP1's flat parameter, of which other
+    parts train."""
+    return weight.requires_grad and not weight.is_leaf
+
+
+def _check_written(op: str, base: nn.Linear) -> None:
+    reason = why_not_written(base)
+    if reason is not None:
+        raise ValueError(f"{op}: expected a weight that can be changed in place, but {reason}")
+
+
+def split_alike(weight: Any, other: Any) -> bool:
+    """Whether ``other`` is sharded over the same ranks and in the same way as the DTensor ``weight``."""
+    return is_dtensor(other) and (weight.device_mesh, weight.placements) == (other.device_mesh, other.placements)
 
 
 def add_bias(bias: Tensor | None, lora_bias: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor | None:

@@ -1,0 +1,52 @@
+"""Weights that another tool holds: in shards (DTensor, FSDP), or off the device (meta)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """True for a DTensor. Told by its method, since torch.distributed.tensor takes half a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor: of a DTensor every rank's part, gathered, which every rank has to call."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def own_part(tensor: Any) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def by_rows_like(weight: Any, part: Tensor) -> Any:
+    """The DTensor of which each rank has the rows ``part`` (n,) that belong to its rows of the DTensor ``weight``."""
+    return type(weight).from_local(
+        part, weight.device_mesh, weight.placements, shape=weight.shape[:1], stride=(1,), run_check=False
+    )
+
+
+def why_not_written(base: nn.Linear) -> str | None:
+    """Why a change of the weight of ``base`` in place would fail or be lost just now; None where it stays."""
+    weight: Any = base.weight
+    if weight.is_meta:
+        return "its weight is on the meta device, as of a module that is offloaded; load it first"
+    if tuple(weight.shape) != (base.out_features, base.in_features):
+        return (
+            f"its weight has the shape {tuple(weight.shape)}, not ({base.out_features}, {base.in_features}): it is a "
+            f"shard; gather it first, under FSDP by FullyShardedDataParallel.summon_full_params"
+        )
+    if is_dtensor(weight):
+        rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
+        return None if rows else f"its weight is sharded by {weight.placements}, not by rows"
+    if not getattr(base, "_is_fsdp_managed_module", False):
+        return None
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is FSDP's view for a forward, which is freed later; use summon_full_params"
+    # FSDP1's gathered parameters are written back. FSDP2's, which are plain for the time of a forward, are not.
+    if base._fsdp_use_orig_params and not getattr(weight, "_fsdp_flattened", False):
+        return "its weight is FSDP's gathered copy, which is freed later; call reshard() on the module that has it"
+    return None
