@@ -20,6 +20,7 @@ from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .report import Report
 from .smt import SMTConfig
 from .stack import LoRAStack
+from .unload import merge_and_unload
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "integrations",
     "load_adapter",
     "lora_linear",
+    "merge_and_unload",
     "merge_dora_",
     "merge_lora_",
     "multi_lora_linear",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import ALL_LINEAR, AdapterConfig, names_match
 from .nn.frozen import why_not_frozen
-from .report import Replaced, Report, Skipped, collapse, count_parameters
+from .read_weights import why_not_called
+from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
 
 _CONFIG_ATTRIBUTE = "_lowrank_config"
+_TRAINED_ATTRIBUTE = "_lowrank_trained"  # names of the parameters that trained before
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,15 @@ def config_of(model: nn.Module) -> AdapterConfig | None:
     return getattr(model, _CONFIG_ATTRIBUTE, None)
 
 
+def trained_before(model: nn.Module) -> frozenset[str] | None:
+    """Names of the parameters that required a gradient before the model was adapted; None where it was not."""
+    return vars(model).get(_TRAINED_ATTRIBUTE)
+
+
 def forget_adaptation(model: nn.Module) -> None:
     """Let a model whose layers were turned back by hand be adapted again."""
-    model.__dict__.pop(_CONFIG_ATTRIBUTE, None)
+    for attribute in (_CONFIG_ATTRIBUTE, _TRAINED_ATTRIBUTE, "save_pretrained"):
+        model.__dict__.pop(attribute, None)
 
 
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
@@ -51,8 +62,10 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
 
     Raises:
         TypeError: not a module, not a config, or no class of one that says what a linear becomes.
-        ValueError: nothing to replace (the message names the linears there are); a model that is adapted already; a
-            rank over min(N, K) of a linear.
+        ValueError: nothing to replace (the message names the linears there are); a model that is adapted already, or
+            under DistributedDataParallel already; a rank over min(N, K) of a linear.
+
+    After the first backward the log names the layers that got no gradient in it: those the model does not call.
     """
     return carry_out(model, config, plan_adaptation(model, config))
 
@@ -74,6 +87,9 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
         while undo:
             undo.pop()()
         raise
+    watch = FirstBackward(layers)
+    undo.append(lambda: _check_still_there(model, layers))  # the first thing that undo() does
+    undo.append(watch.stop)
     trainable, total = count_parameters(model)
     replaced = tuple(
         Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
@@ -93,11 +109,16 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
         )
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
+    if _is_under_ddp(model):
+        raise ValueError(
+            "adapt: expected a model before DistributedDataParallel, got one that it holds already: it would not "
+            "synchronise the layers' parameters, so that the ranks would drift apart; adapt the model, then wrap it"
+        )
     wanted, head = config.target_modules, _output_head(model)
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
-    for name, module, parent in _outside_adapters(model):
+    for name, module, above in _outside_adapters(model):
         unmatched = {w for w in unmatched if not names_match((w,), name)}
         linear_like = _looks_linear(module)
         everything = wanted == ALL_LINEAR
@@ -108,7 +129,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             "not in target_modules" if not targeted
             else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
             else "the output head; name it in target_modules to adapt it" if everything and module is head
-            else _read_by_parent(parent) or why_not_frozen(module)
+            else why_not_called(module, name, above) or why_not_frozen(module)
         )  # fmt: skip
         if reason is None:
             targets[name] = module  # type: ignore[assignment]
@@ -121,31 +142,38 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     return Plan(targets, tuple(skipped))
 
 
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, module, parent) of every module below the model, each once; nothing that is inside an adapter."""
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Module]]]:
+    """(path, module, {path: module} of all above it) of every module below the model, each once; nothing that is inside
+    an adapter."""
     seen: set[int] = set()
 
-    def walk(prefix: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        for name, module in parent.named_children():
+    def walk(prefix: str, above: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, dict[str, nn.Module]]]:
+        for name, module in above[prefix].named_children():
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            yield prefix + name, module, parent
+            path = f"{prefix}.{name}" if prefix else name
+            yield path, module, above
             if not hasattr(module, "base_layer"):
-                yield from walk(f"{prefix}{name}.", module)
+                yield from walk(path, {**above, path: module})
 
-    yield from walk("", model)
+    yield from walk("", {"": model})
+
+
+def _is_under_ddp(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel is in, is, or holds the model. It leaves no mark on what it holds."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    own = set(map(id, model.modules()))
+    return any(id(module) in own for wrapper in wrappers for module in wrapper.modules())
 
 
 def _looks_linear(module: nn.Module) -> bool:
     kind = type(module).__name__
     return isinstance(module, nn.Linear) or "Linear" in kind or kind == "Conv1D"
-
-
-def _read_by_parent(parent: nn.Module) -> str | None:
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"its parent, nn.{type(parent).__name__}, reads its weight instead of calling it"
-    return None
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -171,12 +199,13 @@ def _replace(
 ) -> dict[str, nn.Module]:
     """Do what the plan says; each step leaves its way back in ``undo`` before it is taken."""
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     undo.append(lambda: _restore_requires_grad(requires_grad))
     biases = list(_trained_biases(model, config, plan))
     values = [(p, p.detach().clone()) for p in biases]
     undo.append(lambda: _restore_values(values))
     kept = {id(p) for m in model.modules() if hasattr(m, "base_layer") for p in m.parameters() if p.requires_grad}
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     layers = {name: config.layer(name, linear) for name, linear in plan.targets.items()}
 
     replacement = {id(linear): layers[name] for name, linear in plan.targets.items()}
@@ -196,10 +225,43 @@ def _replace(
         p.requires_grad_(id(p) in trains)
     undo.append(lambda: forget_adaptation(model))
     setattr(model, _CONFIG_ATTRIBUTE, config)
+    setattr(model, _TRAINED_ATTRIBUTE, trained)
+    if hasattr(type(model), "save_pretrained"):
+        vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
     return layers
 
 
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained`` of an adapted transformers model: refuses merged layers, and runs the model's own.
+
+    What it writes has the names of the adapted model, which a Trainer that resumes expects. ``from_pretrained`` does
+    not know them, and would start those weights at random.
+    """
+    merged = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and getattr(module, "merged", False)
+    ]
+    if merged:
+        raise ValueError(
+            f"save_pretrained: expected a plain model or unmerged layers, got merged ones, in {', '.join(merged[:3])}"
+            f"{', ...' if len(merged) > 3 else ''}, under names that from_pretrained does not know; call "
+            f"lk.merge_and_unload(model) first"
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def _check_still_there(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    own = set(map(id, layers.values()))
+    if not any(id(module) in own for module in model.modules()):
+        raise ValueError(
+            "undo: expected a model that is still adapted; its layers were merged and unloaded since, and the weights "
+            "as they were are gone"
+        )
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its ``id``: more than one where modules share it."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, p in module._parameters.items():

@@ -25,6 +25,7 @@ from .finite import all_finite
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
 from .nn.multi_lora import MultiLoRALinear
+from .nn.sharded import whole
 from .report import Report, count_parameters
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,6 +48,8 @@ _INERT = {
     "inference_mode", "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
+# What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -65,7 +68,9 @@ def save_adapter(
     """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
 
     Args:
-        model: adapted by :func:`adapt`. Not wrapped: give DDP's ``model.module``.
+        model: adapted by :func:`adapt`, compiled or with modules that torch has wrapped, too; of DDP's wrapper give
+            ``model.module``. Where FSDP2 shards it, every rank has to call this: each gathers the factors and writes
+            the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
         folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
         base_model_name: for PEFT's ``base_model_name_or_path``.
         task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it.
@@ -80,13 +85,13 @@ def save_adapter(
 
     Raises:
         ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are;
-            a value that is not finite (nothing is written then).
+            a value that is not finite, or not at hand: on the meta device, a shard (nothing is written then).
         ImportError: safetensors is not installed.
     """
     config = config or config_of(model)  # type: ignore[assignment]
     if isinstance(config, MultiLoRAConfig):
         return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
@@ -95,6 +100,7 @@ def save_adapter(
             "pass config=, or the inner model"
         )
     _check_layers_follow(config, layers)
+    _check_whole(layers)
     parameters = _adapter_parameters(model, config, list(layers))
     return _write_adapter(config, parameters, folder, base_model_name, task_type)
 
@@ -106,8 +112,9 @@ def _one_of_many(
     if adapter is None or not 0 <= adapter < len(config.ranks):
         raise ValueError(f"save_adapter: expected adapter to name one of {len(config.ranks)}, got {adapter}")
     tensors: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
+    for path, layer in model.named_modules():
         if isinstance(layer, MultiLoRALinear):
+            name = _unwrapped(path)
             if layer.slices is not None:
                 raise ValueError(
                     f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
@@ -126,7 +133,13 @@ def _write_adapter(
 ) -> Path:  # fmt: skip
     from safetensors.torch import save_file
 
-    tensors = {PREFIX + name: p.detach().cpu().contiguous().clone() for name, p in parameters.items()}
+    absent = [name for name, p in parameters.items() if p.is_meta]
+    if absent:
+        raise ValueError(
+            f"save_adapter: expected parameters that are at hand, got some on the meta device, as where modules are "
+            f"offloaded: {_few(absent)}; load them first; nothing was written"
+        )
+    tensors = {PREFIX + name: whole(p.detach()).cpu().contiguous().clone() for name, p in parameters.items()}
     broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(
@@ -219,6 +232,21 @@ def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -
             )
 
 
+def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
+    for name, layer in layers.items():
+        for own, p, shape in layer.correction_parameters():
+            if tuple(p.shape) != shape:
+                raise ValueError(
+                    f"save_adapter: expected {own} of {name} to have the shape {shape}, got {tuple(p.shape)}, a shard; "
+                    f"call it in FullyShardedDataParallel.summon_full_params(model); nothing was written"
+                )
+
+
+def _unwrapped(name: str) -> str:
+    """A module's or parameter's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
     keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
@@ -226,7 +254,8 @@ def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str])
     wanted = {f"{layer}.{key}" for layer in layers for key in keys}
     return {
         name: p
-        for name, p in model.named_parameters(remove_duplicate=False)
+        for path, p in model.named_parameters(remove_duplicate=False)
+        for name in [_unwrapped(path)]
         if name in wanted or (config.bias == "all" and f".{name}".endswith(".bias"))
     }
 
@@ -310,6 +339,12 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
     plan = match_targets(model, config)
+    absent = [name for name, linear in plan.targets.items() if linear.weight.is_meta]
+    if absent:
+        raise ValueError(
+            f"load_adapter: expected a model with its weights, got some on the meta device: {_few(absent)}; load those "
+            f"first: an adapter on the meta device would be lost"
+        )
     base = _base_parameters(model, plan)
     tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
     return AdapterFile(config, plan, tensors)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("lowrank_kernels")
 
 
 @dataclass(frozen=True)
@@ -87,3 +94,60 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) elements of the model's parameters, each counted once."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+class FirstBackward:
+    """Name, after the first backward, the layers that got no gradient in it, once, in the log; then hold nothing more.
+
+    A hook on one parameter of each layer that trains; all are taken off again together. Not on the layers: they may be
+    compiled, copied and pickled as before.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._waiting: dict[str, weakref.ref[nn.Module]] = {}
+        self._hooks: list[Any] = []
+        self._is_queued = False
+        for name, layer in layers.items():
+            own = _trained(layer)
+            if own:
+                self._waiting[name] = weakref.ref(layer)
+                self._hooks.append(own[0].register_post_accumulate_grad_hook(partial(self._reached, name)))
+
+    def _reached(self, name: str, _: Tensor) -> None:
+        if name not in self._waiting:  # for the second time: the first backward is over
+            self._report()
+            return
+        del self._waiting[name]
+        if not self._is_queued:
+            self._is_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._at_end)
+
+    def _at_end(self) -> None:
+        """After a backward, or after a part of one that reentrant checkpointing runs by itself: then not yet."""
+        self._is_queued = False
+        if torch._C._current_autograd_node() is None:
+            self._report()
+
+    def _report(self) -> None:
+        layers = {name: layer for name, reference in self._waiting.items() if (layer := reference()) is not None}
+        # A tool may have put other parameters in the place of those with the hooks.
+        names = [
+            name for name, layer in layers.items() if (own := _trained(layer)) and all(p.grad is None for p in own)
+        ]
+        if names and self._hooks:
+            logger.warning(
+                "adapt: %d of the replaced layers got no gradient in the first backward: %s%s; either this batch does "
+                "not reach them, or the model never calls them and their correction has no effect",
+                len(names), ", ".join(names[:8]), ", ..." if len(names) > 8 else "",
+            )  # fmt: skip
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+def _trained(layer: nn.Module) -> list[nn.Parameter]:
+    """What trains of a layer, besides the linear in it."""
+    return [p for n, p in layer.named_parameters() if not n.startswith("base_layer.") and p.requires_grad]

@@ -81,7 +81,7 @@ class DoRALinear(LoRALinear):
         )  # fmt: skip
 
     def _call_submodules(self, x: Tensor) -> Tensor:
-        """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), W x being base_layer's output without bias.
+        """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), with W x = base_layer(x) - bias.
 
         With ``dropout_base`` the W x that g - 1 scales is that of drop(x). The norm reads the weights beside the calls.
         """
@@ -124,9 +124,9 @@ class DoRALinear(LoRALinear):
         self._keep_copy = keep_copy
         return super().prepare_merge()
 
-    def _merged_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
         magnitude = ("lora_magnitude_vector", self.lora_magnitude_vector, (self.out_features,))
-        return [*super()._merged_parameters(), magnitude]
+        return [*super().correction_parameters(), magnitude]
 
     def _merge_state(self) -> _Merged:
         weight, a = own_part(self.weight.detach()), whole(self.lora_A.weight.detach()).clone()

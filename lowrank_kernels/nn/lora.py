@@ -195,30 +195,33 @@ class LoRALinear(AroundLinear):
 
     def prepare_merge(self) -> Any:
         """What ``put_in_`` takes to merge the layer. Raises what ``merge_`` raises; nothing is changed."""
-        op, base, lora_a, lora_b = f"{type(self).__name__}.merge_", self.base_layer, self.lora_A, self.lora_B
+        op, base = f"{type(self).__name__}.merge_", self.base_layer
         if self.weight_shared_with:
             raise ValueError(
                 f"{op}: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
-        if lora_b.bias is not None and base.bias is None:
+        if self.lora_B.bias is not None and base.bias is None:
             raise ValueError(f"{op}: expected a base layer with a bias to take lora_B.bias, got none")
         _check_written(op, base)
-        for name, p, shape in self._merged_parameters():
+        for name, p, shape in self.correction_parameters():
             if p.is_meta or tuple(p.shape) != shape:
                 raise ValueError(f"{op}: expected {name} of shape {shape} at hand, got {tuple(p.shape)} on {p.device}")
             if is_dtensor(base.weight) and shape[0] == self.out_features and not split_alike(base.weight, p):
                 raise ValueError(f"{op}: expected {name} to be sharded by rows as the base weight is; it is not")
-        for name, p, _ in LoRALinear._merged_parameters(self):
+        for name, p, _ in LoRALinear.correction_parameters(self):
             if not all_finite(whole(p.detach())):
                 raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
         return self._merge_state()
 
-    def _merged_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-        """(name, parameter, shape) of all that merging reads besides W."""
+    def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        """(name, parameter, its whole shape) of all that the correction consists of."""
         n, k, lora_bias = self.out_features, self.in_features, self.lora_B.bias
-        factors = [("lora_A", self.lora_A.weight, (self.r, k)), ("lora_B", self.lora_B.weight, (n, self.r))]
-        return factors if lora_bias is None else [*factors, ("lora_B.bias", lora_bias, (n,))]
+        found: list[tuple[str, Tensor, tuple[int, ...]]] = [
+            ("lora_A", self.lora_A.weight, (self.r, k)),
+            ("lora_B", self.lora_B.weight, (n, self.r)),
+        ]
+        return found if lora_bias is None else [*found, ("lora_B.bias", lora_bias, (n,))]
 
     def put_in_(self, state: Any) -> None:
         """Merge what ``prepare_merge`` returned."""

@@ -33,7 +33,9 @@ ALLOWED = {
     "federated": ({"merge"}, {"torch"}),
     "optim": ({"nn", "functional"}, {"torch"}),
     "config": ({"nn", "init"}, {"torch"}),
-    "adapt": ({"config", "nn", "report"}, {"torch"}),
+    "read_weights": (set(), {"torch"}),
+    "adapt": ({"config", "nn", "read_weights", "report"}, {"torch"}),
+    "unload": ({"adapt", "finite", "functional", "nn"}, {"torch"}),
     "checkpoint": ({"adapt", "config", "finite", "nn", "report"}, {"torch", "safetensors"}),
     "smt": (
         {"adapt", "checkpoint", "config", "finite", "functional", "nn", "report"},

@@ -1,0 +1,144 @@
+"""``merge_and_unload``: from an adapted model back to a plain one, with the corrections in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapt import forget_adaptation, trained_before, weight_owners
+from .finite import all_finite
+from .functional import stack_column_scale
+from .nn.block_sparse import BlockSparseLinear
+from .nn.frozen import has_hooks
+from .nn.lora import LoRALinear
+from .nn.multi_lora import MultiLoRALinear
+from .nn.sharded import is_dtensor, why_not_written
+
+_OP = "merge_and_unload"
+
+
+def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Module:
+    """Merge every adapted layer into its weight, W ← W + s B A, and put the linears back, in place.
+
+    The result is the model as it was before :func:`lowrank_kernels.adapt`, with other weights: the same linears, under
+    the same names, so that ``save_pretrained``, ``from_pretrained`` and every other tool take it. Parameters require a
+    gradient as they did before ``adapt``; in a model whose layers were put in by hand that stays as it is. What a
+    report of ``adapt`` could undo is gone, and its ``undo()`` says so.
+
+    Args:
+        model: with LoRALinear, DoRALinear, BlockSparseLinear or MultiLoRALinear layers, whoever put them there. A layer
+            that is merged already stays merged with what it was merged with.
+        adapter: which one, where there are MultiLoRALinears that are not merged yet.
+
+    Returns:
+        The model; the linear itself where the model is one layer.
+
+    Raises:
+        ValueError: no such layer; a weight that another module or layer uses as well; factors that are not finite; a
+            bias of B's and none to take it; MultiLoRALinears and no ``adapter``; a layer that carries hooks, which
+            would no longer run; weights that are sharded or offloaded; a model in DistributedDataParallel (give its
+            ``module``). Everything is checked before anything is changed.
+
+    A chain or an optimizer that still holds the layers has to be dropped: it would go on with weights that are the
+    model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_OP}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    if not layers:
+        raise ValueError(f"{_OP}: expected a model with adapted layers, found none in this {type(model).__name__}")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(f"{_OP}: expected a model, got one in DistributedDataParallel; give its module")
+    owners = weight_owners(model)
+    merges: dict[int, Callable[[], Any]] = {}
+    for name, layer in layers.items():
+        try:
+            merges[id(layer)] = _prepared(layer, adapter, owners)
+        except ValueError as error:
+            raise ValueError(f"{_OP}: {name or 'the model'}: {error}; nothing has changed") from None
+    for merge in merges.values():
+        merge()
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is not None and id(module) in merges:
+                parent._modules[child] = _linear_of(module)
+    if id(model) in merges:
+        return _linear_of(model)
+    for module in list(model.modules()):
+        trained = trained_before(module)
+        if trained is not None:
+            for name, p in module.named_parameters():
+                p.requires_grad_(name in trained)
+        forget_adaptation(module)
+    return model
+
+
+def _linear_of(layer: nn.Module) -> nn.Module:
+    base: Any = layer.base_layer
+    return base.train(layer.training)
+
+
+def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]]) -> Callable[[], Any]:
+    """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
+    if not isinstance(layer, (LoRALinear, BlockSparseLinear, MultiLoRALinear)):
+        cure = "; call the model's own merge_and_unload()" if type(layer).__module__.startswith("peft.") else ""
+        raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
+    base: nn.Linear = layer.base_layer
+    if has_hooks(layer):
+        raise ValueError("it carries hooks or a replaced forward; remove them first")
+    if is_dtensor(base.weight) or getattr(base, "_is_fsdp_managed_module", False):
+        raise ValueError("its weight is sharded; gather the model first, or merge layer by layer with merge_()")
+    reason = why_not_written(base)
+    if reason is not None:
+        raise ValueError(reason)
+    changed: list[Any] = [base.weight]
+    if isinstance(layer, LoRALinear) and layer.lora_B.bias is not None:
+        changed.append(base.bias)
+    for p in changed:
+        first, *others = owners.get(id(p), [""])
+        if others:
+            raise ValueError(
+                f"expected weights of its own, but {first} is also {', '.join(others)}, which would change with it; "
+                f"give one of them a copy"
+            )
+    if isinstance(layer, MultiLoRALinear):
+        return _prepared_one_of_many(layer, adapter)
+    if isinstance(layer, BlockSparseLinear):
+        _check_finite("blocks", layer.blocks)
+        return layer.merge_
+    return _prepared_lora(layer)
+
+
+def _prepared_lora(layer: LoRALinear) -> Callable[[], Any]:
+    if layer.merged:
+        return _nothing
+    state = layer.prepare_merge()
+    return lambda: layer.put_in_(state)
+
+
+def _prepared_one_of_many(layer: MultiLoRALinear, adapter: int | None) -> Callable[[], Any]:
+    if layer.merged and adapter in (None, layer.merged_adapter):
+        return _nothing
+    if layer.merged:
+        raise ValueError(f"adapter {layer.merged_adapter} is merged; call unmerge_() first")
+    if isinstance(adapter, bool) or not isinstance(adapter, int) or not 0 <= adapter < len(layer.places):
+        raise ValueError(f"expected adapter to name one of its {len(layer.places)} adapters, got {adapter!r}")
+    stack = layer.stack
+    for of_slice in range(len(stack.slices)):
+        for name, tensor in zip(("lora_A", "lora_B"), stack.factors(adapter, of_slice)[:2], strict=True):
+            _check_finite(name, tensor)
+    row = layer.places[adapter].magnitude
+    if row >= 0:
+        _check_finite("the column scale m / n", stack_column_scale(layer.weight.detach(), stack)[1][row])
+    return lambda: layer.merge_(adapter)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not all_finite(tensor):
+        raise ValueError(f"expected finite values, and {name} holds NaN or Inf")
