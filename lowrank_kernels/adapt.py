@@ -264,7 +264,7 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its ``id``: more than one where modules share it."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for key, p in module._parameters.items():
+        for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(p), []).append(f"{name}.{key}" if name else key)
     return owners
 

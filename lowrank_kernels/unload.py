@@ -83,7 +83,8 @@ def _linear_of(layer: nn.Module) -> nn.Module:
 def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]]) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
     if not isinstance(layer, (LoRALinear, BlockSparseLinear, MultiLoRALinear)):
-        cure = "; call the model's own merge_and_unload()" if type(layer).__module__.startswith("peft.") else ""
+        is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
+        cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
     base: nn.Linear = layer.base_layer
     if has_hooks(layer):
