@@ -87,13 +87,13 @@ def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
     base: nn.Linear = layer.base_layer
-    if has_hooks(layer):
-        raise ValueError("it carries hooks or a replaced forward; remove them first")
     if is_dtensor(base.weight) or getattr(base, "_is_fsdp_managed_module", False):
         raise ValueError("its weight is sharded; gather the model first, or merge layer by layer with merge_()")
     reason = why_not_written(base)
     if reason is not None:
         raise ValueError(reason)
+    if has_hooks(layer):
+        raise ValueError("it carries hooks or a replaced forward; remove them first")
     changed: list[Any] = [base.weight]
     if isinstance(layer, LoRALinear) and layer.lora_B.bias is not None:
         changed.append(base.bias)

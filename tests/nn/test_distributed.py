@@ -1,0 +1,358 @@
+"""Adapted layers under DDP, FSDP1, FSDP2 and tensor parallelism: two processes run every check, each reported alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lowrank_kernels as lk
+
+CONFIGS = [lk.LoRAConfig(r=4), lk.LoRAConfig(r=4, lora_bias=True), lk.DoRAConfig(r=4)]
+FACTORS = [lk.LoRAConfig(r=4), lk.DoRAConfig(r=4)]
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 33), nn.ReLU(), nn.Linear(33, 31))  # rows that two ranks cannot share equally
+
+
+def build(config, model=None):
+    model = plain() if model is None else model
+    lk.adapt(model, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name and "magnitude" not in name:
+                p.normal_(std=0.3)
+    return model
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, lk.nn.LoRALinear)]
+
+
+def batch():
+    """A batch of this rank's own, and all ranks'."""
+    torch.manual_seed(1)
+    whole = torch.randn(2, 3, 32)
+    return whole[dist.get_rank()], whole
+
+
+def reference_gradients(model, whole):
+    """Of the mean of the ranks' losses."""
+    (sum(model(x).square().sum() for x in whole) / 2).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
+
+
+def refuses(message, call, *args):
+    try:
+        call(*args)
+    except ValueError as error:
+        assert re.search(message, str(error)), error
+        return
+    raise AssertionError(f"{call} did not refuse")
+
+
+def mesh():
+    return dist.device_mesh.init_device_mesh("cpu", (2,))
+
+
+# ----------------------------------------------------------------------------------------------------------------- DDP
+
+
+def adapt_refuses_a_model_that_ddp_holds():
+    model = nn.ModuleDict({"body": plain(), "head": nn.Linear(31, 5)})
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for held in (wrapper, model, model["body"]):
+        refuses("before DistributedDataParallel.*then wrap it", lk.adapt, held, CONFIGS[0])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not layers(model)
+    lk.adapt(plain(), CONFIGS[0])
+
+
+def adapt_before_ddp_keeps_the_ranks_together():
+    model = build(CONFIGS[0])
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(3):
+        wrapper(torch.randn(4, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    factors = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora" in name])
+    everyones = [torch.zeros_like(factors) for _ in range(2)]
+    dist.all_gather(everyones, factors)
+    assert torch.equal(*everyones)
+    refuses("give its module", lk.merge_and_unload, wrapper)
+    lk.merge_and_unload(model)
+
+
+# --------------------------------------------------------------------------------------------------------------- FSDP1
+
+
+def fsdp1(model, **settings):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
+
+
+def fsdp1_with_original_parameters_trains_and_merges():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    x, whole = batch()
+    for config in CONFIGS:
+        reference, model = build(config), build(config)
+        wanted = reference_gradients(reference, whole)
+        wrapper = fsdp1(model, use_orig_params=True)
+        y = wrapper(x)
+        close(y, reference(x))
+        y.square().sum().backward()
+        refuses("it is a shard|view for a forward", layers(model)[0].merge_)
+        refuses("a shard; call it in FullyShardedDataParallel", lk.save_adapter, wrapper, tempfile.mkdtemp())
+        with FullyShardedDataParallel.summon_full_params(wrapper, with_grads=True):
+            got = {name: p.grad for name, p in wrapper.named_parameters()}
+            for name, grad in wanted.items():
+                close(got[name], grad)
+            folder = lk.save_adapter(wrapper, tempfile.mkdtemp())
+            for layer in layers(model):
+                layer.merge_()
+        assert all(layer.merged for layer in layers(model))
+        close(wrapper(x), reference(x))
+        again = plain()
+        lk.load_adapter(again, folder)
+        close(again(x), reference(x))
+
+
+def fsdp1_around_the_trained_linears_alone_trains():
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    x, _ = batch()
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, nn.Linear) and m.weight.requires_grad)
+    reference, model = build(CONFIGS[0]), build(CONFIGS[0])
+    wrapper = fsdp1(model, use_orig_params=False, auto_wrap_policy=policy)
+    y = wrapper(x)
+    close(y, reference(x))
+    y.square().sum().backward()
+
+
+# --------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+def fsdp2_around_whole_layers_trains_saves_and_merges():
+    from torch.distributed.fsdp import fully_shard
+
+    x, whole = batch()
+    for config in CONFIGS:
+        reference, model = build(config), build(config)
+        wanted = reference_gradients(reference, whole)
+        for layer in layers(model):
+            fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        y = model(x)
+        close(y, reference(x))
+        y.square().sum().backward()
+        for name, p in model.named_parameters():
+            if name in wanted:
+                close(p.grad.full_tensor(), wanted[name])
+        again = plain()
+        lk.load_adapter(again, lk.save_adapter(model, tempfile.mkdtemp()))
+        close(again(x), reference(x))
+        refuses("its weight is sharded", lk.merge_and_unload, model)
+        for layer in layers(model):
+            layer.merge_()
+        close(model(x), reference(x))
+        state = model.state_dict()
+        close(state["0.base_layer.weight"].full_tensor(), reference[0].base_layer.weight)
+        for layer in layers(model):
+            layer.unmerge_()
+        close(model(x), reference(x))
+
+
+def fsdp2_merging_that_one_rank_refuses_is_refused_by_all():
+    from torch.distributed.fsdp import fully_shard
+
+    for config in FACTORS:
+        model = build(config)
+        model[0].lora_B.weight.data[0] = torch.nan  # a row of the first rank
+        for layer in layers(model):
+            fully_shard(layer, mesh=mesh())
+        refuses("finite factors", model[0].merge_)
+        assert not model[0].merged
+
+
+def fsdp2_merging_into_the_gathered_copy_is_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    x, _ = batch()
+    for config in FACTORS:
+        reference, model = build(config), build(config)
+        fully_shard(model, mesh=mesh())
+        model(x)  # the root's parameters stay gathered
+        refuses(r"FSDP's gathered copy.*reshard\(\)", model[0].merge_)
+        assert not model[0].merged
+        model.reshard()
+        model[0].merge_()
+        close(model(x), reference(x))
+
+
+def fsdp2_around_the_linears_inside_runs_or_is_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    x, whole = batch()
+    for config in CONFIGS:
+        reference, model = build(config), build(config)
+        wanted = reference_gradients(reference, whole)
+        for layer in layers(model):
+            for inside in (layer.base_layer, layer.lora_A, layer.lora_B):
+                fully_shard(inside, mesh=mesh())
+        if isinstance(config, lk.DoRAConfig):
+            refuses("whole weight of base_layer at hand.*shard or offload the layer as a whole", model, x)
+            continue
+        y = model(x)
+        close(y, reference(x))
+        y.square().sum().backward()
+        for name, p in model.named_parameters():
+            if name in wanted:
+                close(p.grad.full_tensor(), wanted[name])
+
+
+def adapt_refuses_weights_that_fsdp_shards():
+    from torch.distributed.fsdp import fully_shard
+
+    for wrap in (lambda m: fully_shard(m, mesh=mesh()), partial(fsdp1, use_orig_params=True)):
+        model = plain()
+        wrap(model)
+        model(torch.randn(3, 32)) if hasattr(model, "reshard") else None  # gathered, and still FSDP's
+        refuses("its weight is sharded already", lk.adapt, model, CONFIGS[0])
+        assert not layers(model)
+
+
+# --------------------------------------------------------------------------------------------------- tensor parallelism
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def block(config):
+    torch.manual_seed(0)
+    return build(config, Block())
+
+
+def tensor_parallel_layers_split_with_their_factors_are_right():
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    x = batch()[1][0]
+    for config in CONFIGS[:2]:
+        reference, model = block(config), block(config)
+        want = reference(x)
+        want.square().sum().backward()
+        plan = {
+            "up.base_layer": ColwiseParallel(), "up.lora_B": ColwiseParallel(),
+            "down.base_layer": RowwiseParallel(), "down.lora_A": RowwiseParallel(),
+        }  # fmt: skip
+        parallelize_module(model, mesh(), plan)
+        y = model(x)
+        close(y, want)
+        y.square().sum().backward()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            if q.grad is not None:
+                close(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad, q.grad)
+        model.up.merge_()
+        close(model(x), want)
+        refuses(r"sharded by \(Shard\(dim=1\),\), not by rows", model.down.merge_)
+
+
+def tensor_parallel_layers_split_without_their_factors_are_refused():
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    x = batch()[1][0]
+    cols, rows = ColwiseParallel, RowwiseParallel
+    for plan, message in (
+        ({"up.base_layer": cols()}, "ColwiseParallel, lora_B has to be, too"),
+        ({"up.lora_B": cols()}, "split alike"),
+        (
+            {"up.base_layer": cols(), "up.lora_B": cols(), "down.base_layer": rows()},
+            "RowwiseParallel, lora_A has to be, too",
+        ),
+    ):
+        model = block(CONFIGS[0])
+        parallelize_module(model, mesh(), plan)
+        refuses(message, model, x)
+    model = block(lk.DoRAConfig(r=4))
+    parallelize_module(model, mesh(), {"up.base_layer": cols()})
+    refuses("whole weight of base_layer at hand", model, x)
+
+
+CHECKS = [
+    adapt_refuses_a_model_that_ddp_holds,
+    adapt_before_ddp_keeps_the_ranks_together,
+    fsdp1_with_original_parameters_trains_and_merges,
+    fsdp1_around_the_trained_linears_alone_trains,
+    fsdp2_around_whole_layers_trains_saves_and_merges,
+    fsdp2_merging_that_one_rank_refuses_is_refused_by_all,
+    fsdp2_merging_into_the_gathered_copy_is_refused,
+    fsdp2_around_the_linears_inside_runs_or_is_refused,
+    adapt_refuses_weights_that_fsdp_shards,
+    tensor_parallel_layers_split_with_their_factors_are_right,
+    tensor_parallel_layers_split_without_their_factors_are_refused,
+]
+
+
+def run_all(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for check in CHECKS:
+        try:
+            check()
+            said = "passed"
+        except Exception:
+            said = traceback.format_exc()
+        (Path(folder) / f"{check.__name__}.{rank}").write_text(said)
+        dist.barrier()
+    sys.stdout.flush()
+    # gloo's threads may still let go of tensors, for which they take the interpreter's lock: one that is being
+    # torn down ends them, and the process, by SIGABRT (pytorch/pytorch#179291).
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    context = torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=2, join=False)
+    deadline = time.monotonic() + 240
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            break
+    return folder
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_two_ranks(folder, check, rank):
+    file = folder / f"{check.__name__}.{rank}"
+    assert file.exists(), "the processes did not get there"
+    said = file.read_text()
+    assert said == "passed", said
