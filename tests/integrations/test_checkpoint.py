@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lowrank_kernels.adapt import adapt, config_of
 from lowrank_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from lowrank_kernels.config import DoRAConfig, LoRAConfig
+from lowrank_kernels.config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from lowrank_kernels.integrations.peft import accelerate
 from lowrank_kernels.nn import DoRALinear, LoRALinear
 from lowrank_kernels.serving import AdapterBank
@@ -157,6 +158,45 @@ def test_our_own_round_trip_is_exact_and_undoes(llama, tokens, tmp_path, setting
     assert state.keys() == before.keys()
     assert all(torch.equal(state[n], t) for n, (t, _) in before.items())
     assert all(p.requires_grad == before[n][1] for n, p in again.named_parameters())
+
+
+def compiled(model):
+    return torch.compile(model)
+
+
+def a_layer_compiled(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
+def a_layer_checkpointed(model):
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled, a_layer_compiled, a_layer_checkpointed])
+@pytest.mark.parametrize("config", [LoRAConfig(r=2), LoRAConfig(r=2, bias="all"), MultiLoRAConfig(ranks=(2,))])
+def test_names_that_wrappers_add_are_not_in_the_file(llama, tmp_path, wrap, config):
+    model = llama()
+    adapt(model, config)
+    randomise(model)
+    adapter = 0 if isinstance(config, MultiLoRAConfig) else None
+    save_adapter(model, tmp_path / "plain", adapter=adapter)
+    save_adapter(wrap(model), tmp_path / "wrapped", adapter=adapter)
+    plain, wrapped = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("plain", "wrapped"))
+    assert wrapped.keys() == plain.keys()
+    assert all(torch.equal(t, wrapped[name]) for name, t in plain.items())
+
+
+def test_a_model_on_the_meta_device_takes_no_adapter(llama, tmp_path):
+    model = llama()
+    adapt(model, LoRAConfig(r=2, target_modules=("q_proj",)))
+    save_adapter(model, tmp_path)
+    with torch.device("meta"):
+        absent = llama()
+    with pytest.raises(ValueError, match=r"load_adapter: .*meta device: model\.layers\.0\.self_attn\.q_proj"):
+        load_adapter(absent, tmp_path)
+    assert config_of(absent) is None
 
 
 def test_the_order_of_patterns_survives(llama, tmp_path):

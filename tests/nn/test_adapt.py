@@ -235,6 +235,20 @@ def test_reasons():
     assert not reasons
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(r=2), DoRAConfig(r=2), MultiLoRAConfig(ranks=(2,))])
+def test_partitioned_weights_are_refused_and_nothing_changes(config):
+    model = Model()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = torch.empty(0)  # as DeepSpeed's ZeRO-3 does at construction
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"shape \(0,\), not \(8, 8\): it is partitioned \(DeepSpeed ZeRO-3\)"):
+        adapt(model, config)
+    assert_same(model, before)
+    with pytest.raises(TypeError, match="partitioned"):
+        LoRALinear.from_linear(model.head, 2)
+
+
 def test_layers_adapted_by_hand_keep_training():
     model = nn.Sequential(LoRALinear.from_linear(nn.Linear(4, 4), 2), nn.Linear(4, 4), nn.Linear(4, 4))
     adapt(model, LoRAConfig(r=2, target_modules=("1",)))

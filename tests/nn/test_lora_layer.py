@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lowrank_kernels.nn import LoRALinear
+from lowrank_kernels.nn import DoRALinear, LoRALinear
 from lowrank_kernels.reference import dropout_keep_mask_ref
 
 
@@ -218,6 +218,42 @@ def test_loading_the_factors_alone_leaves_a_merged_layer_merged():
     layer.load_state_dict({"lora_A.weight": torch.zeros(4, 24)}, strict=False)
     assert layer.merged
     torch.testing.assert_close(layer.unmerge_().weight, before, rtol=1e-6, atol=1e-6)
+
+
+def merged(kind):
+    layer = kind(nn.Linear(24, 16), 4, **({"lora_bias": True} if kind is LoRALinear else {}))
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.add_(0.5 * torch.rand(p.shape))
+    x = torch.randn(6, 24)
+    y = layer(x).detach()
+    layer.merge_()
+    return layer, x, y
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize(
+    "given", [{"base_layer.weight": torch.zeros(3, 3)}, {"base_layer.bias": torch.zeros(3)}], ids=["weight", "bias"]
+)
+def test_a_load_that_fails_leaves_a_merged_layer_right(kind, given):
+    layer, x, y = merged(kind)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict({**layer.state_dict(), **given})
+    torch.testing.assert_close(layer(x), y, rtol=2e-5, atol=2e-5)
+    layer.unmerge_()
+    torch.testing.assert_close(layer(x), y, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize("absent", ["base_layer.weight", "base_layer.bias"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_a_state_does_not_hold_is_unmerged_as_well(kind, absent, assign):
+    layer, x, y = merged(kind)
+    state = {name: t.clone() for name, t in layer.state_dict().items() if name != absent}
+    layer.load_state_dict(state, strict=False, assign=assign)
+    assert not layer.merged
+    torch.testing.assert_close(layer(x), y, rtol=2e-5, atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- a good module
