@@ -150,10 +150,12 @@ def test_what_a_hook_returns_counts():
 def test_autocast_decides_the_dtype_as_without_hooks(name):
     layer = make(name)
     twin = copy.deepcopy(layer)
-    attach_forward(twin.lora_A, [])
+    called = []
+    attach_forward(twin.lora_A, called)
     x = torch.randn(3, 24)
     with torch.autocast("cpu", torch.bfloat16):
         y, same = layer(x), twin(x)
+    assert called == [1]
     assert same.dtype == y.dtype == torch.bfloat16
     torch.testing.assert_close(same, y, rtol=3e-2, atol=3e-2 * y.abs().max().item())
 
@@ -162,20 +164,24 @@ def test_autocast_decides_the_dtype_as_without_hooks(name):
 def test_dropout_has_the_mean_of_no_dropout(dropout_base):
     """Of a DoRA layer as of a LoRA layer: what is dropped is the correction's input, and with it the base's."""
     settings = {"dropout_base": dropout_base}
+    x = torch.randn(1, 24).expand(20000, 24)
     for name, own in (("LoRA", {}), ("DoRA", settings)):
         layer = make(name, dropout=0.5, **own)
-        attach_forward(layer.lora_A, [])
-        x = torch.randn(1, 24).expand(20000, 24)
+        y = copy.deepcopy(layer).eval()(x[:1])[0]
+        called = []
+        attach_forward(layer.lora_A, called)
         with torch.no_grad():
-            mean, y = layer(x).mean(0), copy.deepcopy(layer).eval()(x[:1])[0]
+            mean = layer(x).mean(0)
+        assert called == [1]
         torch.testing.assert_close(mean, y, rtol=0, atol=0.03 * y.abs().max().item())
 
 
 def test_evaluation_drops_nothing_where_hooks_are():
     layer = make("DoRA", dropout=0.5, dropout_base=True).eval()
-    twin = copy.deepcopy(layer)
-    attach_forward(twin.base_layer, [])
+    twin, called = copy.deepcopy(layer), []
+    attach_forward(twin.base_layer, called)
     assert_same(layer, twin)
+    assert called == [1]
 
 
 @pytest.mark.parametrize("name", LAYERS)
