@@ -80,6 +80,11 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
 
 def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
     """Do what a plan of ``config`` says: the second half of :func:`adapt`."""
+    if _is_under_ddp(model):
+        raise ValueError(
+            "adapt: expected a model before DistributedDataParallel, got one that it holds already: it would not "
+            "synchronise the layers' parameters, so that the ranks would drift apart; adapt the model, then wrap it"
+        )
     undo: list[Callable[[], None]] = []
     try:
         layers = _replace(model, config, plan, undo)
@@ -88,8 +93,7 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
             undo.pop()()
         raise
     watch = FirstBackward(layers)
-    undo.append(lambda: _check_still_there(model, layers))  # the first thing that undo() does
-    undo.append(watch.stop)
+    undo += [watch.stop, lambda: _check_still_there(model, layers, undo)]  # the check is the first thing that runs
     trainable, total = count_parameters(model)
     replaced = tuple(
         Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
@@ -109,11 +113,6 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
         )
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
-    if _is_under_ddp(model):
-        raise ValueError(
-            "adapt: expected a model before DistributedDataParallel, got one that it holds already: it would not "
-            "synchronise the layers' parameters, so that the ranks would drift apart; adapt the model, then wrap it"
-        )
     wanted, head = config.target_modules, _output_head(model)
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
@@ -251,9 +250,10 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     return type(model).save_pretrained(model, *args, **kwargs)
 
 
-def _check_still_there(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def _check_still_there(model: nn.Module, layers: dict[str, nn.Module], undo: list[Callable[[], None]]) -> None:
     own = set(map(id, layers.values()))
     if not any(id(module) in own for module in model.modules()):
+        undo.clear()
         raise ValueError(
             "undo: expected a model that is still adapted; its layers were merged and unloaded since, and the weights "
             "as they were are gone"

@@ -7,11 +7,12 @@ only after every name, shape, dtype and value has been checked.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,9 @@ from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import whole
-from .report import Report, count_parameters
+from .report import Report, Skipped, count_parameters
+
+logger = logging.getLogger("lowrank_kernels")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,6 +51,8 @@ _INERT = {
     "inference_mode", "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
+# Tasks for which PEFT wants the model's head in the file, too.
+_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -73,7 +78,8 @@ def save_adapter(
             the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
         folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
         base_model_name: for PEFT's ``base_model_name_or_path``.
-        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it.
+        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. Not of a task for which
+            PEFT wants the trained head in the file, which is not written.
         config: for a model whose LoRALinears were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
@@ -81,13 +87,20 @@ def save_adapter(
         The folder.
 
     Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
-    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved.
+    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. What else trains, such as
+    a new head, is not written either: the log names it.
 
     Raises:
-        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are;
-            a value that is not finite, or not at hand: on the meta device, a shard (nothing is written then).
+        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
+            task_type with a head; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
+            written then.
         ImportError: safetensors is not installed.
     """
+    if task_type in _TASKS_WITH_A_HEAD:
+        raise ValueError(
+            f"save_adapter: expected a task_type without a head of its own, got {task_type!r}, for which PEFT wants "
+            f"the trained head in the file, where it is not written; leave task_type out, and save the head yourself"
+        )
     config = config or config_of(model)  # type: ignore[assignment]
     if isinstance(config, MultiLoRAConfig):
         return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
@@ -102,6 +115,11 @@ def save_adapter(
     _check_layers_follow(config, layers)
     _check_whole(layers)
     parameters = _adapter_parameters(model, config, list(layers))
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
+    if left_out:
+        logger.warning(
+            "save_adapter: these train, and are not in the file: %s; save them yourself", _few(left_out)
+        )  # fmt: skip
     return _write_adapter(config, parameters, folder, base_model_name, task_type)
 
 
@@ -346,7 +364,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"first: an adapter on the meta device would be lost"
         )
     base = _base_parameters(model, plan)
-    tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base)
+    tensors = _read_tensors(_inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base, plan.skipped)
     return AdapterFile(config, plan, tensors)
 
 
@@ -427,7 +445,10 @@ def _read_config(path: Path) -> LoRAConfig:
 
 
 def _read_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]], base: Mapping[str, nn.Parameter]
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    base: Mapping[str, nn.Parameter],
+    skipped: Sequence[Skipped] = (),
 ) -> dict[str, Tensor]:
     """The file's tensors by parameter, once they are known to be just the expected ones, and finite.
 
@@ -456,7 +477,7 @@ def _read_tensors(
                         f"changed base weights are not supported"
                     )
             headers = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in found.items() if n not in copies}
-            _check_tensors(path, headers, expected)
+            _check_tensors(path, headers, expected, skipped)
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
     except SafetensorError as error:
         raise ValueError(f"load_adapter: expected {path} to be a whole safetensors file: {error}") from None
@@ -467,15 +488,20 @@ def _read_tensors(
 
 
 def _check_tensors(
-    path: Path, found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[int, ...]]
+    path: Path,
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    expected: Mapping[str, tuple[int, ...]],
+    skipped: Sequence[Skipped],
 ) -> None:
     wanted = {PREFIX + name: shape for name, shape in expected.items()}
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     if missing or unexpected:
+        why = [f"{s.name}: {s.reason}" for s in skipped if any(n.startswith(f"{PREFIX}{s.name}.") for n in unexpected)]
         raise ValueError(
             f"load_adapter: expected {path} to hold the {len(wanted)} tensors of its config on this model; "
             f"missing: {_few(missing)}; unexpected: {_few(unexpected)}"
+            + (f"; modules that take no adapter: {_few(why)}" if why else "")
         )
     for name, (shape, dtype) in found.items():
         if shape != wanted[name]:

@@ -199,6 +199,39 @@ def test_a_model_on_the_meta_device_takes_no_adapter(llama, tmp_path):
     assert config_of(absent) is None
 
 
+def test_what_trains_and_is_not_written_is_named(llama, tmp_path, caplog):
+    model = llama()
+    adapt(model, LoRAConfig(r=2, target_modules=("q_proj",), bias="all"))
+    with caplog.at_level("WARNING", "lowrank_kernels"):
+        save_adapter(model, tmp_path)
+        assert not caplog.messages
+        model.lm_head.weight.requires_grad_(True)
+        save_adapter(model, tmp_path)
+    assert caplog.messages == ["save_adapter: these train, and are not in the file: lm_head.weight; save them yourself"]
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_task_for_which_peft_wants_the_head_is_refused(llama, tmp_path, task_type):
+    model = llama()
+    adapt(model, LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=rf"save_adapter: .*got '{task_type}'.*leave task_type out"):
+        save_adapter(model, tmp_path, task_type=task_type)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_of_the_file_that_takes_no_adapter_is_named_with_the_reason(llama, tmp_path):
+    model = llama()
+    adapt(model, LoRAConfig(r=2, target_modules=("q_proj", "v_proj")))
+    save_adapter(model, tmp_path)
+    other = llama()
+    weight = other.model.layers[0].self_attn.q_proj.weight
+    other.model.layers[0].self_attn.q_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"unexpected: .*q_proj.*take no adapter: model\.layers\.0\.self_attn\.q_proj: quantised"
+    ):
+        load_adapter(other, tmp_path)
+
+
 def test_the_order_of_patterns_survives(llama, tmp_path):
     model = llama()
     patterns = {r"layers\.0\..*": 2, "down_proj": 5}

@@ -138,16 +138,19 @@ def fsdp1_with_original_parameters_trains_and_merges():
         close(again(x), reference(x))
 
 
-def fsdp1_around_the_trained_linears_alone_trains():
+def fsdp1_around_the_trained_linears_alone_trains_or_is_refused():
     from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
     x, _ = batch()
     policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, nn.Linear) and m.weight.requires_grad)
-    reference, model = build(CONFIGS[0]), build(CONFIGS[0])
-    wrapper = fsdp1(model, use_orig_params=False, auto_wrap_policy=policy)
-    y = wrapper(x)
-    close(y, reference(x))
-    y.square().sum().backward()
+    for use_orig_params in (False, True):
+        reference, model = build(CONFIGS[0]), build(CONFIGS[0])
+        wrapper = fsdp1(model, use_orig_params=use_orig_params, auto_wrap_policy=policy)
+        y = wrapper(x)
+        close(y, reference(x))
+        y.square().sum().backward()
+    wrapper = fsdp1(build(lk.DoRAConfig(r=4)), use_orig_params=True, auto_wrap_policy=policy)
+    refuses("whole weight of lora_A at hand", wrapper, x)
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
@@ -308,7 +311,7 @@ CHECKS = [
     adapt_refuses_a_model_that_ddp_holds,
     adapt_before_ddp_keeps_the_ranks_together,
     fsdp1_with_original_parameters_trains_and_merges,
-    fsdp1_around_the_trained_linears_alone_trains,
+    fsdp1_around_the_trained_linears_alone_trains_or_is_refused,
     fsdp2_around_whole_layers_trains_saves_and_merges,
     fsdp2_merging_that_one_rank_refuses_is_refused_by_all,
     fsdp2_merging_into_the_gathered_copy_is_refused,
