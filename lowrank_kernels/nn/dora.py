@@ -97,7 +97,7 @@ class DoRALinear(LoRALinear):
         if self.detach_norm:
             a, b = a.detach(), b.detach()
         norm = dora_weight_norm(weight.detach(), a, b, scaling=self.scaling)
-        scale = torch.where(norm > 0, self.lora_magnitude_vector / torch.where(norm > 0, norm, 1), 0)
+        scale = torch.where(norm == 0, 0.0, self.lora_magnitude_vector / torch.where(norm == 0, 1.0, norm))
         dropped = nn.functional.dropout(x, self.dropout, self.training)
         y = self.base_layer(x)
         base = self.base_layer(dropped) if self.dropout_base and dropped is not x else y
