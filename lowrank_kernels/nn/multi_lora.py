@@ -3,80 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import BatchPlan, multi_lora_linear, plan_batch, stack_column_scale
+from ..functional import BatchPlan, multi_lora_linear, stack_column_scale
 from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
+from .batches import Batch, Batches
 from .frozen import AroundLinear, check_wrappable
 from .lora import check_lora_settings
 
-
-class SequenceBatch:
-    """Which adapter each sequence of a batch has, and the plans of its rows, made once for all linears.
-
-    Args:
-        adapter_ids: (B,) integers from -1, for none, to ``num_adapters`` - 1.
-    """
-
-    def __init__(self, adapter_ids: Tensor, num_adapters: int) -> None:
-        self.adapter_ids, self.num_adapters = adapter_ids, num_adapters
-        self._plans: dict[tuple[int, torch.device], BatchPlan] = {}
-
-    def plan(self, x: Tensor) -> BatchPlan:
-        """The plan of x (..., K), whose rows are B sequences of one length, or that many of each (beams, samples).
-
-        Raises:
-            ValueError: a number of rows that B does not divide.
-        """
-        rows, sequences = x.shape[:-1].numel(), self.adapter_ids.shape[0]
-        key = (rows, x.device)
-        if key not in self._plans:
-            if sequences == 0 or rows % sequences:
-                raise ValueError(
-                    f"multi_lora_linear: expected a multiple of {sequences} rows, one adapter id a sequence, got {rows}"
-                )
-            ids = self.adapter_ids.repeat_interleave(rows // sequences).to(x.device)
-            self._plans[key] = plan_batch(ids, self.num_adapters)
-        return self._plans[key]
+_BATCHES = Batches[Batch]("use_adapters")
 
 
-_current: ContextVar[Tensor | None] = ContextVar("lowrank_kernels_adapter_ids", default=None)
-_batches: ContextVar[dict[int, SequenceBatch] | None] = ContextVar("lowrank_kernels_sequence_batches", default=None)
-
-
-@contextmanager
-def use_adapters(adapter_ids: Tensor | Sequence[int]) -> Iterator[None]:
+def use_adapters(
+    adapter_ids: Tensor | Sequence[Any], *, cu_seqlens: Tensor | Sequence[int] | None = None
+) -> AbstractContextManager[None]:
     """Context in which every :class:`MultiLoRALinear` takes sequence b of its batch to adapter ``adapter_ids[b]``.
 
-    Ids are one a sequence; -1 for the base alone. The context belongs to the thread (and its asyncio task). Backward,
-    and recomputation under activation checkpointing, must run inside of it too.
+    Args:
+        adapter_ids: integers, -1 for the base alone: (B,), one for each sequence that the model sees; or of x's
+            leading shape, one for each row.
+        cu_seqlens: B + 1 ascending positions, 0 first, of the sequences in rows that hold them one after another
+            without padding: x (T, K) or (1, T, K), with T the last of them.
+
+    Layers find out which rows of x belong to which sequence, or raise: see ``docs/many_adapters.md``. The context holds
+    for its thread (and its asyncio task), for threads that are started in it, and for the backward of what ran in it,
+    on any thread: with activation checkpointing, backward must run before the context ends.
+
+    Raises:
+        ValueError, TypeError: ids or positions that are not such integers. Layers raise ValueError for ids that they
+            have no adapter for and rows of which it is not known whose they are, RuntimeError outside of any batch
+            while one is open in another thread.
     """
-    ids = torch.as_tensor(adapter_ids)
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"use_adapters: expected one integer a sequence, (B,), got {ids.dtype} {tuple(ids.shape)}")
-    tokens = _current.set(ids), _batches.set({})
-    try:
-        yield
-    finally:
-        _current.reset(tokens[0])
-        _batches.reset(tokens[1])
-
-
-def _current_batch(num_adapters: int) -> SequenceBatch | None:
-    ids, batches = _current.get(), _batches.get()
-    if ids is None or batches is None:
-        return None
-    if num_adapters not in batches:
-        batches[num_adapters] = SequenceBatch(ids, num_adapters)
-    return batches[num_adapters]
+    return _BATCHES.open(Batch("use_adapters", adapter_ids, cu_seqlens))
 
 
 class MultiLoRALinear(AroundLinear):
@@ -93,7 +58,11 @@ class MultiLoRALinear(AroundLinear):
             training alone.
 
     ``forward(x, adapter_ids)`` takes ids of x's leading shape; without them, those of :func:`use_adapters`; without
-    those, the base alone.
+    those, the base alone. ``state_dict`` always describes the unmerged layer, and loading a base weight makes it one.
+
+    Attributes:
+        row_order: "sequences" or "positions" where the calls of a model do not tell which rows of x lie together:
+            those of a sequence, x (B, L, K), or those of a position, x (L, B, K). What it says is trusted.
 
     Raises:
         TypeError: a base layer that cannot be wrapped, with the reason.
@@ -102,6 +71,8 @@ class MultiLoRALinear(AroundLinear):
 
     table: Tensor
     scalings: Tensor
+    row_order: str | None = None
+    found_order: str | None = None
 
     def __init__(self, base_layer: nn.Linear, stack: LoRAStack, *, dropout: float | Sequence[float] = 0.0) -> None:
         super().__init__()
@@ -123,12 +94,15 @@ class MultiLoRALinear(AroundLinear):
         self.merged_adapter: int | None = None
         self.weight_shared_with: tuple[str, ...] = ()
         self._unmerged: Tensor | None = None
+        self._loading: tuple[str, list[str]] | None = None  # key of the base weight that is on its way, errors so far
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A = nn.Parameter(stack.lora_a.detach())
         self.lora_B = nn.Parameter(stack.lora_b.detach())
         self.lora_magnitude = None if stack.magnitude is None else nn.Parameter(stack.magnitude.detach())
         self.register_buffer("table", stack.table, persistent=False)
         self.register_buffer("scalings", stack.scalings, persistent=False)
+        self.register_state_dict_post_hook(_describe_unmerged)
+        self.register_load_state_dict_post_hook(_settle_after_load)
         self.train(base_layer.training)
 
     @classmethod
@@ -194,10 +168,12 @@ class MultiLoRALinear(AroundLinear):
         return self.merged_adapter is not None
 
     def forward(self, x: Tensor, adapter_ids: Tensor | BatchPlan | None = None) -> Tensor:
+        if self.merged:
+            return self.base_layer(x)
         if adapter_ids is None:
-            batch = _current_batch(len(self.places))
-            adapter_ids = None if batch is None else batch.plan(x)
-        if adapter_ids is None or self.merged:
+            batch = _BATCHES.current()
+            adapter_ids = None if batch is None else batch.plan(self, x, len(self.places))
+        if adapter_ids is None:
             return self.base_layer(x)
         dropout = self.dropout if self.training else 0.0
         base = self.base_layer
@@ -250,6 +226,29 @@ class MultiLoRALinear(AroundLinear):
             self._unmerged, self.merged_adapter = None, None
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "base_layer.weight"
+        self._loading = (key, args[-1]) if key in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         ranks = [place.rank for place in self.places]
         return f"adapters={len(ranks)}, ranks={ranks if len(ranks) <= 8 else (*ranks[:8], '...')}, merged={self.merged}"
+
+
+def _describe_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put the weight from before ``merge_`` into a state dict."""
+    assert isinstance(layer, MultiLoRALinear)
+    key, kept = prefix + "base_layer.weight", layer._unmerged
+    if kept is not None and key in state:
+        state[key] = kept.to(state[key].device, state[key].dtype)
+
+
+def _settle_after_load(layer: nn.Module, _: Any) -> None:
+    """Make the layer an unmerged one if a base weight has arrived: not if loading it failed."""
+    assert isinstance(layer, MultiLoRALinear)
+    if layer._loading is not None:
+        key, errors = layer._loading
+        if not any(f" {key}:" in error or f'"{key}"' in error for error in errors):
+            layer._unmerged, layer.merged_adapter = None, None
+        layer._loading = None

@@ -6,11 +6,10 @@ import copy
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 from ..checkpoint import AdapterFile, read_adapter
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
+from ..nn.batches import Batch, Batches
 from ..nn.frozen import AroundLinear
-from ..nn.multi_lora import SequenceBatch
 from ..stack import LoRAStack
-
-_current: ContextVar[_Batch | None] = ContextVar("lowrank_kernels_bank_batch", default=None)
+from .fingerprint import fingerprint
 
 
 class _Part(NamedTuple):
@@ -55,6 +53,32 @@ class _Part(NamedTuple):
         each = [[None] * len(widths) if t is None else t.split(list(widths)) for t in (lora_b, *others)]
         return [_Part(self.lora_a, b, scaling, *rest) for b, *rest in zip(*each, strict=True)]
 
+    @property
+    def is_dora(self) -> bool:
+        return self.norm is not None
+
+    def rescaled(self, weight: Tensor) -> _Part:
+        """The same over another weight."""
+        if self.magnitude is None:
+            return self
+        factors = (t.to(weight.device) for t in (self.lora_a, self.lora_b, self.magnitude))
+        norm, scale, _ = dora_column_scale(weight, *factors, scaling=self.scaling)
+        return self._replace(norm=norm.float().cpu(), column_scale=scale.float().cpu())
+
+
+class _Untouched(_Part):
+    """What leaves a slice as it is, beside DoRA's others: B = 0, and a scale of 1 over any weight."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Untouched:
+        n, k = weight.shape
+        ones, dtype = torch.ones(n), weight.dtype
+        zeros = torch.zeros(1, k, dtype=dtype), torch.zeros(n, 1, dtype=dtype)
+        return cls(*zeros, 0.0, ones.to(dtype), ones, ones)
+
+    def rescaled(self, weight: Tensor) -> _Part:
+        return self
+
 
 class _SlicedPart(NamedTuple):
     """An adapter on a linear that is several: a part of each slice, None for those that it leaves alone."""
@@ -78,6 +102,14 @@ class _SlicedPart(NamedTuple):
         if first is None:
             return None
         return torch.cat([first.new_zeros(n) if t is None else t for t, n in zip(of, self.widths, strict=True)])
+
+    @property
+    def is_dora(self) -> bool:
+        return any(part is not None and part.is_dora for part in self.parts)
+
+    def rescaled(self, weight: Tensor) -> _SlicedPart:
+        own = zip(self.parts, weight.split(self.widths), strict=True)
+        return self._replace(parts=tuple(None if part is None else part.rescaled(rows) for part, rows in own))
 
     @property
     def norm(self) -> Tensor | None:
@@ -115,25 +147,24 @@ class _Served(NamedTuple):
     biases: Mapping[int, Tensor]
 
 
-@dataclass
-class _Batch:
+class _Batch(Batch):
     """A batch in flight: the adapters that it started with."""
 
-    bank: AdapterBank
-    sequences: SequenceBatch
-    ids: frozenset[int]
-    served: Mapping[str, _Served]
-    bias_tables: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, ids: Sequence[int], cu_seqlens: Any, num_adapters: int, served: Mapping[str, _Served]) -> None:
+        super().__init__("AdapterBank.batch", ids, cu_seqlens)
+        self.ids, self.num_adapters, self.served = frozenset(i for i in ids if i >= 0), num_adapters, served
+        self.bias_tables: dict[str, Tensor] = {}
 
-    def linear(self, name: str, base: nn.Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: BankLinear, x: Tensor) -> Tensor:
+        name, base = layer.name, layer.base_layer
         served = self.served.get(name)
         if served is None or not any(served.stack.places[i].rank for i in self.ids):
             return base(x)
-        plan = self.sequences.plan(x)
+        plan = self.plan(layer, x, self.num_adapters)
         y = multi_lora_linear(x, base.weight, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
         if any(i in served.biases for i in self.ids):
             if name not in self.bias_tables:
-                rows = [served.biases.get(i) for i in range(self.sequences.num_adapters)]
+                rows = [served.biases.get(i) for i in range(self.num_adapters)]
                 zero = y.new_zeros(y.shape[-1])
                 self.bias_tables[name] = torch.stack([zero if b is None else b.to(y.dtype) for b in (*rows, None)])
             y = y + self.bias_tables[name][plan.adapter_ids[:, 0]].view_as(y)  # id -1 is the last row, of zeros
@@ -143,10 +174,14 @@ class _Batch:
 class BankLinear(AroundLinear):
     """A linear of a model with a bank: ``base_layer``, and in a batch of the bank each row's adapter."""
 
-    def __init__(self, base_layer: nn.Linear, bank: AdapterBank, name: str) -> None:
+    row_order: str | None = None
+    found_order: str | None = None
+
+    def __init__(self, base_layer: nn.Linear, batches: Batches[_Batch], name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._bank, self._name = (bank,), name  # in a tuple: no module of this one's
+        self._batches, self.name = batches, name
+        self.register_state_dict_post_hook(_describe_plain)
         self.training = base_layer.training
 
     @property
@@ -154,10 +189,20 @@ class BankLinear(AroundLinear):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = _current.get()
-        if batch is None or batch.bank is not self._bank[0]:
-            return self.base_layer(x)
-        return batch.linear(self._name, self.base_layer, x)
+        batch = self._batches.current()
+        return self.base_layer(x) if batch is None else batch.linear(self, x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in ("weight", "bias"):
+            if prefix + key in state_dict:
+                state_dict[f"{prefix}base_layer.{key}"] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _describe_plain(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Give the parameters the names that they have without a bank."""
+    for key in [key for key in state if key.startswith(f"{prefix}base_layer.")]:
+        state[prefix + key.removeprefix(f"{prefix}base_layer.")] = state.pop(key)
 
 
 class AdapterBank:
@@ -204,6 +249,7 @@ class AdapterBank:
         kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._plain = copy.deepcopy(model, kept)
         self._fused = {name: dict(parts) for name, parts in _fused_linears(self._plain, fused or {})}
+        self._batches = Batches[_Batch]("AdapterBank.batch")
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
         self._adapters: dict[str, _Adapter] = {}
@@ -213,6 +259,12 @@ class AdapterBank:
         self._wrapped: dict[str, BankLinear] = {}
         self._required_grad: dict[str, list[nn.Parameter]] = {}
         self._loader: ThreadPoolExecutor | None = None
+        self._parts_of: dict[str, tuple[str, slice]] = {}  # linears and rows of them
+        for whole, widths in self._fused.items():
+            for (part, width), end in zip(widths.items(), itertools.accumulate(widths.values()), strict=True):
+                self._parts_of[part] = whole, slice(end - width, end)
+        self._fingerprints: dict[str, Tensor] = {}  # of the weights that DoRA's norms are over
+        self._rescalings = 0
 
     # ------------------------------------------------------------------------------------------------- adapters
 
@@ -241,9 +293,12 @@ class AdapterBank:
         return None
 
     def _load(self, name: str, folder: Path, pin: bool) -> None:
+        rescalings = self._rescalings
         parts = self._read(folder)
         adapter = _Adapter(name, folder, sum(part.nbytes for part in parts.values()), parts, pin)
         with self._lock:
+            if self._rescalings != rescalings:  # a weight has changed since the norms were computed
+                adapter.parts = parts = self._rescaled(parts, parts)
             old = self._adapters.get(name)
             self._bring_in(adapter, parts, instead_of=old)
             self._adapters[name] = adapter
@@ -289,14 +344,18 @@ class AdapterBank:
     # --------------------------------------------------------------------------------------------------- batches
 
     @contextmanager
-    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+    def batch(self, names: Sequence[str | None], *, cu_seqlens: Tensor | Sequence[int] | None = None) -> Iterator[None]:
         """Context in which sequence b of the model's batch runs with adapter ``names[b]``, None for the base alone.
 
-        The model may see a multiple of the sequences (beams, samples): copies of one lie together. The context belongs
-        to the thread (and its asyncio task). Contexts of one bank may nest; the inner one counts.
+        Names are one for each sequence that the model sees; ``model.generate`` may make beams or samples of each. With
+        ``cu_seqlens`` they lie one after another, without padding. See :func:`lowrank_kernels.nn.use_adapters`, also
+        for threads, backward, and the rows of a layer. Contexts of one bank may nest; the inner one counts.
 
         Raises:
-            ValueError: a name that the bank does not know; adapters that together do not fit the budget.
+            ValueError: a name that the bank does not know; adapters that together do not fit the budget. From a layer:
+                rows of which it is not known whose they are.
+            RuntimeError: from a layer outside of any batch while one is open in another thread; open
+                ``bank.batch([None])`` there for the base alone.
         """
         names = [names] if isinstance(names, str) else list(names)
         with self._lock:
@@ -311,14 +370,14 @@ class AdapterBank:
             except BaseException:
                 self._leave(adapters)
                 raise
-            ids = [-1 if a is None else a.slot for a in wanted]
-            sequences = SequenceBatch(torch.tensor(ids, dtype=torch.int32), len(self._slots))
-            batch = _Batch(self, sequences, frozenset(i for i in ids if i is not None and i >= 0), self._served)
-        token = _current.set(batch)
+            ids = [-1 if a is None or a.slot is None else a.slot for a in wanted]
         try:
-            yield
+            self._follow_weights(adapters)
+            with self._lock:
+                batch = _Batch(ids, cu_seqlens, len(self._slots), self._served)
+            with self._batches.open(batch):
+                yield
         finally:
-            _current.reset(token)
             with self._lock:
                 self._leave(adapters)
 
@@ -367,7 +426,12 @@ class AdapterBank:
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
                 f"a batch share; a bank cannot serve it"
             )
-        parts: dict[str, Any] = {name: _part(name, linear, file) for name, linear in file.plan.targets.items()}
+        if isinstance(file.config, DoRAConfig):
+            for name in file.plan.targets:  # before the norms: a weight that changes meanwhile is then seen as changed
+                whole = self._parts_of.get(name, (name, slice(0)))[0]
+                if whole not in self._fingerprints:
+                    self._fingerprints[whole] = fingerprint(self._weight(whole))
+        parts: dict[str, Any] = {name: _part(name, self._weight(name), file) for name in file.plan.targets}
         for name, widths in self._fused.items():
             whole, own = parts.pop(name, None), [parts.pop(part, None) for part in widths]
             if whole is not None and any(own):
@@ -375,11 +439,32 @@ class AdapterBank:
             own = own if whole is None else whole.split(tuple(widths.values()))
             if any(own):
                 if any(part is not None and part.magnitude is not None for part in own):
-                    own = [
-                        part or _untouched(self._plain.get_submodule(n)) for n, part in zip(widths, own, strict=True)
-                    ]
+                    own = [part or _Untouched.of(self._weight(n)) for n, part in zip(widths, own, strict=True)]
                 parts[name] = _SlicedPart(tuple(own), tuple(widths.values()))
         return parts
+
+    def _weight(self, name: str) -> Tensor:
+        """Of a linear as the model has it now, or of a part of one."""
+        whole, rows = self._parts_of.get(name, (name, slice(None)))
+        weight: Any = self.model.get_submodule(whole).weight
+        return weight.detach()[rows]
+
+    def _follow_weights(self, adapters: Sequence[_Adapter]) -> None:
+        """Compute the norms of DoRA adapters again over weights that are not what they were computed from."""
+        names = {name for a in adapters for name, part in (a.parts or {}).items() if part.is_dora}
+        now = {name: fingerprint(self._weight(name)) for name in names}
+        changed = {name: found for name, found in now.items() if not torch.equal(found, self._fingerprints[name])}
+        if not changed:
+            return
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._rescalings += 1
+            for adapter in {id(a): a for a in (*self._adapters.values(), *self._slots) if a is not None}.values():
+                adapter.parts = None if adapter.parts is None else self._rescaled(adapter.parts, changed)
+            self._fingerprints |= changed
+            self._publish(changed)
+
+    def _rescaled(self, parts: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        return {name: p.rescaled(self._weight(name)) if name in names else p for name, p in parts.items()}
 
     # ---------------------------------------------------------------------------------------------- under the lock
 
@@ -475,7 +560,7 @@ class AdapterBank:
             owner = self.model.get_submodule(parent)
             linear: Any = owner._modules[child]
             self._required_grad[name] = [p for p in linear.parameters() if p.requires_grad]
-            self._wrapped[name] = BankLinear(linear.requires_grad_(False), self, name)
+            self._wrapped[name] = BankLinear(linear.requires_grad_(False), self._batches, name)
             owner._modules[child] = self._wrapped[name]
 
     def _publish(self, changed: Sequence[str] | Mapping[str, Any]) -> None:
@@ -514,29 +599,18 @@ class AdapterBank:
             adapter.parts = None
 
 
-def _part(name: str, linear: nn.Linear, file: AdapterFile) -> _Part:
+def _part(name: str, weight: Tensor, file: AdapterFile) -> _Part:
     """An adapter on one linear, in its weight's dtype; DoRA's norm from the tensors as they were saved."""
-    config, tensors, dtype = file.config, file.tensors, linear.weight.dtype
+    config, tensors, dtype = file.config, file.tensors, weight.dtype
     lora_a, lora_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
     scaling = config.scaling_of(name)
     bias = tensors.get(f"{name}.lora_B.bias")
     part = _Part(lora_a.to(dtype), lora_b.to(dtype), scaling, bias=None if bias is None else scaling * bias)
     if not isinstance(config, DoRAConfig):
         return part
-    magnitude, device = tensors[f"{name}.lora_magnitude_vector"], linear.weight.device
-    norm, scale, _ = dora_column_scale(
-        linear.weight.detach(), lora_a.to(device), lora_b.to(device), magnitude.to(device), scaling=scaling
-    )
-    return part._replace(magnitude=magnitude.to(dtype), norm=norm.float().cpu(), column_scale=scale.float().cpu())
-
-
-def _untouched(linear: nn.Module) -> _Part:
-    """What leaves a slice as it is, beside DoRA's others: B = 0, and a scale of 1."""
-    weight: Any = linear.weight
-    n, k = weight.shape
-    ones = torch.ones(n)
-    return _Part(torch.zeros(1, k, dtype=weight.dtype), torch.zeros(n, 1, dtype=weight.dtype), 0.0,
-                 ones.to(weight.dtype), ones, ones)  # fmt: skip
+    magnitude = tensors[f"{name}.lora_magnitude_vector"]
+    saved = part._replace(lora_a=lora_a, lora_b=lora_b, magnitude=magnitude).rescaled(weight)
+    return part._replace(magnitude=magnitude.to(dtype), norm=saved.norm, column_scale=saved.column_scale)
 
 
 def _fused_linears(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -100,7 +100,7 @@ def test_half_precision(folders, alone, dtype):
 def test_bad_names(bank):
     with pytest.raises(ValueError, match="expected the name of an adapter, got 'nobody'; there are: lora, rslora"):
         bank.batch(["lora", "nobody"]).__enter__()
-    with bank.batch(["lora", None]), pytest.raises(ValueError, match="expected a multiple of 2 rows"):
+    with bank.batch(["lora", None]), pytest.raises(ValueError, match="there are 2 ids for 1 sequences"):
         bank.model(make_tokens(1, 5))
     assert all(a.batches == 0 for a in bank._adapters.values())
 
@@ -384,10 +384,10 @@ def test_many_clients_loads_unloads_and_evictions(folders, alone, tmp_path):
 
 
 def test_the_plan_of_a_batch_is_made_once(bank, monkeypatch):
-    from lowrank_kernels.nn import multi_lora
+    from lowrank_kernels.nn import rows
 
     made = []
-    monkeypatch.setattr(multi_lora, "plan_batch", lambda *a: made.append(a) or lk.plan_batch(*a))
+    monkeypatch.setattr(rows, "plan_batch", lambda *a: made.append(a) or lk.plan_batch(*a))
     with torch.no_grad(), bank.batch(["lora", "dora"]):
         bank.model(make_tokens(2))
     assert len(made) == 1
@@ -397,6 +397,209 @@ def test_an_adapter_of_more_layers_is_refused(bank, tmp_path):
     folder = write_adapter(tmp_path / "one", r=2, target_modules=["gate_proj"], layers_to_transform=[0])
     with pytest.raises(ValueError, match="layers_to_transform"):
         bank.load("one", folder)
+
+
+# ------------------------------------------------------------------------------------------ weights and what is saved
+
+
+def ways_to_change_a_weight():
+    """Ways of changing a weight: some raise its version counter, some do not, some put another tensor in its place."""
+
+    def in_place(model, name, value):
+        with torch.no_grad():
+            model.get_submodule(name).weight.copy_(value)
+
+    def through_data(model, name, value):
+        model.get_submodule(name).weight.data.copy_(value)
+
+    def loaded(assign):
+        def load(model, name, value):
+            state = {**model.state_dict(), f"{name}.weight": value}
+            model.load_state_dict(state, assign=assign)
+
+        return load
+
+    def fused_step(model, name, value):
+        weight = model.get_submodule(name).weight
+        weight.requires_grad_()
+        weight.grad = (weight - value).detach()
+        torch.optim.SGD([weight], lr=1.0, fused=True).step()
+        weight.requires_grad_(False)
+        weight.grad = None
+
+    return {
+        "in place": in_place,
+        "through .data": through_data,
+        "load_state_dict": loaded(False),
+        "load_state_dict(assign=True)": loaded(True),
+        "fused step": fused_step,
+    }
+
+
+@pytest.mark.parametrize("way", ways_to_change_a_weight())
+@pytest.mark.parametrize("when", ["resident", "evicted", "read again"])
+@torch.no_grad()
+def test_dora_follows_a_weight_that_changes(way, when, folders):
+    name, tokens, names = "model.layers.1.self_attn.q_proj", make_tokens(3), ["dora", None, "lora"]
+    model, change = make_model(), ways_to_change_a_weight()[way]
+    value = model.get_submodule(name).weight.clone()
+    value[3, 5] += 2.0
+    with AdapterBank(model, host_bytes=0 if when == "read again" else None) as bank, torch.no_grad():
+        for key in ("lora", "dora"):
+            bank.load(key, folders[key])
+        with bank.batch(names):
+            before = model(tokens).logits
+        if when != "resident":
+            bank.budget_bytes = bank.nbytes
+            bank.load("in its place", folders["everywhere"])
+            assert "dora" not in bank.resident()
+            bank.budget_bytes = None
+        change(model, name, value)
+        with bank.batch(names):
+            after = model(tokens).logits
+        with bank.batch(names):
+            again = model(tokens).logits
+    fresh = make_model()
+    fresh.get_submodule(name).weight.copy_(value)
+    with AdapterBank(fresh) as bank:
+        for key in ("lora", "dora"):
+            bank.load(key, folders[key])
+        with bank.batch(names):
+            expected = fresh(tokens).logits
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, again) and not torch.allclose(after, before, rtol=1e-2)
+
+
+def test_a_fingerprint_tells_every_change_of_a_weight():
+    from lowrank_kernels.serving.fingerprint import fingerprint
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for n, k in ((3, 8), (4, 5), (2, 1), (1, 33)):
+            weight = torch.randn(n, k).to(dtype)
+            before = fingerprint(weight)
+            assert torch.equal(before, fingerprint(weight.clone())) and before.shape == (n,)
+            assert torch.equal(before, fingerprint(torch.cat([weight, weight], 1)[:, :k]))
+            assert torch.equal(before[1:], fingerprint(weight[1:]))
+            for i in range(n):
+                for j in range(k):
+                    other = weight.clone()
+                    other[i, j] = torch.nextafter(other[i, j].float(), torch.tensor(9.0)).to(dtype) if k == 8 else 9.0
+                    same = torch.equal(other, weight)
+                    assert torch.equal(before, fingerprint(other)) == same
+            if k > 8:
+                assert not torch.equal(before, fingerprint(weight.flip(1)))
+
+
+def test_a_model_with_a_bank_is_saved_and_loaded_as_without(model, folders, tmp_path):
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with AdapterBank(model) as bank:
+        bank.load("everywhere", folders["everywhere"])
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+        model.save_pretrained(tmp_path)
+        changed = {key: t + 1 for key, t in before.items()}
+        model.load_state_dict(changed)
+        assert all(torch.equal(t, changed[key]) for key, t in model.state_dict().items())
+    read = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(t, before[key]) for key, t in read.items())
+
+
+# ----------------------------------------------------------------------------------- rows, threads, several banks
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generation_on_a_thread_has_the_batch_it_was_started_in(bank, options):
+    names, tokens, found = ["lora", "dora"], make_tokens(2), []
+    options = {"max_new_tokens": 4, "do_sample": False, **options}
+
+    def generate():
+        found.append(bank.model.generate(tokens, **options))
+
+    with bank.batch(names):
+        generate()
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join()
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_the_base_beside_a_batch_of_another_thread_is_asked_for(bank, alone):
+    tokens, opened, done, failed = make_tokens(2), threading.Event(), threading.Event(), []
+
+    def other():
+        with torch.no_grad(), bank.batch(["lora", "dora"]):
+            opened.set()
+            done.wait(60)
+            try:
+                assert_rows_are_right(bank.model(tokens).logits, ["lora", "dora"], tokens, alone)
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    opened.wait(60)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"AdapterBank\.batch: expected a layer in thread 'MainThread' to run in"
+        ):
+            bank.model(tokens)
+        with bank.batch([None]):
+            assert_rows_are_right(bank.model(tokens).logits, [None, None], tokens, alone)
+    finally:
+        done.set()
+        thread.join()
+    assert not failed
+    assert_rows_are_right(bank.model(tokens).logits, [None, None], tokens, alone)
+
+
+@torch.no_grad()
+def test_batches_of_two_banks_nest(bank, folders, alone):
+    tokens = make_tokens(2)
+    with AdapterBank(make_model()) as other:
+        other.load("x", folders["bias"])
+        with bank.batch(["lora", None]), other.batch([None, "x"]):
+            assert_rows_are_right(bank.model(tokens).logits, ["lora", None], tokens, alone)
+            assert_rows_are_right(other.model(tokens).logits, [None, "bias"], tokens, alone)
+
+
+@torch.no_grad()
+def test_a_batch_put_twice_is_refused(bank, alone):
+    tokens, names = make_tokens(3), ["lora", "dora", "bias"]
+    twice = torch.cat([tokens, tokens])
+    with bank.batch(names), pytest.raises(ValueError, match="there are 3 ids for 6 sequences"):
+        bank.model(twice)
+    with bank.batch(names + names):
+        assert_rows_are_right(bank.model(twice).logits, names + names, twice, alone)
+
+
+@torch.no_grad()
+def test_packed_sequences(bank, alone):
+    """One row of tokens, whose position ids start again with each sequence: attention stays within it."""
+    lengths, names, ends = (4, 6), ["lora", "dora"], [0, 4, 10]
+    tokens = make_tokens(1, 10)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with bank.batch(names, cu_seqlens=ends):
+        logits = bank.model(tokens, position_ids=positions, use_cache=False).logits[0]
+    for name, begin, end in zip(names, ends, ends[1:], strict=False):
+        torch.testing.assert_close(logits[begin:end], alone(name, tokens[:, begin:end])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_recomputation_on_another_thread_has_the_batch_of_its_forward(bank):
+    found = []
+    for reentrant in (None, True, False):
+        model = bank.model.train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        inputs = model.get_input_embeddings()(make_tokens(2)).detach().requires_grad_()
+        with bank.batch(["lora", "dora"]):
+            loss = model(inputs_embeds=inputs).logits.square().sum()
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        found.append(inputs.grad)
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 # ---------------------------------------------------------------------------------------------- several linears in one
