@@ -86,18 +86,19 @@ def _inputs(calls: Sequence[_Call]) -> _Inputs:
         RowsUnknownError: that call is of a tower for pictures or sounds, of which a sequence may have any number.
     """
     named = [call.tensors() for call in calls]
-    for i, tensors in enumerate(named):
-        text = next((tensors[key] for key in (*_TEXT, *_DECODED) if key in tensors), None)
-        media = next((t for key, t in tensors.items() if _is_media(key)), None)
-        main = media if text is None else text
-        if main is None:
-            continue
-        if text is None and any(key in outer for outer in named[i + 1 :] for key in _TEXT):
+    media = [next((t for key, t in tensors.items() if _is_media(key)), None) for tensors in named]
+    text = [next((tensors[key] for key in (*_TEXT, *_DECODED) if key in tensors), None) for tensors in named]
+    beside_text = False
+    for tensors, of_media, of_text in zip(reversed(named), reversed(media), reversed(text), strict=True):
+        if of_media is not None and of_text is None and beside_text:
             raise RowsUnknownError("rows are of pictures or sounds, of which a sequence may have any number")
-        mixed = media is not None and any(key in tensors for key in _TEXT)
-        of_text = [t for key, t in tensors.items() if not (mixed and _is_media(key))]
-        lengths = {t.shape[1] for t in of_text if t.dim() > 1 and t.shape[0] == main.shape[0]}
-        return _Inputs(main.shape[0], lengths, mixed)
+        beside_text |= any(key in tensors for key in _TEXT)
+    for tensors, of_media, of_text in zip(named, media, text, strict=True):
+        main = of_media if of_text is None else of_text
+        if main is not None:
+            mixed = of_media is not None and any(key in tensors for key in _TEXT)
+            others = [t for key, t in tensors.items() if t.dim() > 1 and not (mixed and _is_media(key))]
+            return _Inputs(main.shape[0], {t.shape[1] for t in others if t.shape[0] == main.shape[0]}, mixed)
     lead = calls[-1].lead()
     return _Inputs(lead[0] if lead else 0, set(lead[1:2]))
 

@@ -244,6 +244,35 @@ def test_rows_of_pictures_beside_text_are_refused(sizes):
 
 
 @torch.no_grad()
+def test_a_tower_of_pictures_beside_text_is_refused_though_there_are_as_many_as_sequences():
+    """Llava: two pictures of one sequence, none of the other."""
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        ),
+        image_token_index=60,
+        image_seq_length=4,
+    )
+    inputs = torch.arange(24).reshape(2, 12)
+    inputs[0, 1:9] = 60
+    pictures = torch.randn(2, 3, 8, 8)
+    for targets, refused in ((r".*vision_tower.*q_proj", True), (("linear_1",), True), (r".*language.*q_proj", False)):
+        torch.manual_seed(0)
+        model = adapted(transformers.LlavaForConditionalGeneration(config), targets)
+        with use_adapters([0, 1]):
+            if refused:
+                with pytest.raises(RowsUnknownError, match="pictures or sounds"):
+                    model(input_ids=inputs, pixel_values=pictures)
+            else:
+                y = model(input_ids=inputs, pixel_values=pictures).logits
+    with use_adapters([1]):
+        torch.testing.assert_close(y[1:], model(input_ids=inputs[1:]).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_flattened_images_of_different_sizes_are_refused():
     with use_adapters([0, 1]), pytest.raises(RowsUnknownError, match="there are 2 ids for 48 sequences"):
         make_layer()(torch.randn(48, K))
