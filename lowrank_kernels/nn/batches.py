@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from .rows import SequenceBatch
 
 _log = logging.getLogger(__name__)
-_KEPT = 1024  # spans of a thread
+_KEPT = 64  # spans of a thread that are told apart
 
 
 class Batch(SequenceBatch):
@@ -61,8 +62,8 @@ class Batches(Generic[B]):
     thread gives to its nodes in ascending order tell which batch that was.
     """
 
-    def __init__(self, op: str) -> None:
-        self.op = op
+    def __init__(self, op: str, base_alone: str) -> None:
+        self.op, self.base_alone = op, base_alone  # names in messages: of the context, and how to open it for the base
         self._lock = threading.Lock()
         self._open: list[B] = []
         self._spans: dict[threading.Thread, list[_Span]] = {}
@@ -85,10 +86,10 @@ class Batches(Generic[B]):
         try:
             yield
         finally:
-            _innermost.reset(token)
             with self._lock:
                 self._open.remove(batch)
                 self._end(batch)
+            _innermost.reset(token)
 
     def _of_context(self) -> Batch | None:
         batch = _innermost.get()
@@ -129,7 +130,7 @@ class Batches(Generic[B]):
             raise RuntimeError(
                 f"{self.op}: expected a layer in thread {thread.name!r} to run in a batch, since {len(there)} "
                 f"{'is' if len(there) == 1 else 'are'} open elsewhere, got none of its own; open one in this thread, "
-                f"with {'None' if 'bank' in self.op.lower() else '-1'} for the base alone"
+                f"{self.base_alone} for the base alone"
             )
         if not self._told:
             self._told = True
@@ -144,9 +145,12 @@ class Batches(Generic[B]):
         spans = self._spans.setdefault(thread, [])
         span = batch.spans[thread] = _Span(first, batch, around)
         spans.append(span)
-        if len(spans) > _KEPT and spans[0].batch is spans[1].batch is None:  # as one they still say that it has ended
-            last = max(spans[0].last, spans[1].last)
-            spans[:2] = [_Span(min(spans[0].first, spans[1].first), None, last=last, end=last)]
+        if len(spans) > _KEPT:  # old ones become one, which still says that the batch has ended
+            for i, (one, two) in enumerate(pairwise(spans)):
+                if one.batch is two.batch is None and one.around is two.around:
+                    last = max(one.last, two.last)
+                    spans[i : i + 2] = [_Span(min(one.first, two.first), None, one.around, last, last)]
+                    break
         return span
 
     def _run_elsewhere(self, batch: Batch) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from .batches import Batch, Batches
 from .frozen import AroundLinear, check_wrappable
 from .lora import check_lora_settings
 
-_BATCHES = Batches[Batch]("use_adapters")
+_BATCHES = Batches[Batch]("use_adapters", "use_adapters([-1])")
 
 
+@contextmanager
 def use_adapters(
     adapter_ids: Tensor | Sequence[Any], *, cu_seqlens: Tensor | Sequence[int] | None = None
-) -> AbstractContextManager[None]:
+) -> Iterator[None]:
     """Context in which every :class:`MultiLoRALinear` takes sequence b of its batch to adapter ``adapter_ids[b]``.
 
     Args:
@@ -41,7 +42,8 @@ def use_adapters(
             have no adapter for and rows of which it is not known whose they are, RuntimeError outside of any batch
             while one is open in another thread.
     """
-    return _BATCHES.open(Batch("use_adapters", adapter_ids, cu_seqlens))
+    with _BATCHES.open(Batch("use_adapters", adapter_ids, cu_seqlens)):
+        yield
 
 
 class MultiLoRALinear(AroundLinear):

@@ -249,7 +249,7 @@ class AdapterBank:
         kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._plain = copy.deepcopy(model, kept)
         self._fused = {name: dict(parts) for name, parts in _fused_linears(self._plain, fused or {})}
-        self._batches = Batches[_Batch]("AdapterBank.batch")
+        self._batches = Batches[_Batch]("AdapterBank.batch", "bank.batch([None])")
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
         self._adapters: dict[str, _Adapter] = {}

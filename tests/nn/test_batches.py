@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -261,18 +262,33 @@ def test_batches_that_overlap_in_a_thread_are_not_taken_for_one_another():
     second.run(contexts[1].__exit__, None, None, None)
 
 
-def test_ended_batches_leave_little_behind():
+@pytest.mark.parametrize("around", [nullcontext, lambda: use_adapters([2, 2])], ids=["apart", "in another"])
+def test_ended_batches_leave_little_behind(around):
     from lowrank_kernels.nn.multi_lora import _BATCHES
 
     block = Block(False)
-    with use_adapters([0, 1]):
-        early = block(leaf()).sum()
-    for _ in range(1500):
+    with around():
         with use_adapters([0, 1]):
-            X.clone().requires_grad_().sum()
-    assert len(_BATCHES._spans[threading.current_thread()]) <= 1024
-    with pytest.raises(RuntimeError, match="before its batch has ended"):
-        early.backward()
+            early = block(leaf()).sum()
+        for _ in range(100):
+            with use_adapters([0, 1]):
+                leaf().sum()
+        late = block(leaf()).sum()
+        assert len(_BATCHES._spans[threading.current_thread()]) <= 64
+        with pytest.raises(RuntimeError, match="before its batch has ended"):
+            early.backward()
+        late.backward()
+    if around is not nullcontext:
+        assert_gradient(block, gradient(X, [2, 2]))
+
+
+def test_the_context_decorates_functions(layer):
+    @use_adapters([0, 1])
+    def function(depth):
+        return function(depth - 1) if depth else layer(X)
+
+    for depth in (0, 2, 0):
+        assert torch.equal(function(depth), expected(layer, [0, 1]))
 
 
 def test_batches_without_gradients_leave_nothing_behind(layer):

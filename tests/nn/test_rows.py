@@ -353,14 +353,14 @@ def test_ids_are_any_integers(ids):
     ],
 )
 def test_what_is_no_id_is_refused_when_the_context_opens(ids, error, message):
-    with pytest.raises(error, match=message):
-        use_adapters(ids)
+    with pytest.raises(error, match=message), use_adapters(ids):
+        pass
 
 
 @pytest.mark.parametrize("ends", [[0, 3], [1, 3, 5], [0, 4, 3], [0.0, 1.0, 2.0]])
 def test_ends_that_are_none_are_refused(ends):
     with pytest.raises((ValueError, TypeError), match="use_adapters: expected cu_seqlens"):
-        use_adapters([0, 1], cu_seqlens=ends)
+        use_adapters([0, 1], cu_seqlens=ends).__enter__()
 
 
 @pytest.mark.parametrize("beyond", [3, 2**31, 2**32, 2**32 + 1])
