@@ -64,7 +64,7 @@ class Batches(Generic[B]):
 
     def __init__(self, op: str, base_alone: str) -> None:
         self.op, self.base_alone = op, base_alone  # names in messages: of the context, and how to open it for the base
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a context that is collected ends in whatever thread is here
         self._open: list[B] = []
         self._spans: dict[threading.Thread, list[_Span]] = {}
         self._told = False

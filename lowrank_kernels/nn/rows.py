@@ -187,43 +187,60 @@ class SequenceBatch:
             raise ValueError(
                 "{}: expected adapter_ids from -1 to {}, got {} to {}".format(self.op, num_adapters - 1, *self._range)
             )
-        order, held, rows = None, None, lead.numel()
+        order, sequences, held, rows = None, 0, None, lead.numel()
         if rows and not self._alike:
             try:
-                order, held = self._order(layer, lead)
+                order, sequences = self._order(layer, lead)
+                held = self._held(sequences)
             except RowsUnknownError as why:
                 raise self._refusal(lead, str(why)) from None
-        key = (lead, order, num_adapters, x.device)
+        key = (lead, order, sequences, num_adapters, x.device)
         plan = self._made.get(key)
         if plan is None:
             # Plans may take part in autograd later, which inference tensors cannot.
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-                plan = plan_batch(self._ids(rows, order).to(x.device), num_adapters)
+                plan = plan_batch(self._ids(rows, order, sequences).to(x.device), num_adapters)
             self._made[key] = plan
-        if len(lead) != 1 or layer.row_order or not order:
+        if len(lead) != 1 or layer.row_order is not None or order is None:
             self._settled[lead, layer.row_order, layer.found_order, num_adapters, x.device] = plan, held
         return plan
 
     def forget_plans(self) -> None:
         self._made, self._settled = {}, {}
 
-    def _ids(self, rows: int, order: str | None) -> Tensor:
-        """Ids of that many rows; without an order they are alike, or none."""
+    def _ids(self, rows: int, order: str | None, sequences: int) -> Tensor:
+        """Ids of that many rows, of so many sequences, copies of one side by side; without an order they are alike."""
         ids = self.adapter_ids.reshape(-1)
         if order is None:
             return ids[:1].expand(rows) if rows else ids[:0]
-        copies = rows // len(ids)
-        return ids.repeat(copies) if order == POSITIONS else ids.repeat_interleave(copies)
+        ids = ids.repeat_interleave(sequences // len(ids))
+        return ids.repeat(rows // sequences) if order == POSITIONS else ids.repeat_interleave(rows // sequences)
 
-    def _order(self, layer: Any, lead: torch.Size) -> tuple[str, weakref.ref[Any] | None]:
-        """What lies together in x (*lead, K), and what must live for this plan to hold."""
+    def _held(self, sequences: int) -> weakref.ref[Any] | None:
+        """What must live for a plan of so many sequences to hold: nothing, or the generation that makes copies."""
+        size = self.adapter_ids.numel()
+        if sequences == size:
+            return None
+        held = None if sequences % size else _copies(sequences // size)
+        if held is None:
+            raise RowsUnknownError(f"there are {size} ids for {sequences} sequences")
+        return held
+
+    def _order(self, layer: Any, lead: torch.Size) -> tuple[str, int]:
+        """(what lies together in x (*lead, K), how many sequences there are)"""
         size, rows = self.adapter_ids.numel(), lead.numel()
-        if size == 0 or not lead or (layer.row_order and rows % size):
+        if size == 0 or not lead:
             raise RowsUnknownError
-        if layer.row_order and (rows == size or not self.each_row):
-            return layer.row_order, None
+        if layer.row_order is not None:
+            if layer.row_order not in (SEQUENCES, POSITIONS):
+                raise ValueError(
+                    f"{self.op}: expected row_order to be {SEQUENCES!r}, {POSITIONS!r} or None, got {layer.row_order!r}"
+                )
+            if rows % size or (rows != size and self.each_row) or (layer.row_order == POSITIONS and len(lead) > 2):
+                raise RowsUnknownError
+            return layer.row_order, size
         if torch.compiler.is_compiling():  # there is no stack to read
-            return self._order_by_shape(layer.found_order, lead), None
+            return self._order_by_shape(layer.found_order, lead), size
         made_of = lead
         if len(lead) == 1:
             made_of = _flattened(_calls_above(layer)) or lead
@@ -232,7 +249,7 @@ class SequenceBatch:
         if self.each_row:
             if rows != size or _without_ones(made_of) != _without_ones(self.adapter_ids.shape):
                 raise RowsUnknownError(f"made of {tuple(made_of)}" if made_of != lead else "")
-            return SEQUENCES, None
+            return SEQUENCES, size
         order, calls = layer.found_order, []
         if order is None and (calls := list(_calls_above(layer))):
             order, sequences = self._find(calls, made_of)
@@ -240,16 +257,12 @@ class SequenceBatch:
             order, sequences = SEQUENCES, lead[0]
         else:
             sequences = made_of[order == POSITIONS and len(made_of) > 1]
-        if rows not in (made_of.numel(), sequences):  # neither all, nor one of each sequence, such as a pooled one
+        all_or_pooled = rows in (made_of.numel(), sequences)  # pooled: one of each sequence
+        if not all_or_pooled or (order == POSITIONS and len(made_of) > 2):
             raise RowsUnknownError
-        held = None
-        if sequences != size:
-            held = None if sequences % size else _copies(sequences // size)
-            if held is None:
-                raise RowsUnknownError(f"there are {size} ids for {sequences} sequences")
         if calls:
             layer.found_order = order
-        return order, held
+        return order, sequences
 
     @staticmethod
     def _find(calls: Sequence[_Call], made_of: torch.Size) -> tuple[str, int]:

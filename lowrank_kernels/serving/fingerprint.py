@@ -34,5 +34,10 @@ def fingerprint(weight: Tensor) -> Tensor:
     multipliers = _multipliers(words.shape[1], words.device)
     if words.device.type == "cpu":
         return words @ multipliers
-    parts = words.split(max(1, _WORDS_AT_ONCE // max(1, words.shape[1])))  # no integer product there: less memory so
+    return _in_parts(words, multipliers, _WORDS_AT_ONCE)
+
+
+def _in_parts(words: Tensor, multipliers: Tensor, at_once: int) -> Tensor:
+    """The same where there is no product of integers, in little memory."""
+    parts = words.split(max(1, at_once // max(1, words.shape[1])))
     return torch.cat([(part * multipliers).sum(1) for part in parts])

@@ -169,6 +169,21 @@ def test_one_adapter_for_all_needs_no_layout():
             torch.testing.assert_close(together[row], model(ids[row : row + 1])[0])
 
 
+@torch.no_grad()
+def test_a_compiled_model_follows_the_ids():
+    model = adapted(Model(nn.Sequential(nn.Linear(K, K))))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for ids in ([0, 1, 2], [2, -1, 0], [1, 1, 1]):
+        with use_adapters(ids):
+            assert torch.equal(compiled(tokens(3, 4)), model(tokens(3, 4)))
+    assert torch.equal(compiled(tokens(3, 4)), model(tokens(3, 4)))
+    length_first = adapted(Model(LengthFirst()))
+    with use_adapters([0, 1, 2]):
+        expected = length_first(tokens(3, 4))
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(length_first, fullgraph=True, backend="eager")(tokens(3, 4)), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- rows told
 
 
@@ -315,6 +330,50 @@ def test_copies_that_generate_makes_lie_together_and_others_do_not(option):
         with use_adapters([row]):
             alone = model.generate(inputs[row : row + 1], **options)
         assert together.view(2, -1, together.shape[1])[row].tolist() == alone.tolist()[: together.shape[0] // 2]
+
+
+@pytest.mark.parametrize("body", [LengthFirst, Flattening])
+@torch.no_grad()
+def test_copies_of_a_generation_lie_together_in_every_layout(body):
+    model, inputs = adapted(Model(body())), tokens(2, 5)
+
+    def generate(generation_config, ids):
+        return model(ids)
+
+    config = transformers.GenerationConfig(num_return_sequences=3, do_sample=True)
+    with use_adapters([0, 1]):
+        together = generate(config, inputs.repeat_interleave(3, dim=0))
+        once = model(inputs)
+        with pytest.raises(RowsUnknownError, match="there are 2 ids for 4 sequences"):
+            generate(config, inputs.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(together, once.repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize(
+    ("order", "shape", "expected"),
+    [
+        ("sequences", (6,), [0, 0, 0, 1, 1, 1]),
+        ("sequences", (2, 3), [0, 0, 0, 1, 1, 1]),
+        ("positions", (6,), [0, 1, 0, 1, 0, 1]),
+        ("positions", (3, 2), [0, 1, 0, 1, 0, 1]),
+        ("sequences", (3,), None),
+        ("positions", (3, 2, 1), None),
+        ("batch", (2, 3), None),
+    ],
+)
+@torch.no_grad()
+def test_an_order_that_is_said_is_trusted(order, shape, expected):
+    layer, x = make_layer(), torch.randn(*shape, K)
+    layer.row_order = order
+    with use_adapters([0, 1]):
+        if expected is None:
+            with pytest.raises(
+                ValueError, match=r"expected x with the rows|expected row_order to be 'sequences', 'pos"
+            ):
+                nn.Sequential(layer)(x)
+        else:
+            y = nn.Sequential(layer)(x)
+            assert torch.equal(y, layer(x, torch.tensor(expected).view(shape)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ids

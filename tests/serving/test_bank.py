@@ -490,6 +490,14 @@ def test_a_fingerprint_tells_every_change_of_a_weight():
                 assert not torch.equal(before, fingerprint(weight.flip(1)))
 
 
+def test_a_fingerprint_without_a_product_of_integers_is_the_same():
+    from lowrank_kernels.serving.fingerprint import _in_parts
+
+    words, multipliers = torch.randint(-(2**63), 2**63 - 1, (7, 5)), torch.randint(-(2**63), 2**63 - 1, (5,))
+    for at_once in (1, 5, 10, 1000):
+        assert torch.equal(_in_parts(words, multipliers, at_once), words @ multipliers)
+
+
 def test_a_model_with_a_bank_is_saved_and_loaded_as_without(model, folders, tmp_path):
     before = {key: t.clone() for key, t in model.state_dict().items()}
     with AdapterBank(model) as bank:
