@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 
-.PHONY: venv demo test lint bench gpu-check clean
+.PHONY: venv demo test nightly lint bench gpu-check clean
 
 venv: $(SETUP)
 
@@ -24,6 +24,10 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest tests --ignore tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+# A million random calls against float64; a miss is printed as a test.
+nightly: venv
+	$(BIN)/python -m tests.fuzz --cases 1000000
 
 lint: venv
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ __all__ = ["available", "build_info", "cpu_isa", "has_cuda", "has_op", "reason",
 
 _FOLDER = Path(__file__).resolve().parent
 _NAMESPACE = "lowrank_kernels"
+ISAS = ("generic", "avx2", "avx512", "amx")
+"""Instruction sets of the CPU ops, each with all that the ones before it have."""
 
 _library: ctypes.CDLL | None = None
 _reason: str | None = None
@@ -41,6 +43,10 @@ def _load() -> None:
     _tried = True
     if os.environ.get("LRK_DISABLE_EXTENSION", "0") not in ("", "0"):
         _reason = "it is switched off by LRK_DISABLE_EXTENSION"
+        return
+    isa = os.environ.get("LRK_CPU_ISA")
+    if isa is not None and isa not in ISAS:
+        _reason = f"expected LRK_CPU_ISA to be one of {', '.join(ISAS)}, got {isa!r}"
         return
     path = _path()
     if path is None:

@@ -124,6 +124,14 @@ def test_package_works_without_the_extension() -> None:
     )
 
 
+def test_an_instruction_set_that_is_none_is_refused_by_name() -> None:
+    """The package works without the extension then, and says why: no other set is taken instead."""
+    code = "from lowrank_kernels import _extension as e\nassert not e.available()\nprint(e.reason())"
+    assert run_python(code, LRK_CPU_ISA="bogus") == (
+        "expected LRK_CPU_ISA to be one of generic, avx2, avx512, amx, got 'bogus'"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, r"_C is not in .*; build it with `pip install -e"), (b"not a library", r"loading .*_C.abi3.so failed")],

@@ -132,9 +132,8 @@ struct KernelTable {
   void (*mix_rows)(const Mix& mix);
 };
 
-// The best table that this processor runs, or the one named by LRK_CPU_ISA (generic, avx2, avx512,
-// amx) if it runs here; an unknown or impossible name falls back to the best and is reported by
-// kernel_table().name. Chosen once, at the first call.
+// The best table that this processor runs and LRK_CPU_ISA (generic, avx2, avx512, amx) allows.
+// Chosen once, at the first call. Python refuses other names before it loads this library.
 const KernelTable& kernel_table();
 
 // Null where the compiler or the architecture cannot build the table.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import ScaleCache, dora_linear, lora_linear
-from ..nn.frozen import FLOAT_DTYPES, has_hooks, why_not_frozen
+from ..nn.frozen import FLOAT_DTYPES, has_global_hooks, has_hooks, why_not_frozen
 from ..nn.lora import add_bias
 from ..report import Replaced, Report, Skipped, count_parameters
 
@@ -78,7 +78,7 @@ class AcceleratedLinear(PeftLinear):
 
     def _adapters_for_op(self) -> list[str]:
         """The active adapters, if the op can take all of them as things stand now; else none."""
-        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled:
+        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled or has_global_hooks():
             return []
         base = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]

@@ -16,7 +16,7 @@ from ..functional import (
     transformed,
     write_blocks_,
 )
-from .frozen import AroundLinear, check_wrappable
+from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
 
 
 class BlockSparseLinear(AroundLinear):
@@ -126,6 +126,7 @@ class BlockSparseLinear(AroundLinear):
         base = self.base_layer
         if transformed():
             return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias)
+        check_weight_may_be_read("BlockSparseLinear", base)
         self.write_back_()
         columns = None if self._columns is None else (self._columns, self._column_width)
         return block_sparse_linear(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..functional import ScaleCache, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
-from .frozen import must_be_called
-from .lora import LoRALinear, is_tracked_view
+from .frozen import is_tracked_view, must_be_called
+from .lora import LoRALinear
 from .sharded import by_rows_like, is_dtensor, own_part, whole
 
 

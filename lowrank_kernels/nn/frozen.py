@@ -39,7 +39,35 @@ def must_be_called(*linears: nn.Module) -> bool:
             or (type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward)
         ):
             return True
+    return has_global_hooks()
+
+
+def has_global_hooks() -> bool:
+    """Whether torch calls something at every module's forward or backward."""
     return bool(_for_all_forwards or _before_all_forwards or _for_all_backwards or _before_all_backwards)
+
+
+def check_weight_may_be_read(op: str, base_layer: nn.Linear) -> None:
+    """Raise, in the layer's name, where reading the base layer's weight would miss what calling it does.
+
+    For layers that have no way through the call of their base layer.
+    """
+    if must_be_called(base_layer):
+        raise RuntimeError(
+            f"{op}: expected a base_layer without hooks and wrappers (or global module hooks), which would not run: "
+            f"its weight is read, it is not called; attach them to the {op} itself, or remove them"
+        )
+    if is_tracked_view(base_layer.weight):
+        raise RuntimeError(
+            f"{op}: expected a frozen weight, got a view of FSDP1's flat parameter, of which other parts train; shard "
+            f"the model with torch.distributed.fsdp.fully_shard instead"
+        )
+
+
+def is_tracked_view(weight: Tensor) -> bool:
+    """Whether a frozen weight seems to need a gradient because it is a view of FSDP1's flat parameter, of which other
+    parts train."""
+    return weight.requires_grad and not weight.is_leaf
 
 
 def why_not_frozen(module: nn.Module) -> str | None:

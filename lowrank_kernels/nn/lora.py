@@ -12,7 +12,7 @@ from ..finite import all_finite
 from ..functional import lora_linear
 from ..init.factors import init_factors_
 from ..merge import merge_lora_
-from .frozen import AroundLinear, check_wrappable, must_be_called
+from .frozen import AroundLinear, check_wrappable, is_tracked_view, must_be_called
 from .sharded import is_dtensor, own_part, whole, why_not_written
 
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
@@ -293,12 +293,6 @@ class LoRALinear(AroundLinear):
             f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:.6g}, "
             f"dropout={self.dropout}, merged={self.merged}"
         )
-
-
-def is_tracked_view(weight: Tensor) -> bool:
-    """Whether a frozen weight seems to need a gradient because it is a view of FSDP1's flat parameter, of which other
-    parts train."""
-    return weight.requires_grad and not weight.is_leaf
 
 
 def _check_written(op: str, base: nn.Linear) -> None:

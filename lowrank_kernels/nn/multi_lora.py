@@ -15,7 +15,7 @@ from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
 from .batches import Batch, Batches
-from .frozen import AroundLinear, check_wrappable
+from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
 from .lora import check_lora_settings
 
 _BATCHES = Batches[Batch]("use_adapters", "use_adapters([-1])")
@@ -179,6 +179,7 @@ class MultiLoRALinear(AroundLinear):
             return self.base_layer(x)
         dropout = self.dropout if self.training else 0.0
         base = self.base_layer
+        check_weight_may_be_read("MultiLoRALinear", base)
         return multi_lora_linear(x, base.weight, self.stack, adapter_ids, base.bias, dropout_p=dropout)
 
     @torch.no_grad()

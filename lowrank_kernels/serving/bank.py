@@ -21,7 +21,7 @@ from ..checkpoint import AdapterFile, read_adapter
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
 from ..nn.batches import Batch, Batches
-from ..nn.frozen import AroundLinear
+from ..nn.frozen import AroundLinear, check_weight_may_be_read
 from ..stack import LoRAStack
 from .fingerprint import fingerprint
 
@@ -160,6 +160,7 @@ class _Batch(Batch):
         served = self.served.get(name)
         if served is None or not any(served.stack.places[i].rank for i in self.ids):
             return base(x)
+        check_weight_may_be_read("BankLinear", base)
         plan = self.plan(layer, x, self.num_adapters)
         y = multi_lora_linear(x, base.weight, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
         if any(i in served.biases for i in self.ids):

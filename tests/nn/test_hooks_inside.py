@@ -225,3 +225,24 @@ def test_a_compiled_layer_with_hooks_runs_them():
     x = torch.randn(3, 24)
     compiled = torch.compile(twin, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x) + 1, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda linear: lk.nn.BlockSparseLinear.from_linear(linear, torch.tensor([[0, 0]]), 16),
+        lambda linear: lk.nn.MultiLoRALinear.from_linear(linear, (2, 3)),
+    ],
+    ids=["blocks", "many"],
+)
+def test_a_layer_that_cannot_call_its_base_refuses_hooks_on_it_and_runs_its_own(make):
+    layer, called = make(nn.Linear(24, 16)), []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    given = (torch.zeros(3, dtype=torch.int64),) if isinstance(layer, lk.nn.MultiLoRALinear) else ()
+    layer(torch.randn(3, 24), *given)
+    assert called == [1]
+    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=f"^{type(layer).__name__}: expected a base_layer without hooks"):
+        layer(torch.randn(3, 24), *given)
+    handle.remove()
+    layer(torch.randn(3, 24), *given)

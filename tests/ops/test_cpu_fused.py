@@ -276,3 +276,23 @@ def test_on_a_lower_instruction_set(isa):
     )
     environment = {**os.environ, "LRK_CPU_ISA": isa}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [3, 8, 9, 40, 129, 300])
+@pytest.mark.parametrize(("k", "n"), [(64, 64), (65, 33), (131, 77), (17, 1001)])
+def test_a_row_has_the_same_bits_at_any_place(k, n, m, dtype):
+    """In our own products; a library's promises nothing."""
+    x, weight, a, b = operands(m, k, n, 8, dtype)
+    order = torch.randperm(m)
+    scale = torch.rand(n)
+    for column_scale in (None, scale):
+        there, elsewhere = (
+            CPP.lora_linear_inference(t, weight, a, b, None, None, 0.7, column_scale) for t in (x, x[order])
+        )
+        assert torch.equal(there[order], elsewhere)
+    grad_y, q = torch.randn(m, n).to(dtype), torch.randn(m, 8).to(dtype)
+    there, elsewhere = (
+        CPP.lora_grad_x(dy, p, weight, a, None, 0.7, None, 0.0) for dy, p in ((grad_y, q), (grad_y[order], q[order]))
+    )
+    assert torch.equal(there[order], elsewhere)
