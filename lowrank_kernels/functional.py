@@ -464,6 +464,7 @@ __all__ = [
     "block_sparse_weight_grad",
     "check_block_index",
     "check_block_size",
+    "check_flag",
     "dora_column_scale",
     "dora_linear",
     "dora_weight_norm",

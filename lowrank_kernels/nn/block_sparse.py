@@ -65,10 +65,16 @@ class BlockSparseLinear(AroundLinear):
             raise TypeError(f"{op}: expected dtype to be a floating dtype, got {dtype!r}")
         weight = base_layer.weight
         self.block_size = check_block_size(op, block_size)
-        index = torch.as_tensor(block_index).to("cpu", torch.int32)
+        try:
+            index = torch.as_tensor(block_index)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{op}: expected block_index of integers (n_blocks, 2), got {block_index!r:.60}") from None
+        if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
+            raise TypeError(f"{op}: expected block_index of integers (n_blocks, 2), got {index.dtype}")
+        index = index.to("cpu", torch.int32)
         check_block_index(op, index, self.block_size, (base_layer.out_features, base_layer.in_features))
         if not len(index):
-            raise ValueError(f"{op}: expected at least one block, got none; leave this layer as it is")
+            raise ValueError(f"{op}: expected block_index with at least one block, got none; leave this layer as it is")
         # Ascending: neighbours share rows, and kernels their loads.
         index = torch.tensor(sorted(index.tolist()), dtype=torch.int32)
         columns = block_columns(index, self.block_size, base_layer.in_features)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import all_finite
-from ..functional import ScaleCache, dora_column_scale, dora_linear, dora_weight_norm
+from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALinear
@@ -56,6 +56,8 @@ class DoRALinear(LoRALinear):
     ) -> None:
         if settings.get("lora_bias"):
             raise ValueError("DoRALinear: expected lora_bias to be False, got True; a bias of B's has no norm to share")
+        check_flag("DoRALinear", "dropout_base", dropout_base)
+        check_flag("DoRALinear", "detach_norm", detach_norm)
         super().__init__(base_layer, r, **settings)
         self.dropout_base, self.detach_norm = dropout_base, detach_norm
         self.scale_cache = ScaleCache()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import all_finite
-from ..functional import lora_linear
-from ..init.factors import init_factors_
+from ..functional import check_flag, lora_linear
+from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
 from .frozen import AroundLinear, check_wrappable, is_tracked_view, must_be_called
 from .sharded import is_dtensor, own_part, whole, why_not_written
@@ -77,8 +77,10 @@ class LoRALinear(AroundLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_wrappable("LoRALinear", base_layer)
-        check_lora_settings("LoRALinear", r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype)
+        kind = type(self).__name__
+        check_wrappable(kind, base_layer)
+        check_lora_settings(kind, r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype, rslora=rslora, init=init)
+        check_flag(kind, "lora_bias", lora_bias)
         weight = base_layer.weight
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
@@ -166,7 +168,7 @@ class LoRALinear(AroundLinear):
         Raises:
             ValueError: a rank below 1; a merged layer.
         """
-        check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout, train="both", dtype=None)
+        check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout)
         if self.merged:
             raise ValueError("LoRALinear.resize_: expected an unmerged layer; call unmerge_()")
         for factor, shape in (
@@ -315,16 +317,23 @@ def add_bias(bias: Tensor | None, lora_bias: Tensor | None, scaling: float, dtyp
 
 
 def check_lora_settings(
-    op: str, *, r: int, alpha: float, dropout: float, train: str, dtype: torch.dtype | None
-) -> None:
+    op: str, *, r: int, alpha: float, dropout: float, train: str = "both", dtype: torch.dtype | None = None,
+    rslora: bool = False, init: str = "kaiming",
+) -> None:  # fmt: skip
     """Raise ValueError or TypeError, in the op's name, for settings no LoRA layer can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"{op}: expected r to be an integer of at least 1, got {r!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"{op}: expected alpha to be a finite number, got {alpha!r}")
+    scaling = abs(alpha) / r
+    if scaling > torch.finfo(torch.float32).max or 0.0 < scaling < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"{op}: expected alpha / r to be a number that float32 can hold, got {alpha!r} / {r}")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: expected 0 <= dropout < 1, got {dropout!r}")
     if train not in TRAIN:
         raise ValueError(f"{op}: expected train to be one of {', '.join(TRAIN)}, got {train!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{op}: expected dtype to be a floating dtype, got {dtype!r}")
+    check_flag(op, "rslora", rslora)
+    if not isinstance(init, str) or init not in INITS:
+        raise ValueError(f"{op}: expected init to be one of {', '.join(INITS)}, got {init!r}")

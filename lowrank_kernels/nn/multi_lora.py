@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import BatchPlan, multi_lora_linear, stack_column_scale
+from ..functional import BatchPlan, check_flag, multi_lora_linear, stack_column_scale
 from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
@@ -85,8 +85,10 @@ class MultiLoRALinear(AroundLinear):
                 f"MultiLoRALinear: expected a stack for (K, N) = {shape}, "
                 f"got one for {(stack.in_features, stack.out_features)}"
             )
+        if not isinstance(dropout, (int, float, Sequence)) or isinstance(dropout, (str, bool)):
+            raise TypeError(f"MultiLoRALinear: expected dropout to be a number, or one an adapter, got {dropout!r}")
         each = [dropout] * len(stack) if isinstance(dropout, (int, float)) else list(dropout)
-        if len(each) != len(stack) or not all(0.0 <= p < 1.0 for p in each):
+        if len(each) != len(stack) or not all(isinstance(p, (int, float)) and 0.0 <= p < 1.0 for p in each):
             raise ValueError(
                 f"MultiLoRALinear: expected 0 <= dropout < 1, for all adapters or each of {len(stack)}, got {dropout}"
             )
@@ -126,14 +128,19 @@ class MultiLoRALinear(AroundLinear):
         ``slices``: widths of the projections that the linear is made of (Q, K, V; gate, up). An adapter then has
         factors of that rank for each of them.
         """
-        weight = linear.weight
+        check_wrappable("MultiLoRALinear", linear)
+        check_flag("MultiLoRALinear", "dora", dora)
+        if not isinstance(ranks, Sequence) or not ranks:
+            raise ValueError(f"MultiLoRALinear: expected ranks to be one rank an adapter, got {ranks!r}")
+        for r in ranks:
+            check_lora_settings("MultiLoRALinear", r=r, alpha=alpha, dropout=0.0, dtype=dtype, rslora=rslora, init=init)
+        weight, n = linear.weight, linear.out_features
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        widths = (linear.out_features,) if slices is None else tuple(slices)
-        if sum(widths) != linear.out_features:
-            raise ValueError(f"MultiLoRALinear: expected slices that add up to N = {linear.out_features}, got {widths}")
+        widths = (n,) if slices is None else tuple(slices)
+        if any(not isinstance(w, int) or w < 1 for w in widths) or sum(widths) != n:
+            raise ValueError(f"MultiLoRALinear: expected slices, widths that add up to N = {n}, got {slices!r}")
         adapters: list[Any] = []
         for r in ranks:
-            check_lora_settings("MultiLoRALinear", r=r, alpha=alpha, dropout=0.0, train="both", dtype=dtype)
             adapters.append([])
             for n in widths:
                 lora_a = torch.empty(r, linear.in_features, dtype=dtype, device=weight.device)
@@ -159,6 +166,13 @@ class MultiLoRALinear(AroundLinear):
             self.lora_A, self.lora_B, self.places, self.lora_magnitude,
             slices=self.slices, table_and_scalings=(self.table, self.scalings),
         )  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:
+        super()._apply(fn, recurse)
+        # A cast of the module casts its buffers, and would round the scalings.
+        exact = LoRAStack(self.lora_A, self.lora_B, self.places, self.lora_magnitude, slices=self.slices)
+        self.table, self.scalings = exact.table, exact.scalings
+        return self
 
     @property
     def weight(self) -> Tensor:

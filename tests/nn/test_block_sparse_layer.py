@@ -238,7 +238,7 @@ def test_scheduler_and_closure():
 @pytest.mark.parametrize(
     ("make_it", "error", "message"),
     [
-        (lambda: make(index=torch.zeros(0, 2)), ValueError, "BlockSparseLinear: expected at least one block, got none"),
+        (lambda: make(index=torch.zeros(0, 2)), ValueError, "expected block_index with at least one block, got none"),
         (lambda: make(index=torch.tensor([(5, 0)])), ValueError, r"Linear: expected block_index within the 5 × 3"),
         (lambda: make(index=torch.tensor([(1, 0)] * 2)), ValueError, "expected block_index with every block once"),
         (lambda: make(size=20), ValueError, "BlockSparseLinear: expected block_size to be a positive multiple of 16"),

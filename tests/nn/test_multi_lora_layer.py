@@ -186,7 +186,7 @@ def test_bad_settings():
         MultiLoRALinear(linear, lk.LoRAStack.empty(K, N + 1))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected 0 <= dropout < 1"):
         MultiLoRALinear.from_linear(linear, (2, 3), dropout=(0.1,))
-    with pytest.raises(ValueError, match=r"MultiLoRALinear: expected slices that add up to N = 18, got \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"MultiLoRALinear: expected slices, widths that add up to N = 18, got \(8, 9\)"):
         MultiLoRALinear.from_linear(linear, (2, 3), slices=(8, 9))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected r to be an integer"):
         MultiLoRALinear.from_linear(linear, (2, 0))
@@ -221,3 +221,14 @@ def test_training_together_is_training_one_after_another(dora):
     second = train(apart, [[0], [1], [2]])
     assert (first[-1] < first[0]).all()
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16).float(), lambda m: m.double(), lambda m: m.half().double()]
+)
+def test_a_cast_layer_keeps_its_scalings(cast):
+    """They are a buffer, and 1.3 is another number in bfloat16."""
+    layer = MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), (10, 3), alpha=13.0)
+    cast(layer)
+    assert layer.stack.scalings.tolist() == pytest.approx([1.3, 13 / 3], rel=1e-7)
+    assert layer.stack.scalings.dtype == torch.float32
