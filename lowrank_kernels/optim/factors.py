@@ -72,6 +72,8 @@ class Bucket:
         self._stacks: dict[tuple[int, str], Tensor] = {}
         first = pairs[0][0]
         self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.rounding = torch.finfo(first.dtype).eps
+        """Below this share of a factor's or a gradient's largest direction lie rounding errors."""
         scales = torch.tensor([s for _, _, s in pairs], dtype=self.dtype)
         self.scaling = scales.to(first.device, non_blocking=True)[:, None, None]
 
@@ -96,13 +98,35 @@ class Bucket:
         """Count a step; (L, 1, 1): how many each pair has had with this one."""
         return self.state(0, "step", (1, 1)).add_(1)
 
-    def apply(self, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float) -> None:
-        """p ← (1 - lr · decay) p - lr · update, for every factor."""
-        for side, updates in enumerate((updates_a, updates_b)):
+    def apply(
+        self, a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float
+    ) -> None:
+        """p ← (1 - lr · decay) p - lr · update, for every factor, the updates :func:`within_first_order`."""
+        for side, updates in enumerate(within_first_order(a, b, updates_a, updates_b, lr)):
             params: list[Tensor] = list(self.sides[side])
             if weight_decay:
                 torch._foreach_mul_(params, 1.0 - lr * weight_decay)
             torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
+
+
+def within_first_order(
+    a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float
+) -> tuple[Tensor, Tensor]:
+    """The updates, the longer of the two cut so that lr ‖ΔB ΔA‖ is at most ‖ΔB A‖ + ‖B ΔA‖.
+
+    A step moves B A by lr (ΔB A + B ΔA), which a method reckons with, and by lr² ΔB ΔA, which it does not: where B A has
+    next to nothing in a direction and both factors step there, that is the greater by orders of magnitude. Norms are
+    Frobenius's. Nothing is cut as long as B A is large beside a step.
+    """
+
+    def length(left: Tensor, right: Tensor) -> Tensor:
+        return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1)).clamp_min(0.0).sqrt()
+
+    first, second = length(updates_b, a) + length(b, updates_a), lr * length(updates_b, updates_a)
+    cut = torch.where(second > first, first / second, 1.0)
+    a_is_longer = updates_a.square().sum((-2, -1)) > updates_b.square().sum((-2, -1))
+    cut_a, cut_b = torch.where(a_is_longer, cut, 1.0), torch.where(a_is_longer, 1.0, cut)
+    return cut_a[:, None, None] * updates_a, cut_b[:, None, None] * updates_b
 
 
 class FactorOptimizer(torch.optim.Optimizer):

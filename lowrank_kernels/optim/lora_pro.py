@@ -50,10 +50,12 @@ def lora_pro_gradients(
     """
     bb, aa = damped(b.mT @ b, eps), damped(a @ a.mT, eps)
     bb_inverse, aa_inverse = damped_inverse(bb, 0.0), damped_inverse(aa, 0.0)
-    square = scaling * scaling
-    g_a = bb_inverse @ grad_a / square
+    # A layer whose s is 0 has no gradient, and gets none.
+    scaling = torch.as_tensor(scaling, dtype=a.dtype, device=a.device)
+    inverse = torch.where(scaling == 0.0, 0.0, 1.0 / scaling)
+    g_a = bb_inverse @ (inverse * (inverse * grad_a))
     x = solve_sylvester(bb, aa, -(g_a @ a.mT))
-    g_b = grad_b @ aa_inverse / square
+    g_b = inverse * (inverse * grad_b) @ aa_inverse
     return g_a + x @ a, g_b - b @ (bb_inverse @ (b.mT @ g_b) + x)
 
 
@@ -65,7 +67,7 @@ class LoRAPro(FactorOptimizer):
         lr: learning rate. With ``moments="factors"`` it is one of SGD on W, not of Adam.
         momentum: of g_A and g_B, with ``moments="factors"``.
         betas, adam_eps: of Adam, with ``moments="full"``, and of parameters that are no factors.
-        eps: damping of the R×R inverses, over their mean eigenvalue.
+        eps: damping of the R×R inverses, over their mean eigenvalue; at least the factors' unit of rounding.
         weight_decay: decoupled.
         moments: "factors": momentum of the size of the factors. "full": the paper's Adam, whose two moments are of
             W's size: those of the equivalent gradient s (B g_A + g_B A); its step is brought back to the factors by
@@ -94,16 +96,17 @@ class LoRAPro(FactorOptimizer):
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
         a, b, grad_a, grad_b = bucket.factors()
-        gradients = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, group["damping"])
+        eps = max(group["damping"], bucket.rounding)
+        gradients = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         if group["moments"] == "full":
             grad_a, grad_b = self._full_adam(group, bucket, a, b, *gradients)
-            updates = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, group["damping"])
+            updates = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         else:
             updates = tuple(  # type: ignore[assignment]
                 bucket.state(side, "momentum", tuple(g.shape[1:])).mul_(group["momentum"]).add_(g)
                 for side, g in enumerate(gradients)
             )
-        bucket.apply(*updates, group["lr"], group["weight_decay"])
+        bucket.apply(a, b, *updates, group["lr"], group["weight_decay"])
 
     @staticmethod
     def _full_adam(
