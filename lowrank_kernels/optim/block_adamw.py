@@ -10,6 +10,7 @@ from torch import nn
 
 from ..functional import block_adamw_
 from ..nn.block_sparse import BlockSparseLinear
+from .settings import check_betas, check_model, check_number
 
 
 class BlockAdamW(torch.optim.Optimizer):
@@ -28,7 +29,7 @@ class BlockAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: no such layer, or other parameters that train, by name; a setting out of its range.
-        TypeError: stochastic rounding of blocks that are not bfloat16.
+        TypeError: stochastic rounding of blocks that are not bfloat16; a setting of the wrong kind.
     """
 
     def __init__(
@@ -42,12 +43,16 @@ class BlockAdamW(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value, fits in (
-            ("lr", lr, lr >= 0), ("eps", eps, eps >= 0), ("weight_decay", weight_decay, weight_decay >= 0),
-            ("betas", betas, all(0 <= b < 1 for b in betas)),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"BlockAdamW: expected {name} in its range, got {value!r}")
+        check_model("BlockAdamW", model)
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            check_number("BlockAdamW", name, value, wanted="in its range")
+        check_betas("BlockAdamW", betas, wanted="in its range")
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(
+                f"BlockAdamW: expected stochastic_rounding to be True or False, got {stochastic_rounding!r}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"BlockAdamW: expected seed to be an integer, got {seed!r}")
         self._layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear) and m.blocks.requires_grad]
         if not self._layers:
             raise ValueError("BlockAdamW: expected a model with BlockSparseLinear layers that train, found none")
@@ -64,6 +69,18 @@ class BlockAdamW(torch.optim.Optimizer):
         self.seed = seed if stochastic_rounding else None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([layer.blocks for layer in self._layers], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor's own group: which layer blocks belong to is known of the model's alone."""
+        if self.param_groups:
+            raise ValueError(
+                "BlockAdamW: expected no group beside the model's blocks in add_param_group; convert the layers first "
+                "and make the optimizer over the whole model"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": self._layers, "seed": self.seed}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .settings import check_betas, check_model, check_number
+
 Pair = tuple[nn.Parameter, nn.Parameter, float]
 """A (R, K), B (N, R) and their scaling s."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def factor_pairs(model: nn.Module) -> Iterator[Pair]:
@@ -37,8 +41,10 @@ def factor_groups(model: nn.Module) -> list[dict[str, Any]]:
         others (biases, DoRA's magnitudes); a :class:`FactorOptimizer` gives those AdamW's step.
 
     Raises:
+        TypeError: not a module.
         ValueError: no pair trains, or one whose other factor is frozen.
     """
+    check_model("factor_groups", model)
     params: list[nn.Parameter] = []
     scaling: list[float] = []
     for a, b, s in factor_pairs(model):
@@ -98,9 +104,7 @@ class Bucket:
         """Count a step; (L, 1, 1): how many each pair has had with this one."""
         return self.state(0, "step", (1, 1)).add_(1)
 
-    def apply(
-        self, a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float
-    ) -> None:
+    def apply(self, a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float) -> None:
         """p ← (1 - lr · decay) p - lr · update, for every factor, the updates :func:`within_first_order`."""
         for side, updates in enumerate(within_first_order(a, b, updates_a, updates_b, lr)):
             params: list[Tensor] = list(self.sides[side])
@@ -109,24 +113,24 @@ class Bucket:
             torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
 
 
-def within_first_order(
-    a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float
-) -> tuple[Tensor, Tensor]:
+def within_first_order(a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:
     """The updates, the longer of the two cut so that lr ‖ΔB ΔA‖ is at most ‖ΔB A‖ + ‖B ΔA‖.
 
-    A step moves B A by lr (ΔB A + B ΔA), which a method reckons with, and by lr² ΔB ΔA, which it does not: where B A has
-    next to nothing in a direction and both factors step there, that is the greater by orders of magnitude. Norms are
-    Frobenius's. Nothing is cut as long as B A is large beside a step.
+    A step moves B A by lr (ΔB A + B ΔA), which a method reckons with, and by lr² ΔB ΔA, which it does not: where B A
+    has next to nothing in a direction and both factors step there, that is the greater by orders of magnitude. Nothing
+    is cut as long as B A is large beside a step. Norms are Frobenius's.
     """
-
-    def length(left: Tensor, right: Tensor) -> Tensor:
-        return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1)).clamp_min(0.0).sqrt()
-
-    first, second = length(updates_b, a) + length(b, updates_a), lr * length(updates_b, updates_a)
+    first = product_norm(updates_b, a) + product_norm(b, updates_a)
+    second = lr * product_norm(updates_b, updates_a)
     cut = torch.where(second > first, first / second, 1.0)
-    a_is_longer = updates_a.square().sum((-2, -1)) > updates_b.square().sum((-2, -1))
-    cut_a, cut_b = torch.where(a_is_longer, cut, 1.0), torch.where(a_is_longer, 1.0, cut)
-    return cut_a[:, None, None] * updates_a, cut_b[:, None, None] * updates_b
+    norm_a, norm_b = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates_a, updates_b))
+    return torch.where(norm_a > norm_b, cut, 1.0) * updates_a, torch.where(norm_a > norm_b, 1.0, cut) * updates_b
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """‖left right‖ (L, 1, 1), Frobenius's, of (L, N, R) and (L, R, K); from R×R matrices alone."""
+    square = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1), keepdim=True)
+    return square.clamp_min(0.0).sqrt()
 
 
 class FactorOptimizer(torch.optim.Optimizer):
@@ -142,42 +146,59 @@ class FactorOptimizer(torch.optim.Optimizer):
     gradient is left out of the step.
 
     Raises:
-        ValueError: a negative lr or weight decay; pairs whose shapes, dtypes or devices do not fit together.
+        TypeError, ValueError: a setting of the wrong kind or out of its range; pairs whose shapes, dtypes or devices do
+            not fit together; a scaling that is not finite in float32. A group that is refused is not added.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
         self._layout: tuple[Any, ...] = ()
         self._buckets: list[list[Bucket]] = []
+        op = type(self).__name__
         groups = list(groups)
         if not any(isinstance(group, dict) and group.get("scaling") is not None for group in groups):
-            raise ValueError(f"{type(self).__name__}: expected groups with pairs of factors; use factor_groups(model)")
+            raise ValueError(f"{op}: expected groups with pairs of factors; use factor_groups(model)")
         super().__init__(groups, {"scaling": None, **defaults})
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         op = type(self).__name__
+        for name, value in group.items():
+            if name == "betas":
+                check_betas(op, value)
+            elif name == "momentum":
+                check_number(op, name, value, below=1.0, wanted="of at least 0 and below 1")
+            elif name in ("lr", "eps", "damping", "weight_decay"):
+                check_number(op, name, value)
         params = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if group.get("scaling") is not None:
-            pairs, scaling = list(zip(params[::2], params[1::2], strict=False)), group["scaling"]
-            if len(params) % 2 or len(pairs) != len(scaling):
-                raise ValueError(
-                    f"{op}: expected params as A, B, A, B, … with one scaling a pair, got {len(params)} parameters "
-                    f"and {len(scaling)} scalings; use factor_groups(model)"
-                )
-            for a, b in pairs:
-                fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
-                if not fits or a.dtype != b.dtype or a.device != b.device:
-                    raise ValueError(
-                        f"{op}: expected pairs A (R, K), B (N, R) of one dtype and device, got {tuple(a.shape)} "
-                        f"{a.dtype} on {a.device} and {tuple(b.shape)} {b.dtype} on {b.device}"
-                    )
-                if a.shape[0] > min(a.shape[1], b.shape[0]):
-                    raise ValueError(
-                        f"{op}: expected a rank of at most min(N, K) = {min(a.shape[1], b.shape[0])}, got {a.shape[0]}"
-                    )
+            self._check_pairs(params, group["scaling"])
         super().add_param_group(group)
-        for option in ("lr", "weight_decay"):
-            if not self.param_groups[-1][option] >= 0.0:
-                raise ValueError(f"{op}: expected {option} of at least 0, got {self.param_groups[-1][option]}")
+
+    def _check_pairs(self, params: list[Any], scaling: Any) -> None:
+        op = type(self).__name__
+        if not isinstance(scaling, (list, tuple)) or len(params) != 2 * len(scaling):
+            raise ValueError(
+                f"{op}: expected params as A, B, A, B, … with one scaling a pair, got {len(params)} parameters "
+                f"and scaling={scaling!r}; use factor_groups(model)"
+            )
+        for s in scaling:
+            if isinstance(s, bool) or not isinstance(s, (int, float)) or not abs(s) <= _LARGEST:
+                raise ValueError(f"{op}: expected scaling to hold numbers that are finite in float32, got {s!r}")
+        for a, b in zip(params[::2], params[1::2], strict=True):
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+                raise TypeError(
+                    f"{op}: expected params to be tensors, got {type(a).__name__} and {type(b).__name__}; "
+                    f"use factor_groups(model)"
+                )
+            fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
+            if not fits or a.dtype != b.dtype or a.device != b.device:
+                raise ValueError(
+                    f"{op}: expected pairs A (R, K), B (N, R) of one dtype and device, got {tuple(a.shape)} "
+                    f"{a.dtype} on {a.device} and {tuple(b.shape)} {b.dtype} on {b.device}"
+                )
+            if a.shape[0] > min(a.shape[1], b.shape[0]):
+                raise ValueError(
+                    f"{op}: expected a rank of at most min(N, K) = {min(a.shape[1], b.shape[0])}, got {a.shape[0]}"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

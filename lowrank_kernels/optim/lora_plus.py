@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .settings import check_model, check_number
+
 
 def lora_plus_groups(
     model: nn.Module, lr: float, *, ratio: float = 16.0, embedding_lr: float = 1e-6, weight_decay: float = 0.0
@@ -18,7 +20,7 @@ def lora_plus_groups(
         lr: lr_A.
         ratio: λ.
         embedding_lr: of everything that belongs to an nn.Embedding.
-        weight_decay: of the factors; parameters of one dimension (biases, magnitudes) do not decay.
+        weight_decay: of the factors; biases, other parameters of one dimension, and DoRA's magnitudes do not decay.
 
     Returns:
         Groups for any optimizer, each with a "name": "A", with any other matrix that trains, "B", "embedding", and
@@ -26,11 +28,12 @@ def lora_plus_groups(
         Empty ones are left out. Every parameter that trains is in exactly one.
 
     Raises:
-        ValueError: a rate or ratio below 0; no factor trains.
+        TypeError: not a module, or a rate or ratio that is not a number.
+        ValueError: one below 0 or not finite; no factor trains.
     """
     for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", embedding_lr), ("weight_decay", weight_decay)):
-        if not value >= 0.0:
-            raise ValueError(f"lora_plus_groups: expected {name} of at least 0, got {value}")
+        check_number("lora_plus_groups", name, value)
+    check_model("lora_plus_groups", model)
     rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "vectors": lr * ratio}
     params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     embeddings = [name + "." for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
@@ -39,7 +42,7 @@ def lora_plus_groups(
             continue
         kind = (
             "embedding" if "lora_embedding" in name or any(name.startswith(prefix) for prefix in embeddings)
-            else "vectors" if p.dim() < 2
+            else "vectors" if p.dim() < 2 or "lora_magnitude" in name
             else "B" if "lora_B" in name
             else "A"
         )  # fmt: skip
@@ -58,5 +61,7 @@ def lora_plus(
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """An optimizer over :func:`lora_plus_groups`; ``options`` go to ``optimizer``."""
+    if not callable(optimizer):
+        raise TypeError(f"lora_plus: expected optimizer to be a class of torch.optim, got {optimizer!r}")
     groups = lora_plus_groups(model, lr, ratio=ratio, embedding_lr=embedding_lr, weight_decay=weight_decay)
     return optimizer(groups, lr=lr, **options)  # type: ignore[call-arg]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Bucket, FactorOptimizer, damped, damped_inverse
+from .factors import Bucket, FactorOptimizer, damped, damped_inverse, product_norm
+from .settings import check_betas, check_number
 
 MOMENTS = ("factors", "full")
 _DOUBLINGS = 16
@@ -48,13 +49,14 @@ def lora_pro_gradients(
     With G the gradient of W, s (B g_A + g_B A) = P_B G + G P_A - P_B G P_A, P the projections on B's columns and
     A's rows. Source: theorem 2.1 and 2.2 of the paper.
     """
-    bb, aa = damped(b.mT @ b, eps), damped(a @ a.mT, eps)
-    bb_inverse, aa_inverse = damped_inverse(bb, 0.0), damped_inverse(aa, 0.0)
+    # The R×R algebra is float64's: float32 has no digits left for what damping keeps.
+    bb, aa = damped((b.mT @ b).double(), eps), damped((a @ a.mT).double(), eps)
+    bb_inverse, aa_inverse = (damped_inverse(gram, 0.0).to(a.dtype) for gram in (bb, aa))
     # A layer whose s is 0 has no gradient, and gets none.
     scaling = torch.as_tensor(scaling, dtype=a.dtype, device=a.device)
     inverse = torch.where(scaling == 0.0, 0.0, 1.0 / scaling)
     g_a = bb_inverse @ (inverse * (inverse * grad_a))
-    x = solve_sylvester(bb, aa, -(g_a @ a.mT))
+    x = solve_sylvester(bb, aa, -(g_a @ a.mT).double()).to(a.dtype)
     g_b = inverse * (inverse * grad_b) @ aa_inverse
     return g_a + x @ a, g_b - b @ (bb_inverse @ (b.mT @ g_b) + x)
 
@@ -73,10 +75,10 @@ class LoRAPro(FactorOptimizer):
             W's size: those of the equivalent gradient s (B g_A + g_B A); its step is brought back to the factors by
             the same formula. Costs the memory of full fine-tuning's optimizer.
 
-    State: (K + N) R floats a layer; with ``moments="full"`` 2 N K.
+    State: (K + N) R floats a layer; with ``moments="full"`` 2 N K. A layer with s = 0 stays as it is.
 
     Raises:
-        ValueError: an unknown ``moments``, and as :class:`FactorOptimizer`.
+        TypeError, ValueError: an unknown ``moments``, and as :class:`FactorOptimizer`.
 
     Source: Wang et al., arXiv 2407.18242.
     """
@@ -86,6 +88,10 @@ class LoRAPro(FactorOptimizer):
         betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, eps: float = 1e-6,
         weight_decay: float = 0.0, moments: str = "factors",
     ) -> None:  # fmt: skip
+        for name, value in (("lr", lr), ("adam_eps", adam_eps), ("eps", eps), ("weight_decay", weight_decay)):
+            check_number("LoRAPro", name, value)
+        check_number("LoRAPro", "momentum", momentum, below=1.0, wanted="of at least 0 and below 1")
+        check_betas("LoRAPro", betas)
         if moments not in MOMENTS:
             raise ValueError(f"LoRAPro: expected moments to be one of {', '.join(MOMENTS)}, got {moments!r}")
         defaults = {
@@ -96,17 +102,31 @@ class LoRAPro(FactorOptimizer):
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
         a, b, grad_a, grad_b = bucket.factors()
-        eps = max(group["damping"], bucket.rounding)
+        eps = max(group["damping"], bucket.rounding, 8 * a.shape[-2] * torch.finfo(bucket.dtype).eps)
         gradients = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         if group["moments"] == "full":
             grad_a, grad_b = self._full_adam(group, bucket, a, b, *gradients)
             updates = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         else:
-            updates = tuple(  # type: ignore[assignment]
-                bucket.state(side, "momentum", tuple(g.shape[1:])).mul_(group["momentum"]).add_(g)
-                for side, g in enumerate(gradients)
-            )
+            updates = self._momentum(group, bucket, a, b, gradients)
         bucket.apply(a, b, *updates, group["lr"], group["weight_decay"])
+
+    @staticmethod
+    def _momentum(
+        group: dict[str, Any], bucket: Bucket, a: Tensor, b: Tensor, gradients: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Momentum of g_A and g_B, cut to move B A by no more than they would have moved it when they came.
+
+        g_A grows as B gets smaller. Beside a B that has grown since, an old one would move B A by as much more.
+        """
+        means = []
+        for side, gradient in enumerate(gradients):
+            mean = bucket.state(side, "momentum", tuple(gradient.shape[1:])).mul_(group["momentum"]).add_(gradient)
+            reach = bucket.state(side, "reach", (1, 1)).mul_(group["momentum"])
+            now, new = (product_norm(b, g) if side == 0 else product_norm(g, a) for g in (mean, gradient))
+            reach.add_(new)
+            means.append(mean.mul_(torch.where(now > reach, reach / now, 1.0)))
+        return means[0], means[1]
 
     @staticmethod
     def _full_adam(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .factors import Bucket, FactorOptimizer, damped
+from .settings import check_betas, check_number
 
 _ROOT_ROUNDS = 28
 
@@ -69,7 +70,7 @@ class LoRARITE(FactorOptimizer):
     away is not put back (the paper's option).
 
     Raises:
-        ValueError: as :class:`FactorOptimizer`.
+        TypeError, ValueError: as :class:`FactorOptimizer`.
 
     Source: Yen et al., arXiv 2410.20625, algorithm 1.
     """
@@ -78,6 +79,9 @@ class LoRARITE(FactorOptimizer):
         self, groups: Iterable[dict[str, Any]], lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6, adam_eps: float = 1e-8, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
+        for name, value in (("lr", lr), ("eps", eps), ("adam_eps", adam_eps), ("weight_decay", weight_decay)):
+            check_number("LoRARITE", name, value)
+        check_betas("LoRARITE", betas)
         defaults = {"lr": lr, "betas": betas, "eps": adam_eps, "damping": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults)
 
