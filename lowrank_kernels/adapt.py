@@ -281,6 +281,8 @@ def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
     if layer is not module and layer is not None:
         if hasattr(layer, "unmerge_"):
             layer.unmerge_()  # type: ignore[operator]
+        if getattr(layer, "lora_ga_start", None) is not None:
+            layer.lora_ga_start.put_back_(layer)  # type: ignore[operator, union-attr]
         module.train(layer.training)
     parent._modules[child] = module
 

@@ -92,8 +92,8 @@ def save_adapter(
 
     Raises:
         ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
-            task_type with a head; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
-            written then.
+            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the factors
+            are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     if task_type in _TASKS_WITH_A_HEAD:
@@ -114,6 +114,11 @@ def save_adapter(
         )
     _check_layers_follow(config, layers)
     _check_whole(layers)
+    for name, layer in layers.items():
+        if why := getattr(layer, "weight_changed_by", None):
+            raise ValueError(
+                f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
+            )
     parameters = _adapter_parameters(model, config, list(layers))
     left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
     if left_out:
@@ -198,7 +203,8 @@ def save_lora_ga_adapter(
         names: ``base_model_name`` and ``task_type``, as for :func:`save_adapter`.
 
     Raises:
-        ValueError: layers without a start, a DoRA or biases that train; and as :func:`save_adapter`.
+        ValueError: layers without a start, or over whose start a chain merged; a DoRA or biases that train; and as
+            :func:`save_adapter`.
     """
     config = config_of(model)
     if (
@@ -215,6 +221,9 @@ def save_lora_ga_adapter(
             continue
         if name not in starts:
             raise ValueError(f"save_lora_ga_adapter: expected the start of every layer, got none of {name}")
+        why = getattr(layer, "weight_changed_by", None)
+        if why and getattr(layer, "lora_ga_start", None) is None:
+            raise ValueError(f"save_lora_ga_adapter: expected W - s B₀ A₀, but that of {name} was changed by {why}")
         absent = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         wide = LoRALinear.from_linear(
             absent, 2 * layer.r, alpha=grown * layer.alpha, dropout=layer.dropout, rslora=layer.rslora, init="zero"

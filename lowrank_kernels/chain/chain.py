@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +15,28 @@ from ..init import INITS, init_factors_
 from ..merge import ROUNDINGS, merge_lora_
 from ..nn import DoRALinear, LoRALinear
 
+_KEY = "chain"
+"""Where a chain's state is, in the first parameter group of the optimizer's state."""
+_RIDER = "_lowrank_chain"
+"""The attribute of an optimizer that holds the chain on it."""
+
 
 class Chain:
     """After every ``steps_per_link`` optimizer steps: W ← W + s B A, new factors with B A = 0, new optimizer state.
 
-    It rides on the optimizer: it counts ``optimizer.step()`` by itself, and its own state is in the optimizer's
-    ``state_dict`` under "chain", so whatever saves and restores the model and the optimizer resumes the chain, bit
-    for bit. The learning-rate schedule is the user's and runs on over the links.
+    It rides on the optimizer: it counts ``optimizer.step()`` by itself, but for steps that a GradScaler made a fused
+    optimizer skip, and its own state is in the first parameter group of the optimizer's ``state_dict``, under "chain",
+    so whatever saves and restores the model and the optimizer resumes the chain, bit for bit; also where the chain is
+    made after they were loaded. The learning-rate schedule is the user's and runs on over the links.
+
+    The first link starts from a fresh sample, or, where the factors hold a correction already (B A is not zero: a
+    trained adapter, LoRA-GA's start), from that, which then is the first to be merged.
 
     Args:
         model: with LoRALinear layers. Where a layer trains one factor alone, the other is sampled anew each link;
             where it trains both, A is sampled and B starts at zero.
-        optimizer: the one that steps their factors.
+        optimizer: the one that steps their factors, all of them; of one chain, and not LBFGS, whose state is of all
+            parameters at once.
         steps_per_link: optimizer steps from one merge to the next.
         init: how the sampled factor is drawn: "orthonormal", "gaussian" or "kaiming" (``lowrank_kernels.init``).
         seed: of all draws, with the link and the layer; torch's own generators are not touched.
@@ -42,9 +54,11 @@ class Chain:
         link_step: optimizer steps since the last.
 
     Raises:
+        TypeError: at construction: a setting of the wrong kind.
         ValueError: at construction: no LoRALinear layer; one whose weight cannot take a merge (another module's too,
             a bias of B's, quantised, merged already); a rank beyond the matrix for an orthonormal sample; settings out
-            of range. At a link: factors that are not finite. No weight has changed then.
+            of range; an optimizer that lacks a factor or has a chain already; ranks that do not fit what the factors
+            hold. At a link: factors that are not finite, a layer that is merged. No weight has changed then.
     """
 
     def __init__(
@@ -53,13 +67,29 @@ class Chain:
         master: bool = False, one_sided: bool | None = None, name: str = "Chain",
     ) -> None:  # fmt: skip
         self._name = name
+        for option, value, least in (("steps_per_link", steps_per_link, 1), ("warmup", warmup, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected {option} to be an integer of at least {least}, got {value!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{name}: expected seed to be an integer, got {seed!r}")
+        if not isinstance(master, bool):
+            raise TypeError(f"{name}: expected master to be True or False, got {master!r}")
+        if one_sided is not None and not isinstance(one_sided, bool):
+            raise TypeError(f"{name}: expected one_sided to be True, False or None, got {one_sided!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: expected model to be a torch.nn.Module, got {type(model).__name__}")
         self.layers = _chained_layers(model, name)
         if steps_per_link < 1 or not 0 <= warmup <= steps_per_link:
             raise ValueError(
                 f"{name}: expected steps_per_link of at least 1 and warmup between 0 and that, got {steps_per_link} "
                 f"and {warmup}"
             )
-        if init not in INITS or init == "zero":
+        if ranks is not None:
+            if isinstance(ranks, str) or not isinstance(ranks, Sequence):
+                raise TypeError(f"{name}: expected ranks to be a sequence of integers, one a link, got {ranks!r}")
+            if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
+                raise TypeError(f"{name}: expected ranks to be integers, got {list(ranks)}")
+        if not isinstance(init, str) or init not in INITS or init == "zero":
             raise ValueError(f"{name}: expected init to be one of kaiming, gaussian, orthonormal, got {init!r}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"{name}: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
@@ -84,6 +114,7 @@ class Chain:
                 raise ValueError(
                     f"{name}: expected bfloat16 weights for stochastic rounding, got {layer.weight.dtype} in {path}"
                 )
+        _check_optimizer(optimizer, self.layers, name)
         self.optimizer, self.steps_per_link, self.warmup = optimizer, steps_per_link, warmup
         self.init, self.seed, self.rounding = init, seed, rounding
         self._own_ranks, self._ranks = {path: layer.r for path, layer in self.layers.items()}, ranks
@@ -93,19 +124,54 @@ class Chain:
             for path, layer in self.layers.items():
                 if layer.weight.dtype in (torch.bfloat16, torch.float16):
                     self.master[path] = layer.weight.detach().float()
-        self._rates: list[float] = []
-        self._handles = [
+        saved = optimizer.param_groups[0].get(_KEY)  # of a chain before, where the optimizer was loaded
+        if saved is not None:
+            self._check_state(saved)
+            self.link = saved["link"]
+        held = [path for path, layer in self.layers.items() if _holds_a_correction(layer)]
+        misfits = [path for path in held if self.layers[path].r != self._rank_of(path)]
+        if misfits:
+            raise ValueError(
+                f"{name}: expected factors that hold a correction to have link {self.link}'s rank of "
+                f"{self._rank_of(misfits[0])}, got {self.layers[misfits[0]].r} in {misfits[0]}; merge them first, or "
+                f"leave ranks out"
+            )
+        optimizer.param_groups[0].pop(_KEY, None)
+        self._loaded: dict[str, Any] | None = None
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._detach = self._attach(optimizer)
+        if saved is not None:
+            self.load_state_dict(saved)
+        elif not held:
+            self._resize()
+            self._sample()
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
+        """Ride on the optimizer; what takes the chain off it again."""
+        handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(lambda _, state: {**state, "chain": self.state_dict()}),
-            optimizer.register_load_state_dict_pre_hook(self._load_from),
+            optimizer.register_state_dict_post_hook(self._save_into),
+            optimizer.register_load_state_dict_pre_hook(self._take_from),
+            optimizer.register_load_state_dict_post_hook(self._load_taken),
         ]
-        if ranks is not None:
-            self._handles += [
-                layer.register_load_state_dict_pre_hook(_take_the_rank_of) for layer in self.layers.values()
-            ]
-        self._resize()
-        self._sample()
+        if self._ranks is not None:
+            handles += [layer.register_load_state_dict_pre_hook(_take_the_rank_of) for layer in self.layers.values()]
+        setattr(optimizer, _RIDER, self)
+        detach = [handle.remove for handle in handles] + [lambda: delattr(optimizer, _RIDER)]
+        if self.warmup:
+            # Hooks do not see a step that raises, which has to leave the rates as they were all the same.
+            step = optimizer.step
+
+            @functools.wraps(step)
+            def restoring(_: Any, *args: Any, **kwargs: Any) -> Any:
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    self._restore_rates()
+
+            optimizer.step = types.MethodType(restoring, optimizer)  # type: ignore[method-assign]
+        return detach
 
     def warmup_factor(self) -> float:
         """What the next step's learning rate is multiplied by."""
@@ -126,6 +192,12 @@ class Chain:
         Raises:
             ValueError: a factor that is not finite; no weight has changed.
         """
+        merged = [path for path, layer in self.layers.items() if layer.merged]
+        if merged:
+            raise ValueError(
+                f"{self._name}: expected layers that are not merged at the end of link {self.link}, got "
+                f"{', '.join(merged[:5])}, whose weight would get the correction twice; call unmerge_()"
+            )
         factors = {path: (layer.lora_A.weight, layer.lora_B.weight) for path, layer in self.layers.items()}
         broken = [path for path, pair in factors.items() if not all(map(all_finite, pair))]
         if broken:
@@ -143,11 +215,12 @@ class Chain:
             if target is not layer.weight:
                 layer.weight.copy_(target)
             (b if _sampled(layer) == "a" else a).zero_()
+            _mark_changed(layer)
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self._detach:
+            self._detach.pop()()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the chain is. The factors and weights are the model's, the moments the optimizer's."""
@@ -155,25 +228,54 @@ class Chain:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; the model's and the optimizer's own states are loaded by themselves."""
-        if state["master"].keys() != self.master.keys():
-            raise ValueError(f"{self._name}: expected a state of a chain with the same layers and master setting")
+        self._check_state(state)
         self.link, self.link_step, self.seed = state["link"], state["link_step"], state["seed"]
         for path, weight in state["master"].items():
             self.master[path].copy_(weight)
         self._resize()
+        if self.link:
+            for layer in self.layers.values():
+                _mark_changed(layer)
 
-    def _load_from(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        if "chain" in state:
-            self.load_state_dict(state["chain"])
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if state["master"].keys() != self.master.keys():
+            raise ValueError(f"{self._name}: expected a state of a chain with the same layers and master setting")
+
+    def _save_into(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        first, *others = state["param_groups"]
+        return {**state, "param_groups": [{**first, _KEY: self.state_dict()}, *others]}
+
+    def _take_from(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        first, *others = state["param_groups"]
+        self._loaded = state.get(_KEY, first.get(_KEY))  # beside the groups, as older versions wrote it
+        if self._loaded is not None:
+            self._check_state(self._loaded)
+        return {**state, "param_groups": [{k: v for k, v in first.items() if k != _KEY}, *others]}
+
+    def _load_taken(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+            self._loaded = None
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.warmup_factor()
+        self._restore_rates()
+        factor = self.warmup_factor()
+        if factor != 1.0:
+            self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group, rate in self._rates:
+                group["lr"] = rate * factor
+
+    def _restore_rates(self) -> None:
+        while self._rates:
+            group, rate = self._rates.pop()
+            group["lr"] = rate
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        self._restore_rates()
+        # A GradScaler lets a fused optimizer see for itself that gradients are not finite, and step nothing.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
         self.link_step += 1
         if self.link_step == self.steps_per_link:
             self.next_link()
@@ -185,12 +287,14 @@ class Chain:
 
     def _resize(self) -> None:
         """Give the layers this link's ranks."""
-        if self._ranks is None:
-            return
-        rank = self._ranks[min(self.link, len(self._ranks) - 1)]
         for path, layer in self.layers.items():
-            if layer.r != min(rank, self._own_ranks[path]):
-                layer.resize_(min(rank, self._own_ranks[path]))
+            if layer.r != self._rank_of(path):
+                layer.resize_(self._rank_of(path))
+
+    def _rank_of(self, path: str) -> int:
+        """A layer's rank in this link."""
+        own = self._own_ranks[path]
+        return own if self._ranks is None else min(self._ranks[min(self.link, len(self._ranks) - 1)], own)
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -212,6 +316,41 @@ def _take_the_rank_of(layer: nn.Module, state: dict[str, Any], prefix: str, *_: 
 
 def _sampled(layer: LoRALinear) -> str:
     return "b" if not layer.lora_B.weight.requires_grad else "a"
+
+
+def _holds_a_correction(layer: LoRALinear) -> bool:
+    return bool(layer.lora_A.weight.any()) and bool(layer.lora_B.weight.any())
+
+
+def _mark_changed(layer: LoRALinear) -> None:
+    """Say that W is no longer the base's, for ``save_adapter``; LoRA-GA's start has been merged with the first link."""
+    layer.weight_changed_by = "a chain, whose links are in it; save the model instead"  # type: ignore[assignment]
+    layer.lora_ga_start = None  # type: ignore[assignment]
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LoRALinear], name: str) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{name}: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise TypeError(
+            f"{name}: expected optimizer to be the one that steps, got a {type(optimizer).__name__} around it; "
+            f"pass its .optimizer"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{name}: expected an optimizer with a state of its own for each parameter, got LBFGS, whose history is of "
+            f"all together and does not survive a link; use AdamW"
+        )
+    if hasattr(optimizer, _RIDER):
+        raise ValueError(f"{name}: expected an optimizer without a chain, got one that has one; call its detach()")
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for path, layer in layers.items():
+        for factor in (layer.lora_A.weight, layer.lora_B.weight):
+            if factor.requires_grad and id(factor) not in stepped:
+                raise ValueError(
+                    f"{name}: expected an optimizer of all factors that train, got one without those of {path}; make "
+                    f"it after lk.adapt, over the parameters that require grad"
+                )
 
 
 def _chained_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:

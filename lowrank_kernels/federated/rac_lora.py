@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,23 +32,41 @@ def fed_rac_lora_(
         weight. The average is taken in float32 (float64 for float64 factors).
 
     Raises:
-        ValueError: no client, weights that are negative, all zero or of another number, factors of different shapes,
-            and as :func:`lowrank_kernels.merge_lora_`. W is then untouched.
+        TypeError: ``trained`` is no list of tensors.
+        ValueError: no client, weights that are negative, not finite, all zero or of another number, an s that is not
+            finite, factors of different shapes or devices, and as :func:`lowrank_kernels.merge_lora_`. W is then
+            untouched.
     """
     if sampled not in ("a", "b"):
         raise ValueError(f"fed_rac_lora_: expected sampled to be 'a' or 'b', got {sampled!r}")
-    shares = [1.0] * len(trained) if client_weights is None else [float(c) for c in client_weights]
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"fed_rac_lora_: expected scaling to be a finite number, got {scaling!r}")
+    if not isinstance(trained, (list, tuple)) or not all(isinstance(factor, Tensor) for factor in trained):
+        raise TypeError("fed_rac_lora_: expected trained to be a list of tensors, one a client")
+    shares = [1.0] * len(trained) if client_weights is None else list(client_weights)
     if not trained or len(shares) != len(trained):
         raise ValueError(
             f"fed_rac_lora_: expected one factor and one weight a client, got {len(trained)} and {len(shares)}"
         )
-    if not sum(shares) > 0.0 or min(shares) < 0.0:
-        raise ValueError(f"fed_rac_lora_: expected client_weights of at least 0, not all zero, got {shares}")
-    if any(factor.shape != trained[0].shape for factor in trained):
+    if any(isinstance(c, bool) or not isinstance(c, (int, float)) or not 0.0 <= c < math.inf for c in shares) or (
+        not 0.0 < sum(shares) < math.inf
+    ):
+        raise ValueError(
+            f"fed_rac_lora_: expected client_weights of at least 0, not all zero, with a finite sum, got {shares}"
+        )
+    first = trained[0]
+    if any(factor.shape != first.shape for factor in trained):
         raise ValueError(
             f"fed_rac_lora_: expected trained factors of one shape, got {[tuple(factor.shape) for factor in trained]}"
         )
-    mean = torch.zeros_like(trained[0], dtype=torch.promote_types(trained[0].dtype, torch.float32))
+    for factor in trained:
+        if factor.device != first.device or not factor.is_floating_point():
+            raise ValueError(
+                f"fed_rac_lora_: expected trained factors of floats on one device, got {factor.dtype} on "
+                f"{factor.device}"
+            )
+    wide = torch.float64 if any(factor.dtype == torch.float64 for factor in trained) else torch.float32
+    mean = torch.zeros_like(first, dtype=wide)
     for share, factor in zip(shares, trained, strict=True):
         mean.add_(factor, alpha=share / sum(shares))
     factors = (shared, mean) if sampled == "a" else (mean, shared)

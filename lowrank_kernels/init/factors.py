@@ -60,11 +60,21 @@ def init_factors_(lora_a: Tensor, lora_b: Tensor, init: str = "kaiming", *, samp
     Draws from torch's default generator of the factors' device.
 
     Raises:
-        ValueError: an unknown name; ``orthonormal`` with R larger than the sampled factor's other side.
+        TypeError: factors that are not matrices of floats.
+        ValueError: factors of different ranks; an unknown name; ``orthonormal`` with R larger than the sampled factor's
+            other side.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1; sampled B: Malinovsky et al., arXiv 2410.08305.
     """
-    if init not in INITS:
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(factor, Tensor) or factor.dim() != 2 or not factor.is_floating_point():
+            raise TypeError(f"init_factors_: expected {name} to be a matrix of floats")
+    if lora_a.shape[0] != lora_b.shape[1]:
+        raise ValueError(
+            f"init_factors_: expected lora_a (R, K) and lora_b (N, R) of one rank, got {tuple(lora_a.shape)} and "
+            f"{tuple(lora_b.shape)}"
+        )
+    if not isinstance(init, str) or init not in INITS:
         raise ValueError(f"init_factors_: expected init to be one of {', '.join(INITS)}, got {init!r}")
     if sampled not in ("a", "b"):
         raise ValueError(f"init_factors_: expected sampled to be 'a' or 'b', got {sampled!r}")

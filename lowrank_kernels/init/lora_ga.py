@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,22 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd", "unit", "weight_svd")
+_CHANGE = "LoRA-GA's start, which was taken out of it; use lk.save_lora_ga_adapter with what lora_ga_ returned"
 EXACT_UP_TO = 2000
 """Columns or rows above which the SVD is a randomised one."""
+
+
+class Start(NamedTuple):
+    """s B₀ A₀, which :func:`lora_ga_` took out of a layer's W; kept by the layer as ``lora_ga_start``."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+    def put_back_(self, layer: LoRALinear) -> None:
+        """W ← W + s B₀ A₀: as it was before, to within two roundings."""
+        merge_lora_(layer.weight, self.lora_a, self.lora_b, scaling=self.scaling)
+        layer.lora_ga_start = None  # type: ignore[assignment]
 
 
 def estimate_gradients(
@@ -38,9 +53,12 @@ def estimate_gradients(
         G by path. ``requires_grad`` of every parameter and all ``.grad`` are afterwards what they were.
 
     Raises:
+        TypeError: linears that are none, a loss that is not a scalar tensor.
         ValueError: no linears, no batches, a loss that is not finite or depends on none of the weights, a weight that
             got no gradient or one that is not finite.
     """
+    if not isinstance(linears, Mapping) or not all(isinstance(linear, nn.Linear) for linear in linears.values()):
+        raise TypeError("estimate_gradients: expected linears to be a dict of path to nn.Linear")
     if not linears:
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
     sums: dict[str, Tensor] = {}
@@ -63,6 +81,8 @@ def estimate_gradients(
         for batch in batches:
             with torch.enable_grad():
                 value = loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TypeError(f"estimate_gradients: expected loss to return a scalar tensor, got {value!r:.80}")
             if not value.requires_grad or not torch.isfinite(value):
                 raise ValueError(f"estimate_gradients: expected a finite loss of the weights, got {value!r:.80}")
             value.backward()
@@ -104,13 +124,29 @@ def lora_ga_factors(
             the random split.
 
     Raises:
-        ValueError: a rank of more than half of min(N, K), a gradient that is not finite or nothing but zeros, unknown
+        TypeError: a gradient that is not a matrix of floats, a rank or a seed that is not an integer.
+        ValueError: a rank below 1 or of more than half of min(N, K), a gradient that is not finite or nothing but
+            zeros, a γ or, where it is divided by ("gd", "weight_svd"), an s that is not a number to divide by; unknown
             names.
 
     Source: Wang et al., arXiv 2407.05000, theorem 3.1, equation 7, and the authors' code for the names.
     """
-    _check_choices(direction, scale)
+    _check_choices(direction, scale, gamma, seed)
+    if not isinstance(gradient, Tensor) or gradient.dim() != 2 or not gradient.is_floating_point():
+        raise TypeError("lora_ga: expected gradient to be a matrix (N, K) of floats")
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"lora_ga: expected r to be an integer, got {r!r}")
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"lora_ga: expected scaling to be a finite number, got {scaling!r}")
+    if (scale == "gd" and scaling == 0.0) or (scale == "weight_svd" and scaling <= 0.0):
+        least = "other than" if scale == "gd" else "above"
+        raise ValueError(
+            f"lora_ga: expected scaling {least} 0 for scale={scale!r}, which divides by it, got {scaling!r}; give the "
+            f"layer an alpha, or use scale='stable'"
+        )
     n, k = gradient.shape
+    if r < 1:
+        raise ValueError(f"lora_ga: expected a rank of at least 1, got {r}")
     if 2 * r > min(n, k):
         raise ValueError(f"lora_ga: expected a rank of at most min(N, K) / 2 = {min(n, k) // 2}, got {r}")
     if not all_finite(gradient):
@@ -147,7 +183,9 @@ def lora_ga_(
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
     """Start an adapted model's LoRA layers from gradients: A, B as :func:`lora_ga_factors`, and W ← W - s B A.
 
-    Training starts at the pretrained function. It is plain LoRA from there on.
+    Training starts at the pretrained function. It is plain LoRA from there on. What was taken out of W stays known to
+    each layer: the report's ``undo()`` puts it back, to within two roundings of W, ``lk.save_adapter`` refuses, and a
+    chain merges it with its first link.
 
     Args:
         model: adapted with :class:`~lowrank_kernels.LoRAConfig`.
@@ -159,12 +197,20 @@ def lora_ga_(
         that fits the untouched base.
 
     Raises:
-        ValueError: no LoRA layers, one without a gradient of its shape, one with a frozen factor, merged, or whose
-            weight another module uses; and as :func:`lora_ga_factors`. No weight has changed then.
+        TypeError: not a module, no dict of tensors; and as :func:`lora_ga_factors`.
+        ValueError: no LoRA layers, one without a gradient of its shape, one with a frozen factor, merged, whose factors
+            hold a correction already (trained, or started by this), or whose weight another module uses; and as
+            :func:`lora_ga_factors`. No weight has changed then.
     """
-    _check_choices(direction, scale)
+    _check_choices(direction, scale, gamma, seed)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lora_ga: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(gradients, Mapping) or not all(isinstance(g, Tensor) for g in gradients.values()):
+        raise TypeError("lora_ga: expected gradients to be a dict of path to tensor")
     layers: dict[str, LoRALinear] = {
-        name: m for name, m in model.named_modules() if hasattr(m, "weight_shared_with") and hasattr(m, "lora_A")
+        name: m
+        for name, m in model.named_modules()
+        if hasattr(m, "weight_shared_with") and isinstance(getattr(m, "lora_A", None), nn.Linear)
     }
     if not layers:
         raise ValueError(f"lora_ga: expected a model with LoRALinear layers, found none in {type(model).__name__}")
@@ -181,27 +227,38 @@ def lora_ga_(
             raise ValueError(
                 f"lora_ga: expected layers of their own weight that are not merged and train both factors, got {name}"
             )
+        if a.any() and b.any():
+            raise ValueError(
+                f"lora_ga: expected factors that hold no correction yet, got trained or started ones in {name}; "
+                f"undo() the report of adapt and adapt again"
+            )
         try:
             start_a, start_b = lora_ga_factors(
                 gradient.to(layer.weight.device), layer.r, direction=direction, scale=scale, gamma=gamma,
                 scaling=layer.scaling, weight=layer.weight, seed=seed + index,
             )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{error}; layer {name}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; layer {name}") from None
         starts[name] = (start_a.to(a.dtype), start_b.to(b.dtype))
     for name, layer in layers.items():
         start_a, start_b = starts[name]
         layer.lora_A.weight.copy_(start_a)
         layer.lora_B.weight.copy_(start_b)
         merge_lora_(layer.weight, start_a, start_b, scaling=-layer.scaling)
+        layer.lora_ga_start = Start(start_a, start_b, layer.scaling)  # type: ignore[assignment]
+        layer.weight_changed_by = _CHANGE  # type: ignore[assignment]
     return starts
 
 
-def _check_choices(direction: str, scale: str) -> None:
+def _check_choices(direction: str, scale: str, gamma: float, seed: int) -> None:
     if direction not in DIRECTIONS:
         raise ValueError(f"lora_ga: expected direction to be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if scale not in SCALES:
         raise ValueError(f"lora_ga: expected scale to be one of {', '.join(SCALES)}, got {scale!r}")
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0.0 < gamma < math.inf:
+        raise ValueError(f"lora_ga: expected gamma to be a finite number above 0, got {gamma!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"lora_ga: expected seed to be an integer, got {seed!r}")
 
 
 def _singular_vectors(g: Tensor, r: int) -> tuple[Tensor, Tensor]:

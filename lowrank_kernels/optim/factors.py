@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,33 +104,45 @@ class Bucket:
         """Count a step; (L, 1, 1): how many each pair has had with this one."""
         return self.state(0, "step", (1, 1)).add_(1)
 
-    def apply(self, a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float) -> None:
+    def apply(self, grams: Grams, updates_a: Tensor, updates_b: Tensor, lr: float, weight_decay: float) -> None:
         """p ← (1 - lr · decay) p - lr · update, for every factor, the updates :func:`within_first_order`."""
-        for side, updates in enumerate(within_first_order(a, b, updates_a, updates_b, lr)):
+        for side, updates in enumerate(within_first_order(grams, updates_a, updates_b, lr)):
             params: list[Tensor] = list(self.sides[side])
             if weight_decay:
                 torch._foreach_mul_(params, 1.0 - lr * weight_decay)
             torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
 
 
-def within_first_order(a: Tensor, b: Tensor, updates_a: Tensor, updates_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+class Grams(NamedTuple):
+    """A Aᵀ and BᵀB, (L, R, R), which the length of every product with A or B comes from."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Grams:
+        return cls(a @ a.mT, b.mT @ b)
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """‖X Y‖, Frobenius's, (L, 1, 1), from left = XᵀX and right = Y Yᵀ, (L, R, R)."""
+    return (left * right).sum((-2, -1), keepdim=True).clamp_min(0.0).sqrt()
+
+
+def within_first_order(grams: Grams, updates_a: Tensor, updates_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:
     """The updates, the longer of the two cut so that lr ‖ΔB ΔA‖ is at most ‖ΔB A‖ + ‖B ΔA‖.
 
     A step moves B A by lr (ΔB A + B ΔA), which a method reckons with, and by lr² ΔB ΔA, which it does not: where B A
     has next to nothing in a direction and both factors step there, that is the greater by orders of magnitude. Nothing
     is cut as long as B A is large beside a step. Norms are Frobenius's.
     """
-    first = product_norm(updates_b, a) + product_norm(b, updates_a)
-    second = lr * product_norm(updates_b, updates_a)
+    steps = Grams.of(updates_a, updates_b)
+    first = product_norm(steps.b, grams.a) + product_norm(grams.b, steps.a)
+    second = lr * product_norm(steps.b, steps.a)
     cut = torch.where(second > first, first / second, 1.0)
-    norm_a, norm_b = (torch.linalg.matrix_norm(u, keepdim=True) for u in (updates_a, updates_b))
-    return torch.where(norm_a > norm_b, cut, 1.0) * updates_a, torch.where(norm_a > norm_b, 1.0, cut) * updates_b
-
-
-def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """‖left right‖ (L, 1, 1), Frobenius's, of (L, N, R) and (L, R, K); from R×R matrices alone."""
-    square = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1), keepdim=True)
-    return square.clamp_min(0.0).sqrt()
+    squares = (gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for gram in steps)
+    a_is_longer = torch.gt(*squares)
+    return torch.where(a_is_longer, cut, 1.0) * updates_a, torch.where(a_is_longer, 1.0, cut) * updates_b
 
 
 class FactorOptimizer(torch.optim.Optimizer):

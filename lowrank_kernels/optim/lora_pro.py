@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Bucket, FactorOptimizer, damped, damped_inverse, product_norm
+from .factors import Bucket, FactorOptimizer, Grams, damped, damped_inverse, product_norm
 from .settings import check_betas, check_number
 
 MOMENTS = ("factors", "full")
@@ -102,30 +102,33 @@ class LoRAPro(FactorOptimizer):
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
         a, b, grad_a, grad_b = bucket.factors()
+        grams = Grams.of(a, b)
         eps = max(group["damping"], bucket.rounding, 8 * a.shape[-2] * torch.finfo(bucket.dtype).eps)
         gradients = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         if group["moments"] == "full":
             grad_a, grad_b = self._full_adam(group, bucket, a, b, *gradients)
             updates = lora_pro_gradients(a, b, grad_a, grad_b, bucket.scaling, eps)
         else:
-            updates = self._momentum(group, bucket, a, b, gradients)
-        bucket.apply(a, b, *updates, group["lr"], group["weight_decay"])
+            updates = self._momentum(group, bucket, grams, gradients)
+        bucket.apply(grams, *updates, group["lr"], group["weight_decay"])
 
     @staticmethod
     def _momentum(
-        group: dict[str, Any], bucket: Bucket, a: Tensor, b: Tensor, gradients: tuple[Tensor, Tensor]
+        group: dict[str, Any], bucket: Bucket, grams: Grams, gradients: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Momentum of g_A and g_B, cut to move B A by no more than they would have moved it when they came.
 
         g_A grows as B gets smaller. Beside a B that has grown since, an old one would move B A by as much more.
         """
-        means = []
-        for side, gradient in enumerate(gradients):
-            mean = bucket.state(side, "momentum", tuple(gradient.shape[1:])).mul_(group["momentum"]).add_(gradient)
-            reach = bucket.state(side, "reach", (1, 1)).mul_(group["momentum"])
-            now, new = (product_norm(b, g) if side == 0 else product_norm(g, a) for g in (mean, gradient))
-            reach.add_(new)
-            means.append(mean.mul_(torch.where(now > reach, reach / now, 1.0)))
+        means = [
+            bucket.state(side, "momentum", tuple(g.shape[1:])).mul_(group["momentum"]).add_(g)
+            for side, g in enumerate(gradients)
+        ]
+        new, now = Grams.of(*gradients), Grams.of(*means)
+        for side, other in enumerate((grams.b, grams.a)):
+            reach = bucket.state(side, "reach", (1, 1)).mul_(group["momentum"]).add_(product_norm(other, new[side]))
+            length = product_norm(other, now[side])
+            means[side].mul_(torch.where(length > reach, reach / length, 1.0))
         return means[0], means[1]
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factors import Bucket, FactorOptimizer, damped
+from .factors import Bucket, FactorOptimizer, Grams, damped
 from .settings import check_betas, check_number
 
 _ROOT_ROUNDS = 28
@@ -106,7 +106,7 @@ class LoRARITE(FactorOptimizer):
         updates = []
         for side, (gradient, transport, root) in enumerate(zip(gradients, transports, roots, strict=True)):
             mean = bucket.state(side, "exp_avg", tuple(gradient.shape[1:]))
-            mean.copy_(torch.lerp(gradient @ root, mean @ transport.mT, beta1))
+            mean.copy_(torch.baddbmm(mean @ transport.mT, gradient, root, beta=beta1, alpha=1 - beta1))
             u, inverse = bases[side]
-            updates.append(mean / (1 - beta1**step) @ (u.mT @ u) @ inverse.mT)
-        bucket.apply(a, b, updates[0].mT, updates[1], group["lr"], group["weight_decay"])
+            updates.append(mean @ (u.mT @ u @ inverse.mT / (1 - beta1**step)))
+        bucket.apply(Grams.of(a, b), updates[0].mT, updates[1], group["lr"], group["weight_decay"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 
 import pytest
@@ -360,8 +361,13 @@ def test_federated_average_is_the_average_of_the_models(sampled: str) -> None:
         ({"client_weights": [0.0]}, "not all zero"),
         ({"trained": [torch.zeros(4, 2), torch.zeros(4, 1)]}, "trained factors of one shape"),
         ({"sampled": "c"}, "sampled to be 'a' or 'b'"),
+        ({"sampled": None}, "sampled to be 'a' or 'b'"),
+        *(({"client_weights": [c]}, "client_weights of at least 0") for c in (math.nan, math.inf, None, "1", True)),
+        *(({"scaling": s}, "scaling to be a finite number") for s in (None, math.nan, math.inf, "1", True)),
+        *(({"trained": t}, "trained to be a list of tensors") for t in (None, torch.zeros(4, 2), [None])),
+        ({"trained": [torch.zeros(4, 2, dtype=torch.int32)]}, "trained factors of floats"),
     ],
 )
 def test_federated_messages(arguments: dict, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=f"fed_rac_lora_: .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"fed_rac_lora_: .*{message}"):
         fed_rac_lora_(torch.zeros(4, 6), torch.zeros(2, 6), **{"trained": [torch.zeros(4, 2)], **arguments})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lowrank_kernels as lk
 from lowrank_kernels.optim import LoRAPro, LoRARITE, factor_groups
-from lowrank_kernels.optim.factors import within_first_order
+from lowrank_kernels.optim.factors import Grams, within_first_order
 from lowrank_kernels.optim.lora_pro import lora_pro_gradients
 from lowrank_kernels.optim.lora_rite import inverse_root, polar_basis
 
@@ -119,11 +119,11 @@ def test_a_basis_of_a_factor_of_lower_rank_has_only_its_directions() -> None:
 
 def test_the_product_of_both_steps_is_cut_to_the_steps_themselves_and_no_further() -> None:
     a, b, step_a, step_b = (randn(2, *shape, seed=i) for i, shape in enumerate(((3, 9), (7, 3), (3, 9), (7, 3))))
-    same_a, same_b = within_first_order(a, b, step_a, step_b, 0.01)
+    same_a, same_b = within_first_order(Grams.of(a, b), step_a, step_b, 0.01)
     assert torch.equal(same_a, step_a) and torch.equal(same_b, step_b)
     step_a[1] *= 1e6
     b[1] *= 1e-6
-    cut_a, cut_b = within_first_order(a, b, step_a, step_b, 0.01)
+    cut_a, cut_b = within_first_order(Grams.of(a, b), step_a, step_b, 0.01)
     assert torch.equal(cut_a[0], step_a[0]) and torch.equal(cut_b, step_b)
     first = torch.linalg.matrix_norm(step_b @ a) + torch.linalg.matrix_norm(b @ step_a)
     torch.testing.assert_close(0.01 * torch.linalg.matrix_norm(cut_b @ cut_a)[1], first[1])
