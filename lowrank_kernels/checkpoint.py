@@ -92,8 +92,9 @@ def save_adapter(
 
     Raises:
         ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
-            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the factors
-            are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is written then.
+            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the
+            factors are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
+            written then.
         ImportError: safetensors is not installed.
     """
     if task_type in _TASKS_WITH_A_HEAD:

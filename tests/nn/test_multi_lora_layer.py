@@ -186,7 +186,9 @@ def test_bad_settings():
         MultiLoRALinear(linear, lk.LoRAStack.empty(K, N + 1))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected 0 <= dropout < 1"):
         MultiLoRALinear.from_linear(linear, (2, 3), dropout=(0.1,))
-    with pytest.raises(ValueError, match=r"MultiLoRALinear: expected slices, widths that add up to N = 18, got \(8, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"MultiLoRALinear: expected slices, widths that add up to N = 18, got \(8, 9\)"
+    ):
         MultiLoRALinear.from_linear(linear, (2, 3), slices=(8, 9))
     with pytest.raises(ValueError, match="MultiLoRALinear: expected r to be an integer"):
         MultiLoRALinear.from_linear(linear, (2, 0))
