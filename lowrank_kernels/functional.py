@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops.backend import BACKENDS
-from .ops.batch_plan import BatchPlan, as_ids, plan_batch
+from .ops.batch_plan import BatchPlan, as_ids, check_range, plan_batch
 from .ops.block_sparse import (
     call_block_adamw_,
     call_block_sparse_linear,
@@ -630,7 +630,11 @@ def multi_lora_linear(
         records = grad and any(t is not None and t.requires_grad for t in (x, stack.lora_a, stack.lora_b, bias))
         simple = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
         if not (simple and may_stay_unplanned(x, ids, backend)):
-            plan = plan_batch(ids, len(stack))
+            try:
+                plan = plan_batch(ids, len(stack))
+            except ValueError:
+                check_range(given, len(stack))  # in this op's name, and in the words of the ids as they were given
+                raise
     y, _, _ = call_multi_lora_linear(
         x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, stack.max_rank,
         slices, ids, *(plan[1:] if plan is not None else (None,) * 3),

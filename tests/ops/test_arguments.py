@@ -160,7 +160,7 @@ def _cases() -> Iterator[Any]:
                 yield pytest.param(op, name, value, id=f"{op}-{name}-{said}")
 
 
-@pytest.mark.parametrize(("op", "name", "value"), _cases())
+@pytest.mark.parametrize(("op", "name", "value"), list(_cases()))
 def test_a_wrong_argument_is_refused_by_name(op: str, name: str, value: Any) -> None:
     function, fitting, _ = FUNCTIONS[op]
     operands = {**fitting(), name: value}

@@ -51,7 +51,7 @@ def _cases() -> Iterator[Any]:
                 yield pytest.param(name, setting, value, id=f"{name}-{setting}-{value!r:.40}")
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), _cases())
+@pytest.mark.parametrize(("name", "setting", "value"), list(_cases()))
 def test_a_wrong_setting_is_refused_by_name(name: str, setting: str, value: Any) -> None:
     make, fitting, _ = LAYERS[name]
     linear = nn.Linear(16, 32)
