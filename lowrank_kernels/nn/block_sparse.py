@@ -26,8 +26,9 @@ class BlockSparseLinear(AroundLinear):
     dW_b = dY[:, rows of b]ᵀ x[:, columns of b]; of x, only the columns that they need are kept for it.
 
     Parameters and buffers: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the ones of the wrapped layer
-    itself, not copied; ``blocks`` (n_blocks, bm, bn), what trains; ``block_index`` (n_blocks, 2) int32;
-    ``original_blocks``, what W held there before, in W's dtype.
+    itself, not copied; ``blocks`` (n_blocks, bm, bn), what trains; ``original_blocks``, what W held there before, in
+    W's dtype. ``block_index`` (n_blocks, 2) int32 is in the state dict, and is no buffer: averages of a model's buffers
+    round integers down, and the blocks would move.
 
     Any optimizer may train ``blocks``: every forward writes them into W, rounded to W's dtype, since nothing but their
     values tells whether they changed (fused optimizer steps leave version counters as they are). Where FSDP2 gathers W
@@ -46,9 +47,7 @@ class BlockSparseLinear(AroundLinear):
     Source: He et al., arXiv 2405.15525.
     """
 
-    block_index: Tensor
     original_blocks: Tensor
-    _columns: Tensor | None
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class BlockSparseLinear(AroundLinear):
         if not len(index):
             raise ValueError(f"{op}: expected block_index with at least one block, got none; leave this layer as it is")
         # Ascending: neighbours share rows, and kernels their loads.
-        index = torch.tensor(sorted(index.tolist()), dtype=torch.int32)
+        index = torch.tensor(sorted(index.tolist()), dtype=torch.int32, device="cpu")
         columns = block_columns(index, self.block_size, base_layer.in_features)
         self._column_width = 0 if columns is None else columns.width
         self._merged = False
@@ -84,10 +83,7 @@ class BlockSparseLinear(AroundLinear):
         self._weight_shared_with: tuple[str, ...] = ()
 
         self.base_layer = base_layer.requires_grad_(False)
-        self.register_buffer("block_index", index.to(weight.device))
-        self.register_buffer(
-            "_columns", None if columns is None else columns.blocks.to(weight.device), persistent=False
-        )
+        self._index_and_columns = self._placed = (index, None if columns is None else columns.blocks)
         original = read_blocks(weight.detach(), self.block_index, self.block_size)
         self.register_buffer("original_blocks", original)
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -100,6 +96,20 @@ class BlockSparseLinear(AroundLinear):
     ) -> BlockSparseLinear:
         """Wrap ``linear``, sharing its weight and bias. Settings are those of the class."""
         return cls(linear, block_index, block_size, **settings)
+
+    @property
+    def block_index(self) -> Tensor:
+        """(n_blocks, 2) int32, on W's device: the (row block, column block) of each of ``blocks``, ascending."""
+        return self._on_device()[0]
+
+    def _on_device(self) -> tuple[Tensor, Tensor | None]:
+        """The index and the column blocks that it names, where W is now."""
+        device = self.base_layer.weight.device
+        if self._placed[0].device != device:
+            index, columns = self._index_and_columns
+            with torch.inference_mode(False):  # a later backward saves them
+                self._placed = index.to(device), None if columns is None else columns.to(device)
+        return self._placed
 
     @property
     def weight(self) -> Tensor:
@@ -134,9 +144,10 @@ class BlockSparseLinear(AroundLinear):
             return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias)
         check_weight_may_be_read("BlockSparseLinear", base)
         self.write_back_()
-        columns = None if self._columns is None else (self._columns, self._column_width)
+        index, columns = self._on_device()
         return block_sparse_linear(
-            x, base.weight, self.blocks, self.block_index, base.bias, columns=columns,
+            x, base.weight, self.blocks, index, base.bias,
+            columns=None if columns is None else (columns, self._column_width),
             rewrite=getattr(base, "_is_fsdp_managed_module", False),
         )  # fmt: skip
 
@@ -172,20 +183,23 @@ class BlockSparseLinear(AroundLinear):
         self.write_back_()
         return super().state_dict(*args, **kwargs)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "block_index"] = self.block_index.clone()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(prefix + "block_index")
-        if given is not None and (
-            given.shape != self.block_index.shape or not torch.equal(given.to(self.block_index), self.block_index)
-        ):
+        key, index = prefix + "block_index", self._index_and_columns[0]
+        given = state_dict.get(key, index)
+        if given.shape != index.shape or not torch.equal(given.to(index), index):
             raise ValueError(
                 f"BlockSparseLinear: expected a state of the same blocks at {prefix}block_index, got other positions; "
                 f"make the layer with those"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict({k: t for k, t in state_dict.items() if k != key}, prefix, *args)
 
     def extra_repr(self) -> str:
         bm, bn = self.block_size
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"blocks={len(self.block_index)} of {bm}×{bn}, merged={self.merged}"
+            f"blocks={len(self.blocks)} of {bm}×{bn}, merged={self.merged}"
         )

@@ -71,8 +71,6 @@ class MultiLoRALinear(AroundLinear):
         ValueError: a stack for another linear, a dropout outside [0, 1).
     """
 
-    table: Tensor
-    scalings: Tensor
     row_order: str | None = None
     found_order: str | None = None
 
@@ -103,8 +101,8 @@ class MultiLoRALinear(AroundLinear):
         self.lora_A = nn.Parameter(stack.lora_a.detach())
         self.lora_B = nn.Parameter(stack.lora_b.detach())
         self.lora_magnitude = None if stack.magnitude is None else nn.Parameter(stack.magnitude.detach())
-        self.register_buffer("table", stack.table, persistent=False)
-        self.register_buffer("scalings", stack.scalings, persistent=False)
+        # No buffers: what casts or averages a model's buffers would change them.
+        self._table_and_scalings = (stack.table, stack.scalings)
         self.register_state_dict_post_hook(_describe_unmerged)
         self.register_load_state_dict_post_hook(_settle_after_load)
         self.train(base_layer.training)
@@ -162,9 +160,13 @@ class MultiLoRALinear(AroundLinear):
     @property
     def stack(self) -> LoRAStack:
         """The adapters, sharing the parameters."""
+        if self._table_and_scalings[0].device != self.lora_A.device:
+            with torch.inference_mode(False):  # a later backward saves them
+                made = LoRAStack(self.lora_A, self.lora_B, self.places, slices=self.slices)
+            self._table_and_scalings = (made.table, made.scalings)
         return LoRAStack(
             self.lora_A, self.lora_B, self.places, self.lora_magnitude,
-            slices=self.slices, table_and_scalings=(self.table, self.scalings),
+            slices=self.slices, table_and_scalings=self._table_and_scalings,
         )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:

@@ -191,6 +191,17 @@ def test_moved_to_another_dtype():
     torch.testing.assert_close(layer(torch.ones(1, 40, dtype=torch.bfloat16)).float(), y, rtol=0.05, atol=0.05)
 
 
+def test_an_emptied_layer_computes_again_once_its_state_is_loaded():
+    layer, x = make(), torch.randn(3, 40)
+    train(layer, optimizer_of(layer, "torch"), 2)
+    y, state = layer(x), {key: t.clone() for key, t in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu").load_state_dict(state)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+    train(layer, optimizer_of(layer, "torch"), 1)
+    assert not torch.equal(layer(x), y)
+
+
 def test_optimizer_state_is_float32_and_survives_saving():
     layer = make(dtype=torch.bfloat16)
     assert layer.blocks.dtype == torch.float32

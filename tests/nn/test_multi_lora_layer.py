@@ -172,6 +172,29 @@ def test_of_many_merged_layers_the_one_whose_load_fails_stays_merged():
     assert [layer.merged for layer in model] == [False] * 10 + [True]
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_moved_to_another_dtype(dora, dtype):
+    """The scalings, 16 / 7 among them, stay as exact as they were."""
+    layer, x, ids = make_layer(dora=dora), torch.randn(3, K), torch.tensor([0, 1, 2])
+    y, scalings = layer(x, ids), layer.stack.scalings
+    layer.to(dtype)
+    bound = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(layer(x.to(dtype), ids).float(), y, rtol=bound, atol=bound)
+    assert torch.equal(layer.stack.scalings, scalings)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_emptied_layer_computes_again_once_its_state_is_loaded(dora):
+    layer, x, ids = make_layer(dora=dora), torch.randn(3, K), torch.tensor([0, 1, 2])
+    y, state = layer(x, ids), {key: t.clone() for key, t in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu").load_state_dict(state)
+    with torch.inference_mode():
+        assert torch.equal(layer(x, ids), y)
+    layer(x, ids).sum().backward()
+    assert layer.lora_B.grad is not None
+
+
 def test_dropout_in_training_alone():
     layer, x, ids = make_layer(dropout=(0.0, 0.5, 0.5)), torch.randn(4, K), torch.tensor([0, 1, 2, -1])
     assert torch.equal(layer.eval()(x, ids), layer(x, ids))
