@@ -190,6 +190,26 @@ def test_after_every_step_of_any_optimizer(layer_kind: str, kind: Any, settings:
         y = assert_fresh(layer, y)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"bitsandbytes.optim.{name}" for name in ("AdamW8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")),
+        *(f"torchao.optim.{name}" for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")),
+    ],
+)
+@pytest.mark.parametrize("layer_kind", LAYERS)
+def test_after_every_step_of_optimizers_of_other_packages(layer_kind: str, name: str) -> None:
+    package, _, kind = name.rpartition(".")
+    kind = getattr(pytest.importorskip(package), kind)
+    settings = {"min_8bit_size": 256} if "min_8bit_size" in inspect.signature(kind).parameters else {}
+    layer = LAYERS[layer_kind]()
+    optimizer, y = kind(trained(layer), lr=0.02, **settings), formula(layer, X)
+    with torch.compiler.set_stance("force_eager"):  # torchao's steps are compiled, which takes a minute each
+        for _ in range(4):
+            one_step(layer, optimizer)
+            y = assert_fresh(layer, y)
+
+
 @pytest.mark.parametrize("layer_kind", LAYERS)
 def test_a_step_inside_backward(layer_kind: str) -> None:
     """An optimizer of its own for each parameter, which steps as soon as the gradient is there."""
