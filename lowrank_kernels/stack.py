@@ -336,7 +336,7 @@ class LoRAStack:
         self._measure()
 
     def _measure(self) -> None:
-        self.max_rank = max((place.rank for place in self.places), default=0)
+        self.max_rank = max([0, *self.ranks])
         self.has_dora = self.magnitude is not None and any(place.magnitude >= 0 for place in self.places)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
