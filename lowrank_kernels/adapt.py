@@ -134,11 +134,21 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             targets[name] = module  # type: ignore[assignment]
         else:
             skipped.append(Skipped(name, reason))
+    skipped += [Skipped(name, "a 3-D parameter, as experts have, which no layer takes") for name in _stacked(model)]
     skipped += [Skipped(f"target_modules[{w!r}]", "matches no module") for w in sorted(unmatched)]
     skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets))]
     if not targets:
         raise ValueError(_nothing_to_replace(model, config, skipped))
     return Plan(targets, tuple(skipped))
+
+
+def _stacked(model: nn.Module) -> Iterator[str]:
+    """Paths of parameters that are several matrices, (E, N, K), and no convolution's."""
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
+            for name, p in module._parameters.items():
+                if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point():
+                    yield f"{path}.{name}" if path else name
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Module]]]:

@@ -481,7 +481,7 @@ def _read_tensors(
             copies = [n for n in found if n.removeprefix(PREFIX) in base and n.removeprefix(PREFIX) not in expected]
             for name in copies:
                 own = base[name.removeprefix(PREFIX)]
-                if not torch.equal(file.get_tensor(name).to(own.dtype), own.cpu()):
+                if not _same_values(file.get_tensor(name), own.detach().cpu()):
                     raise ValueError(
                         f"load_adapter: expected {name} to be the model's own value, got another in {path}; "
                         f"changed base weights are not supported"
@@ -495,6 +495,12 @@ def _read_tensors(
     if broken:
         raise ValueError(f"load_adapter: expected finite values, found NaN or Inf in {_few(broken)} of {path}")
     return tensors
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in the narrower of their dtypes: a copy may have been rounded on its way."""
+    narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps) if a.is_floating_point() else b.dtype
+    return torch.equal(a.to(narrow), b.to(narrow))
 
 
 def _check_tensors(

@@ -169,13 +169,6 @@ class MultiLoRALinear(AroundLinear):
             slices=self.slices, table_and_scalings=self._table_and_scalings,
         )  # fmt: skip
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:
-        super()._apply(fn, recurse)
-        # A cast of the module casts its buffers, and would round the scalings.
-        exact = LoRAStack(self.lora_A, self.lora_B, self.places, self.lora_magnitude, slices=self.slices)
-        self.table, self.scalings = exact.table, exact.scalings
-        return self
-
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight

@@ -55,8 +55,11 @@ def _empty(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _native() if adapter_ids.device.type == "cpu" else None
+    on_host = adapter_ids.device.type == "cpu"
+    plan = _native() if on_host else None
     if plan is None:
+        if on_host and adapter_ids.numel():
+            check_range(adapter_ids, num_adapters)
         return plan_on_device(adapter_ids, num_adapters)
     order, bounds, tiles = _empty(adapter_ids, num_adapters)
     views = order.numpy(), bounds.numpy(), tiles.view(len(tiles), tiles.shape[1] * 3).numpy()

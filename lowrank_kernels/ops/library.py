@@ -50,7 +50,10 @@ def define(
     def call(*args: Any) -> Any:
         # Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
         # dY may be a batch of them (is_grads_batched) that looks like a plain tensor: the dispatcher knows what to do.
-        return direct(*args) if unobserved(args) and not _is_batched(args[0]) else op(*args)
+        if unobserved(args) and not _is_batched(args[0]):
+            return direct(*args)
+        _refuse_shards(name, args)
+        return op(*args)
 
     return call
 
@@ -114,6 +117,14 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         raise RuntimeError(
             f"{name}: the kernels have no forward-mode derivative; call the public function inside the dual level, "
             f"which then computes the plain formula"
+        )
+
+
+def _refuse_shards(name: str, args: tuple[Any, ...]) -> None:
+    if any(isinstance(a, Tensor) and hasattr(a, "device_mesh") for a in args):
+        raise TypeError(
+            f"{name}: expected plain tensors, got a DTensor, for which there is no sharding rule; give each rank's own "
+            f"part (to_local()), or the whole (full_tensor())"
         )
 
 

@@ -61,6 +61,9 @@ class _Rows:
 
     def __init__(self, jobs: Sequence[Generation], length: int, tokenizer: Any, ends: frozenset[int]) -> None:
         self.jobs, self.length, self.tokenizer, self.ends = jobs, length, tokenizer, ends
+        # Stop texts that are special tokens, which decoding leaves out.
+        special = set(getattr(tokenizer, "all_special_tokens", ()))
+        self.stop_tokens = [{tokenizer.convert_tokens_to_ids(s) for s in job.stop if s in special} for job in jobs]
         self.generators: list[torch.Generator] = []
         for job in jobs:
             generator = torch.Generator()
@@ -89,15 +92,18 @@ class _Rows:
     def done(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Which rows need no further token; a row's completion is given out at once."""
         tokens = input_ids[:, self.length :].tolist()
-        done = [self._ended(job, of_row) for job, of_row in zip(self.jobs, tokens, strict=True)]
+        rows = zip(self.jobs, tokens, self.stop_tokens, strict=True)
+        done = [self._ended(job, of_row, stops) for job, of_row, stops in rows]
         return torch.tensor(done, device=input_ids.device)
 
-    def _ended(self, job: Generation, tokens: list[int]) -> bool:
+    def _ended(self, job: Generation, tokens: list[int], stop_tokens: set[int]) -> bool:
         if job.future.done():
             return True
         reason = "length" if len(tokens) >= job.max_tokens else None
         if tokens[-1] in self.ends:
             tokens, reason = tokens[:-1], "stop"
+        elif tokens[-1] in stop_tokens:
+            reason = "stop"
         if reason is None and not job.stop:
             return False
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -591,3 +591,17 @@ def test_configs_of_older_peft_need_fewer_keys(folder):
     model = toy()
     load_adapter(model, folder)
     assert replace(config_of(model), init="kaiming") == LoRAConfig(r=2, target_modules=("0", "2"), bias="lora_only")
+
+
+def test_a_copy_of_a_base_weight_is_compared_in_the_narrower_dtype(llama, tokens, tmp_path):
+    """PEFT writes the head beside its adapter; from a bfloat16 model it is the float32 one's, rounded."""
+    theirs = peft.get_peft_model(
+        llama().to(torch.bfloat16), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    load_adapter(llama(), tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"lm_head.*to be the model's own value"):
+        load_adapter(other, tmp_path)

@@ -399,3 +399,15 @@ def test_copies_of_an_adapted_model_know_their_config():
     adapt(model, LoRAConfig(r=2, target_modules=("q_proj",)))
     assert config_of(copy.deepcopy(model)) == config_of(model) != LoRAConfig()
     assert config_of(Model()) is None
+
+
+def test_parameters_of_experts_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up = nn.Parameter(torch.zeros(4, 6, 8))
+            self.position = nn.Parameter(torch.zeros(1, 6, 8))
+
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "experts": Experts(), "conv": nn.Conv1d(8, 8, 3)})
+    report = adapt(model, LoRAConfig(r=2))
+    assert [(s.name, "experts" in s.reason) for s in report.skipped] == [("experts.gate_up", True)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lowrank_kernels.serving import AdapterBank
-from lowrank_kernels.serving.batcher import Batcher, Closed, Generation, QueueFull
+from lowrank_kernels.serving.batcher import Batcher, Closed, Generation, QueueFull, _Rows
 from lowrank_kernels.serving.server import adapter_folder, create_app, load_all
 from tests.serving.tiny_model import make_model, make_tokenizer
 
@@ -461,3 +461,15 @@ def test_the_command_serves_and_ends_at_a_signal(root, tmp_path, greedy):
     finally:
         process.kill()
     assert "tiny with 1 adapters" in errors and "Traceback" not in errors, errors
+
+
+def test_a_stop_text_that_is_a_special_token_ends_a_row():
+    """Decoding leaves special tokens out, so that no text shows it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["|"]})
+    (mark,) = tokenizer.convert_tokens_to_ids(["|"])
+    job = Generation(None, [5, 6], 8, stop=("|",))
+    rows = _Rows([job], 2, tokenizer, frozenset())
+    assert rows.done(torch.tensor([[5, 6, 7]]), None).tolist() == [False]
+    assert rows.done(torch.tensor([[5, 6, 7, mark]]), None).tolist() == [True]
+    assert (job.future.result().tokens, job.future.result().finish_reason) == ([7, mark], "stop")
