@@ -234,6 +234,56 @@ def fsdp2_around_the_linears_inside_runs_or_is_refused():
                 close(p.grad.full_tensor(), wanted[name])
 
 
+def fsdp2_trains_blocks_as_one_process_does():
+    """The backward gathers W anew where it was let go of, and has to find the blocks in it."""
+    from torch.distributed.fsdp import fully_shard
+
+    def model():
+        torch.manual_seed(0)
+        index = torch.tensor([[0, 0], [0, 1], [1, 0]])
+        return nn.Sequential(*(lk.nn.BlockSparseLinear(nn.Linear(32, 32), index, 16) for _ in range(3)))
+
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 32), torch.randn(8, 32)
+    for fused, let_go in ((True, True), (True, False), (False, True)):
+        alone, sharded = model(), model()
+        for layer in sharded:
+            fully_shard(layer, mesh=mesh(), reshard_after_forward=let_go)
+        fully_shard(sharded, mesh=mesh())
+        optimizers = [
+            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.03, fused=fused)
+            for m in (alone, sharded)
+        ]
+        for _ in range(3):
+            losses = [(m(x) - y).square().mean() for m in (alone, sharded)]
+            close(losses[1], losses[0])
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward()
+            for ours, theirs in zip(sharded, alone, strict=True):
+                close(ours.blocks.grad.full_tensor(), theirs.blocks.grad)
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+def fsdp2_evaluates_dora_from_the_shards_there_are():
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(CONFIGS[2]).eval()
+    fully_shard(model, mesh=mesh())
+    x = batch()[1][0]
+    with torch.no_grad():
+        for change in (0.0, 0.5, -0.25):  # as an average of weights, or a checkpoint read into the shards
+            for name, p in model.named_parameters():
+                if "lora" in name:
+                    p.add_(change)
+            kept = model(x)
+            for layer in layers(model):
+                layer.scale_cache.clear()
+            close(kept, model(x))
+            model.reshard()
+
+
 def adapt_refuses_weights_that_fsdp_shards():
     from torch.distributed.fsdp import fully_shard
 
@@ -316,6 +366,8 @@ CHECKS = [
     fsdp2_merging_that_one_rank_refuses_is_refused_by_all,
     fsdp2_merging_into_the_gathered_copy_is_refused,
     fsdp2_around_the_linears_inside_runs_or_is_refused,
+    fsdp2_trains_blocks_as_one_process_does,
+    fsdp2_evaluates_dora_from_the_shards_there_are,
     adapt_refuses_weights_that_fsdp_shards,
     tensor_parallel_layers_split_with_their_factors_are_right,
     tensor_parallel_layers_split_without_their_factors_are_refused,
