@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _WORDS_AT_ONCE = 1 << 24
+_WORDS_IN_CACHE = 1 << 17
 
 
 @cache
@@ -17,9 +18,10 @@ def _multipliers(words: int, device: torch.device) -> Tensor:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """(N,) int64: of each row of ``weight`` (N, K), Σ_j c_j w_j mod 2⁶⁴ over its 8-byte words w_j, random odd c_j.
+    """(N,) int64: of each row of ``weight`` (N, K), Σ_j c_j f(w_j) mod 2⁶⁴ over its 8-byte words w_j, random odd c_j.
 
-    One word that changes always changes it; several do but for one chance in about 2⁶³. Reads the weight once.
+    f(w) is w with its upper half xored into the lower one: products carry bits up alone, so that without f two flipped
+    signs would cancel. One word that changes always changes the sum; several do but for one chance in 2³³ or less.
     """
     rows = weight.detach()
     size = rows.shape[1] * rows.element_size()
@@ -32,12 +34,12 @@ def fingerprint(weight: Tensor) -> Tensor:
         )
     words = rows.view(torch.int64)
     multipliers = _multipliers(words.shape[1], words.device)
-    if words.device.type == "cpu":
-        return words @ multipliers
-    return _in_parts(words, multipliers, _WORDS_AT_ONCE)
+    on_cpu = words.device.type == "cpu"
+    return _in_parts(words, multipliers, _WORDS_IN_CACHE if on_cpu else _WORDS_AT_ONCE, product=on_cpu)
 
 
-def _in_parts(words: Tensor, multipliers: Tensor, at_once: int) -> Tensor:
-    """The same where there is no product of integers, in little memory."""
+def _in_parts(words: Tensor, multipliers: Tensor, at_once: int, *, product: bool) -> Tensor:
+    """The sums in little memory; ``product`` where there is one of integers."""
     parts = words.split(max(1, at_once // max(1, words.shape[1])))
-    return torch.cat([(part * multipliers).sum(1) for part in parts])
+    folded = ((part >> 32).bitwise_xor_(part) for part in parts)
+    return torch.cat([part @ multipliers if product else part.mul_(multipliers).sum(1) for part in folded])

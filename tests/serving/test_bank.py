@@ -490,12 +490,27 @@ def test_a_fingerprint_tells_every_change_of_a_weight():
                 assert not torch.equal(before, fingerprint(weight.flip(1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_fingerprint_tells_signs_and_exponents_that_change_together(dtype):
+    from lowrank_kernels.serving.fingerprint import fingerprint
+
+    weight = torch.randn(4, 64).to(dtype)
+    before = fingerprint(weight)
+    for columns in (slice(None), slice(1, None, 2), slice(3, None, 4), [3, 7], [1, 3], [0, 63], [31, 63]):
+        for factor in (-1.0, 2.0, 0.5, -2.0):
+            other = weight.clone()
+            other[:, columns] *= factor
+            assert (fingerprint(other) != before).all(), (columns, factor)
+
+
 def test_a_fingerprint_without_a_product_of_integers_is_the_same():
     from lowrank_kernels.serving.fingerprint import _in_parts
 
     words, multipliers = torch.randint(-(2**63), 2**63 - 1, (7, 5)), torch.randint(-(2**63), 2**63 - 1, (5,))
+    whole = _in_parts(words, multipliers, 1000, product=True)
     for at_once in (1, 5, 10, 1000):
-        assert torch.equal(_in_parts(words, multipliers, at_once), words @ multipliers)
+        for product in (True, False):
+            assert torch.equal(_in_parts(words, multipliers, at_once, product=product), whole)
 
 
 def test_a_model_with_a_bank_is_saved_and_loaded_as_without(model, folders, tmp_path):
