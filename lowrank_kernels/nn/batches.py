@@ -82,14 +82,22 @@ class Batches(Generic[B]):
             self._add_span(
                 batch, _nodes_made(), None if around is None else around.spans.get(threading.current_thread())
             )
-        token = _innermost.set(batch)
+        _innermost.set(batch)
         try:
             yield
         finally:
             with self._lock:
                 self._open.remove(batch)
                 self._end(batch)
-            _innermost.reset(token)
+            # A generator may leave it in another context than it entered it in, or after a context inside of it.
+            if _innermost.get() is batch:
+                outer = batch.outer
+                while outer is not None and outer.ended:
+                    outer = outer.outer
+                _innermost.set(outer)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self.op}: expected a model without a bank to copy or to pickle; close() the bank first")
 
     def _of_context(self) -> Batch | None:
         batch = _innermost.get()

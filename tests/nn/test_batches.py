@@ -301,3 +301,32 @@ def test_batches_without_gradients_leave_nothing_behind(layer):
                 layer(X)
                 on_a_thread(lambda: torch.no_grad()(layer)(X))
     assert set(_BATCHES._spans) == before and all(span.end for spans in _BATCHES._spans.values() for span in spans)
+
+
+# ---------------------------------------------------------------------------------------------------------- generators
+
+
+def stream(layer, ids):
+    with use_adapters(ids):
+        while True:
+            yield layer(X)
+
+
+def test_generators_closed_in_the_order_of_their_start_leave_no_batch_behind(layer):
+    first, second = stream(layer, [0, 1]), stream(layer, [1, 2])
+    next(first), next(second)
+    first.close()
+    assert torch.equal(layer(X), expected(layer, [1, 2]))
+    second.close()
+    assert torch.equal(layer(X), layer.base_layer(X))
+
+
+def test_a_context_ends_where_its_generator_is_run_in_other_contexts(layer):
+    def once():
+        with use_adapters([0, 1]):
+            yield layer(X)
+
+    generator = once()
+    assert torch.equal(contextvars.copy_context().run(next, generator), expected(layer, [0, 1]))
+    assert contextvars.copy_context().run(next, generator, None) is None
+    assert torch.equal(layer(X), layer.base_layer(X))
