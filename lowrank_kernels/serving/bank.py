@@ -153,7 +153,7 @@ class _Batch(Batch):
     def __init__(self, ids: Sequence[int], cu_seqlens: Any, num_adapters: int, served: Mapping[str, _Served]) -> None:
         super().__init__("AdapterBank.batch", ids, cu_seqlens)
         self.ids, self.num_adapters, self.served = frozenset(i for i in ids if i >= 0), num_adapters, served
-        self.bias_tables: dict[str, Tensor] = {}
+        self.bias_tables: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def linear(self, layer: BankLinear, x: Tensor) -> Tensor:
         name, base = layer.name, layer.base_layer
@@ -164,11 +164,12 @@ class _Batch(Batch):
         plan = self.plan(layer, x, self.num_adapters)
         y = multi_lora_linear(x, base.weight, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
         if any(i in served.biases for i in self.ids):
-            if name not in self.bias_tables:
+            key = name, y.dtype  # which autocast may change within a batch
+            if key not in self.bias_tables:
                 rows = [served.biases.get(i) for i in range(self.num_adapters)]
                 zero = y.new_zeros(y.shape[-1])
-                self.bias_tables[name] = torch.stack([zero if b is None else b.to(y.dtype) for b in (*rows, None)])
-            y = y + self.bias_tables[name][plan.adapter_ids[:, 0]].view_as(y)  # id -1 is the last row, of zeros
+                self.bias_tables[key] = torch.stack([zero if b is None else b.to(y.dtype) for b in (*rows, None)])
+            y = y + self.bias_tables[key][plan.adapter_ids[:, 0]].view_as(y)  # id -1 is the last row, of zeros
         return y
 
 

@@ -1,6 +1,8 @@
 """AdapterBank: every row as its adapter alone, loading and evicting, failing closed, many threads."""
 
+import copy
 import json
+import pickle
 import shutil
 import struct
 import threading
@@ -488,6 +490,29 @@ def test_a_fingerprint_tells_every_change_of_a_weight():
                     assert torch.equal(before, fingerprint(other)) == same
             if k > 8:
                 assert not torch.equal(before, fingerprint(weight.flip(1)))
+
+
+def test_a_bias_of_b_has_the_dtype_of_each_call_of_a_batch(model, folders):
+    bank, tokens = AdapterBank(model), torch.randint(3, 60, (1, 5))
+    bank.load("biased", folders["bias"])
+    with torch.no_grad(), bank.batch(["biased"]):
+        before = model(tokens).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(tokens)
+    with torch.no_grad(), bank.batch(["biased"]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(tokens)
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_model_with_a_bank_says_why_it_cannot_be_copied(model, folders):
+    bank = AdapterBank(model)
+    bank.load("biased", folders["bias"])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"close\(\) the bank first"):
+            copied(model)
+    bank.close()
+    copy.deepcopy(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
