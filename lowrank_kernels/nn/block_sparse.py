@@ -17,6 +17,7 @@ from ..functional import (
     write_blocks_,
 )
 from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
+from .sharded import is_dtensor, why_not_written
 
 
 class BlockSparseLinear(AroundLinear):
@@ -166,7 +167,14 @@ class BlockSparseLinear(AroundLinear):
         return self
 
     def merge_(self) -> BlockSparseLinear:
-        """Write the blocks into W; forward is then the plain linear, without gradients for them."""
+        """Write the blocks into W; forward is then the plain linear, without gradients for them.
+
+        Raises:
+            ValueError: a weight that cannot be written just now, or is sharded. The layer is then as it was.
+        """
+        reason = "its weight is sharded" if is_dtensor(self.base_layer.weight) else why_not_written(self.base_layer)
+        if reason is not None:
+            raise ValueError(f"BlockSparseLinear.merge_: expected a weight that takes the blocks, but {reason}")
         self.write_back_()
         self._merged = True
         return self
@@ -196,6 +204,8 @@ class BlockSparseLinear(AroundLinear):
                 f"make the layer with those"
             )
         super()._load_from_state_dict({k: t for k, t in state_dict.items() if k != key}, prefix, *args)
+        if self._merged:
+            self.write_back_()  # the base weight may not be in the state
 
     def extra_repr(self) -> str:
         bm, bn = self.block_size

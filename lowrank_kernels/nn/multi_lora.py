@@ -17,6 +17,7 @@ from ..stack import LoRAStack
 from .batches import Batch, Batches
 from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
 from .lora import check_lora_settings
+from .sharded import why_not_written
 
 _BATCHES = Batches[Batch]("use_adapters", "use_adapters([-1])")
 
@@ -198,8 +199,8 @@ class MultiLoRALinear(AroundLinear):
         W is kept, N K elements, so that ``unmerge_`` restores it bit for bit. Nothing when that adapter is merged.
 
         Raises:
-            ValueError: another adapter is merged; there is no such adapter; a weight that another module uses as well;
-                factors that are not finite. The layer is then as it was.
+            ValueError: another adapter is merged; there is no such adapter; a weight that another module uses as well,
+                or that cannot be written just now; factors that are not finite. The layer is then as it was.
         """
         if self.merged_adapter == adapter:
             return self
@@ -212,6 +213,9 @@ class MultiLoRALinear(AroundLinear):
                 f"MultiLoRALinear.merge_: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
+        reason = why_not_written(self.base_layer)
+        if reason is not None:
+            raise ValueError(f"MultiLoRALinear.merge_: expected a weight that can be changed in place, but {reason}")
         stack, weight = self.stack, self.base_layer.weight
         kept = weight.detach().clone()
         row = self.places[adapter].magnitude

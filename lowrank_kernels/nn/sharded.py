@@ -43,7 +43,9 @@ def why_not_written(base: nn.Linear) -> str | None:
         rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
         return None if rows else f"its weight is sharded by {weight.placements}, not by rows"
     if not getattr(base, "_is_fsdp_managed_module", False):
-        return None
+        if isinstance(weight, nn.Parameter):
+            return None
+        return "its weight is computed from other parameters (pruning, torch.nn.utils.parametrize); make it plain first"
     if not isinstance(weight, nn.Parameter):
         return "its weight is FSDP's view for a forward, which is freed later; use summon_full_params"
     # FSDP1's gathered parameters are written back. FSDP2's, which are plain for the time of a forward, are not.

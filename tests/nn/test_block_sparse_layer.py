@@ -267,3 +267,13 @@ def test_scheduler_and_closure():
 def test_messages(make_it, error, message):
     with pytest.raises(error, match=message):
         make_it()
+
+
+def test_blocks_that_a_merged_layer_loads_are_in_its_weight():
+    layer = BlockSparseLinear(nn.Linear(32, 32), torch.tensor([[0, 0], [1, 1]]), 16).merge_()
+    x, blocks = torch.randn(3, 32), torch.randn(2, 16, 16)
+    layer.load_state_dict({"blocks": blocks}, strict=False)
+    torch.testing.assert_close(layer.base_layer.weight[:16, :16], blocks[0])
+    y = layer(x)
+    layer.state_dict()
+    assert torch.equal(layer(x), y)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lowrank_kernels as lk
 
@@ -287,3 +288,34 @@ def test_a_model_without_layers_and_what_is_no_model_are_refused():
         lk.merge_and_unload(make())
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got str"):
         lk.merge_and_unload("model")
+
+
+# ----------------------------------------------------------------------------------------------------- computed weights
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        pytest.param(lambda base: prune.random_unstructured(base, "weight", 0.3), id="pruned"),
+        pytest.param(torch.nn.utils.parametrizations.weight_norm, id="weight_norm"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda linear: lk.nn.LoRALinear(linear, 4),
+        lambda linear: lk.nn.DoRALinear(linear, 4),
+        lambda linear: lk.nn.MultiLoRALinear.from_linear(linear, [4]),
+        lambda linear: lk.nn.BlockSparseLinear(linear, torch.tensor([[0, 0]]), 16),
+    ],
+    ids=["lora", "dora", "multi", "smt"],
+)
+def test_nothing_is_merged_into_a_weight_that_is_computed_from_others(make, compute):
+    layer = make(nn.Linear(16, 16))
+    compute(layer.base_layer)
+    layer.base_layer.requires_grad_(False)
+    before = {name: t.clone() for name, t in layer.base_layer.named_parameters()}
+    with pytest.raises(ValueError, match="computed from other parameters"):
+        layer.merge_()
+    assert not layer.merged
+    assert all(torch.equal(t, before[name]) for name, t in layer.base_layer.named_parameters())
