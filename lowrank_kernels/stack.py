@@ -432,7 +432,7 @@ def _checked_factors(
     number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
     if not number:
         raise TypeError(f"LoRAStack: expected scaling of {name} to be a number, got {type(scaling).__name__}")
-    held = float(torch.tensor(float(scaling), dtype=torch.float32))
+    held = float(torch.tensor(float(scaling), dtype=torch.float32, device="cpu"))
     if not math.isfinite(held) or (held == 0.0) != (scaling == 0.0):
         raise ValueError(
             f"LoRAStack: expected scaling of {name} to be a finite number that float32 can hold, got {scaling}"

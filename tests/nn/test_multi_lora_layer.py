@@ -252,8 +252,17 @@ def test_training_together_is_training_one_after_another(dora):
     "cast", [lambda m: m.to(torch.bfloat16).float(), lambda m: m.double(), lambda m: m.half().double()]
 )
 def test_a_cast_layer_keeps_its_scalings(cast):
-    """They are a buffer, and 1.3 is another number in bfloat16."""
+    """1.3 is another number in bfloat16."""
     layer = MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), (10, 3), alpha=13.0)
     cast(layer)
     assert layer.stack.scalings.tolist() == pytest.approx([1.3, 13 / 3], rel=1e-7)
     assert layer.stack.scalings.dtype == torch.float32
+
+
+def test_a_layer_that_was_on_the_meta_device_has_its_places_again():
+    layer = MultiLoRALinear.from_linear(nn.Linear(16, 16), (4, 3))
+    with torch.device("meta"):
+        other = MultiLoRALinear.from_linear(nn.Linear(16, 16), (4, 3))
+    other.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(other.stack.table, layer.stack.table)
+    assert torch.equal(other.stack.scalings, layer.stack.scalings)
