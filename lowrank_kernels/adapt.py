@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,11 +207,15 @@ def _replace(
     model: nn.Module, config: AdapterConfig, plan: Plan, undo: list[Callable[[], None]]
 ) -> dict[str, nn.Module]:
     """Do what the plan says; each step leaves its way back in ``undo`` before it is taken."""
-    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+    # By their places: a state that is loaded with assign=True puts others there.
+    places = [
+        (m, key, p) for m in model.modules() for key, p in m.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    requires_grad = [(m, key, p.requires_grad) for m, key, p in places]
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     undo.append(lambda: _restore_requires_grad(requires_grad))
-    biases = list(_trained_biases(model, config, plan))
-    values = [(p, p.detach().clone()) for p in biases]
+    biases = {id(p) for p in _trained_biases(model, config, plan)}
+    values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
     undo.append(lambda: _restore_values(values))
     kept = {id(p) for m in model.modules() if hasattr(m, "base_layer") for p in m.parameters() if p.requires_grad}
     owners = weight_owners(model)
@@ -228,7 +232,7 @@ def _replace(
         if others:
             layer.weight_shared_with = others  # type: ignore[assignment]
 
-    trains = kept | {id(p) for p in biases}
+    trains = kept | biases
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(id(p) in trains)
@@ -236,7 +240,8 @@ def _replace(
     setattr(model, _CONFIG_ATTRIBUTE, config)
     setattr(model, _TRAINED_ATTRIBUTE, trained)
     if hasattr(type(model), "save_pretrained"):
-        vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
+        # Not a method, which pickle would look up by its name, in the class.
+        vars(model)["save_pretrained"] = partial(save_pretrained, model)
     return layers
 
 
@@ -297,12 +302,16 @@ def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
     parent._modules[child] = module
 
 
-def _restore_requires_grad(states: list[tuple[nn.Parameter, bool]]) -> None:
-    for p, requires_grad in states:
-        p.requires_grad_(requires_grad)
+def _restore_requires_grad(states: list[tuple[nn.Module, str, bool]]) -> None:
+    for module, key, requires_grad in states:
+        p = module._parameters.get(key)  # not where a wrapper has taken it away
+        if p is not None:
+            p.requires_grad_(requires_grad)
 
 
 @torch.no_grad()
-def _restore_values(values: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    for p, value in values:
-        p.copy_(value)
+def _restore_values(values: list[tuple[nn.Module, str, torch.Tensor]]) -> None:
+    for module, key, value in values:
+        p = module._parameters.get(key)
+        if p is not None:
+            p.copy_(value)

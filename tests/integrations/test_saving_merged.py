@@ -91,7 +91,11 @@ def test_copies_and_pickles_of_an_adapted_model_save_themselves(tmp_path):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    assert torch.equal(logits(torch.load(buffer, weights_only=False)), logits(model))
+    read = torch.load(buffer, weights_only=False)
+    assert torch.equal(logits(read), logits(model))
+    read.model.layers[0].self_attn.q_proj.merge_()
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        read.save_pretrained(tmp_path)
 
 
 def test_undo_gives_the_models_own_save_pretrained_back():

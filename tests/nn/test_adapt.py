@@ -177,6 +177,17 @@ def test_undo_puts_everything_back(bias):
     assert_same(model, before)
 
 
+def test_undo_puts_back_what_a_state_was_assigned_to():
+    model = Model()
+    state, trains = model.state_dict(), [p.requires_grad for p in model.parameters()]
+    before = {n: t.clone() for n, t in state.items()}
+    report = adapt(model, LoRAConfig(r=2, bias="all"))
+    model.load_state_dict({n: t + 1 for n, t in model.state_dict().items()}, assign=True)
+    report.undo()
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n.endswith(".bias"))
+
+
 def test_undo_unmerges():
     model = Model()
     before = {n: t.clone() for n, t in model.state_dict().items()}
