@@ -141,6 +141,16 @@ def _refuse_selected(layer: nn.Module, calls: Iterable[_Call]) -> None:
         inner = call.module
 
 
+def _refuse_labelled(made_of: torch.Size, calls: Iterable[_Call]) -> None:
+    """Raise RowsUnknownError where the call that rows (M, K) were taken in has labels of all its rows.
+
+    ModernBERT's head, for one, gets the rows that have labels alone, which may be as many as there are sequences.
+    """
+    call = next((call for call in calls if call.lead() == made_of), None)
+    if call is not None and any("label" in key and t.shape == made_of for key, t in call.tensors().items()):
+        raise RowsUnknownError("rows may be those that have labels")
+
+
 class SequenceBatch:
     """Adapters of a batch's sequences, or of its rows, and the plans of the rows, made once for all linears.
 
@@ -246,6 +256,8 @@ class SequenceBatch:
             made_of = _flattened(_calls_above(layer)) or lead
             if layer.found_order is None:
                 _refuse_selected(layer, _calls_above(layer))
+            if rows != made_of.numel():
+                _refuse_labelled(made_of, _calls_above(layer))
         if self.each_row:
             if rows != size or _without_ones(made_of) != _without_ones(self.adapter_ids.shape):
                 raise RowsUnknownError(f"made of {tuple(made_of)}" if made_of != lead else "")

@@ -133,6 +133,35 @@ def test_opt_flattens_its_rows():
 
 
 @torch.no_grad()
+def test_rows_that_are_chosen_by_labels_are_refused_even_where_they_are_as_many_as_sequences():
+    config = transformers.ModernBertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        sparse_prediction=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = adapted(transformers.ModernBertForMaskedLM(config))
+    tokens, labels = torch.randint(3, 64, (2, 5)), torch.full((2, 5), -100)
+    with use_adapters([0, 1]):
+        model(input_ids=tokens)  # without labels the head gets all rows
+        labels[1, 2:4] = 7
+        with pytest.raises(RowsUnknownError, match="rows may be those that have labels"):
+            model(input_ids=tokens, labels=labels)
+        model(input_ids=tokens, labels=tokens)
+
+
+def test_a_pooler_beside_labels_of_all_tokens_is_no_choice():
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    model = adapted(transformers.BertForPreTraining(config), ("dense", "query"))
+    tokens = torch.randint(3, 64, (2, 5))
+    with torch.no_grad(), use_adapters([0, 1]):
+        labelled = model(input_ids=tokens, labels=tokens, next_sentence_label=torch.tensor([0, 1]))
+        plain = model(input_ids=tokens)
+    assert torch.equal(labelled.seq_relationship_logits, plain.seq_relationship_logits)
+
+
+@torch.no_grad()
 def test_a_pooled_row_is_its_sequences():
     torch.manual_seed(0)
     config = transformers.BertConfig(
