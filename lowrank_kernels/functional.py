@@ -622,6 +622,11 @@ def multi_lora_linear(
     slices = stack.slices if stack.is_sliced else None
     scalings = stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings
     if plain:
+        if torch._C._functorch.is_batchedtensor(ids):
+            raise ValueError(
+                f"{op}: expected adapter_ids that torch.func.vmap does not map over, since they decide which rows are "
+                f"multiplied by what; give x all rows at once, with their ids"
+            )
         return plain_multi_lora_linear(
             x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, slices, ids, weights,
             norm, each_p, seed,

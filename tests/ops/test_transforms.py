@@ -234,3 +234,10 @@ def test_forward_over_reverse_is_refused_where_the_graph_was_recorded_before() -
         dual = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             torch.autograd.grad(y, x, dual)
+
+
+def test_ids_that_vmap_maps_over_are_refused_by_name():
+    stack = lk.LoRAStack.from_factors([(torch.randn(R, K), torch.randn(N, R), 0.5)])
+    x, w, ids = torch.randn(M, K), torch.randn(N, K), torch.zeros(M, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"multi_lora_linear: expected adapter_ids that torch\.func\.vmap does not"):
+        vmap(lambda row, i: lk.multi_lora_linear(row[None], w, stack, i[None]))(x, ids)
