@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..functional import (
     block_columns,
@@ -157,6 +158,11 @@ class BlockSparseLinear(AroundLinear):
         weight, blocks = self.base_layer.weight, self.blocks.detach()
         if torch.compiler.is_compiling():
             write_blocks_(weight, blocks, self.block_index)
+        elif not isinstance(weight, nn.Parameter) and is_parametrized(self.base_layer, "weight"):
+            raise ValueError(
+                "BlockSparseLinear: expected base_layer to hold its weight, got one that torch.nn.utils.parametrize "
+                "computes at each call, without the blocks; remove the parametrization"
+            )
         elif type(weight.data) is Tensor:
             write_blocks_(weight.data, blocks, self.block_index)
             # Graphs that saved W must see that it changed, and must not where the same values were written again.

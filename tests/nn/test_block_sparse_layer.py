@@ -277,3 +277,11 @@ def test_blocks_that_a_merged_layer_loads_are_in_its_weight():
     y = layer(x)
     layer.state_dict()
     assert torch.equal(layer(x), y)
+
+
+def test_a_base_whose_weight_is_computed_later_is_refused():
+    layer = BlockSparseLinear(nn.Linear(32, 32), torch.tensor([[0, 0]]), 16)
+    torch.nn.utils.parametrizations.weight_norm(layer.base_layer)
+    layer.base_layer.requires_grad_(False)
+    with pytest.raises(ValueError, match="remove the parametrization"):
+        layer(torch.randn(3, 32))
