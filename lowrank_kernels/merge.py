@@ -30,7 +30,7 @@ def merge_lora_(
         weight: W (N, K), any float dtype and strides; written, whether or not it requires grad.
         lora_a: A (R, K) and
         lora_b: B (N, R), any float dtype, moved to W's device, not rounded to W's dtype.
-        scaling: s; its negative takes the correction out again, to within one rounding.
+        scaling: s; its negative takes the correction out again, to within one rounding of the merged W.
         rounding: "nearest" (even), or "stochastic" for a bfloat16 W: to one of the two neighbours, with the
             probability that makes the mean exact, so that many small updates are not lost.
         seed: int64 scalar (tensor or int) of stochastic rounding. The bits drawn are a function of (seed, row,
@@ -86,7 +86,7 @@ def merge_dora_(
 def unmerge_dora_(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, *, scaling: float = 1.0, backend: str = "auto"
 ) -> Tensor:
-    """W ← W / g - s B A: takes out what :func:`merge_dora_` put in, to within one rounding. In place.
+    """W ← W / g - s B A: takes out what :func:`merge_dora_` put in, to within one rounding of that. In place.
 
     Rows with g = 0 hold nothing of what they were: the caller keeps those.
     """

@@ -113,7 +113,7 @@ class DoRALinear(LoRALinear):
         Args:
             keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows
                 that cannot be computed back are kept (g = 0, or so small that the merged row is subnormal), and the
-                others come back to within one rounding.
+                others come back to within one rounding of the merged row.
 
         Raises:
             ValueError: as ``LoRALinear.merge_``, and for a magnitude that is not finite.

@@ -244,7 +244,8 @@ class LoRALinear(AroundLinear):
         return own_part(tensor) if is_dtensor(self.base_layer.weight) else whole(tensor)
 
     def unmerge_(self) -> LoRALinear:
-        """Take out what ``merge_`` put in: W to within one rounding of what it was. Nothing when not merged.
+        """Take out what ``merge_`` put in: W to within one rounding of the merged weight, which is coarser than W's own
+        where the correction is larger than W. Nothing when not merged.
 
         Raises:
             ValueError: a weight that cannot be written just now, as for ``merge_``.
