@@ -76,8 +76,11 @@ def test_without_the_host_planner(monkeypatch):
     assert [part[0].tolist() for part in planner.plan(ids.int())[1:]] == list(naive_plan(ids, 4))
 
 
+@pytest.mark.parametrize("with_host_planner", [True, False])
 @pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1])
-def test_an_id_out_of_range(bad, monkeypatch):
+def test_an_id_out_of_range(bad, with_host_planner, monkeypatch):
+    if not with_host_planner:
+        monkeypatch.setattr(batch_plan, "_native", lambda: None)
     ids = torch.tensor([0, 3, bad, -1], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected adapter_ids from -1 to 3, got"):
         lk.plan_batch(ids, 4)
