@@ -277,6 +277,7 @@ class SequenceBatch:
         return order, sequences
 
     @staticmethod
+    @torch.compiler.disable  # it reads modules from frames, which torch 2.10 fails to trace
     def _find(calls: Sequence[_Call], made_of: torch.Size) -> tuple[str, int]:
         """(order, number of sequences) of a leading shape, from what the model was called with."""
         inputs = _inputs(calls)

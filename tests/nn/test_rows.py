@@ -198,10 +198,18 @@ def test_one_adapter_for_all_needs_no_layout():
             torch.testing.assert_close(together[row], model(ids[row : row + 1])[0])
 
 
+READS_CONTEXT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether torch.compile takes a ContextVar's value into a graph; torch 2.10 and 2.12 break the graph there."""
+
+
 @torch.no_grad()
-def test_a_compiled_model_follows_the_ids():
+@pytest.mark.parametrize(
+    "whole",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not READS_CONTEXT, reason="this torch breaks the graph"))],
+)
+def test_a_compiled_model_follows_the_ids(whole):
     model = adapted(Model(nn.Sequential(nn.Linear(K, K))))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=whole, backend="eager")
     for ids in ([0, 1, 2], [2, -1, 0], [1, 1, 1]):
         with use_adapters(ids):
             assert torch.equal(compiled(tokens(3, 4)), model(tokens(3, 4)))
@@ -210,7 +218,12 @@ def test_a_compiled_model_follows_the_ids():
     with use_adapters([0, 1, 2]):
         expected = length_first(tokens(3, 4))
         torch.compiler.reset()
-        assert torch.equal(torch.compile(length_first, fullgraph=True, backend="eager")(tokens(3, 4)), expected)
+        assert torch.equal(torch.compile(length_first, fullgraph=whole, backend="eager")(tokens(3, 4)), expected)
+        torch.compiler.reset()
+        unknown = adapted(Model(LengthFirst()))
+        if not READS_CONTEXT:  # where the graph breaks, calls can be read though the model has never run
+            y = torch.compile(unknown, backend="eager")(tokens(3, 4))
+            assert torch.equal(y, unknown(tokens(3, 4)))
 
 
 # ---------------------------------------------------------------------------------------------------------- rows told
