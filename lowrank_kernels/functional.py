@@ -469,6 +469,7 @@ __all__ = [
     "dora_linear",
     "dora_weight_norm",
     "lora_linear",
+    "plain_block_sparse_linear",
     "read_blocks",
     "transformed",
     "write_blocks_",

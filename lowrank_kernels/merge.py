@@ -46,10 +46,14 @@ def merge_lora_(
 
     Raises:
         ValueError: shapes that do not fit, an expanded weight, a factor that is not finite, stochastic rounding of
-            another dtype than bfloat16, a backend that is unknown or cannot run. W is then untouched.
+            another dtype than bfloat16, a float16 weight whose sum leaves float16's range, a backend that is unknown or
+            cannot run. W is then untouched.
         TypeError: something that is not a tensor of floats.
     """
     check_scaling("merge_lora_", scaling, getattr(weight, "dtype", torch.float32))
+    if isinstance(weight, Tensor) and weight.dtype == torch.float16:
+        check_merge_lora(weight, lora_a, lora_b, scaling)
+        check_float16_range("merge_lora_", weight, lora_a, lora_b, scaling)
     direct = rounding == "nearest" and backend == "auto" and merges_directly(weight, lora_a, lora_b)
     if direct and (check_finite is False or (check_finite is True and all_finite(lora_a) and all_finite(lora_b))):
         merge_lora_directly_(weight, lora_a, lora_b, scaling)
@@ -80,6 +84,7 @@ def merge_dora_(
     """
     _check("merge_dora_", weight, lora_a, lora_b, scaling, True, backend)
     _check_column_scale("merge_dora_", weight, column_scale)
+    check_float16_range("merge_dora_", weight, lora_a, lora_b, scaling, column_scale)
     return _merge(weight, lora_a, lora_b, scaling, None, column_scale, None, backend)
 
 
@@ -121,6 +126,29 @@ def _check(
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)) if check_finite else ():
         if not all_finite(factor):
             raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
+
+
+def check_float16_range(
+    op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, scale: Tensor | None = None
+) -> None:
+    """Raise where W + s B A, times g, leaves float16's range: its infinities could not be taken out again."""
+    if weight.dtype != torch.float16 or not weight.numel():
+        return
+    limit, most = torch.finfo(torch.float16).max, 1.0 if scale is None else float(scale.abs().max())
+    longest = lora_b.float().norm(dim=1).max() * lora_a.float().norm(dim=0).max()
+    if most * (float(weight.abs().max()) + abs(scaling) * float(longest)) <= limit:  # no element can
+        return
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        a, b = lora_a.to(weight.device, torch.float32), lora_b[rows].to(weight.device, torch.float32)
+        merged = weight[rows].float().addmm(b, a, alpha=scaling)
+        if scale is not None:
+            merged *= scale[rows, None].to(weight.device, torch.float32)
+        if float(merged.abs().max()) > limit:
+            raise ValueError(f"{op}: expected a merged weight within float16's range of {limit:g}, found larger values")
+
+
+_ROWS = 1024  # of a weight that are looked at at once
 
 
 def _merge(

@@ -13,6 +13,7 @@ from ..functional import (
     block_sparse_linear,
     check_block_index,
     check_block_size,
+    plain_block_sparse_linear,
     read_blocks,
     transformed,
     write_blocks_,
@@ -142,8 +143,10 @@ class BlockSparseLinear(AroundLinear):
         if self._merged:
             return self.base_layer(x)
         base = self.base_layer
-        if transformed():
-            return block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias)
+        if transformed() or not isinstance(self.blocks, nn.Parameter):
+            # W must not change: derivatives of every kind go through it, or it holds the layer's own blocks, and these
+            # are functional_call's.
+            return plain_block_sparse_linear(x, base.weight, self.blocks, self.block_index, base.bias)
         check_weight_may_be_read("BlockSparseLinear", base)
         self.write_back_()
         index, columns = self._on_device()

@@ -242,10 +242,22 @@ class MultiLoRALinear(AroundLinear):
             self._unmerged, self.merged_adapter = None, None
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "ranks"] = torch.tensor([place.rank for place in self.places], device="cpu")
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ranks = [place.rank for place in self.places]
+        given = state_dict.get(prefix + "ranks")
+        if given is not None and given.tolist() != ranks:
+            raise ValueError(
+                f"MultiLoRALinear: expected a state of adapters of ranks {ranks} at {prefix}ranks, got "
+                f"{given.tolist()}; make the layer with those"
+            )
         key = prefix + "base_layer.weight"
         self._loading = (key, args[-1]) if key in state_dict else None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        others = {k: t for k, t in state_dict.items() if k != prefix + "ranks"}
+        super()._load_from_state_dict(others, prefix, *args)
 
     def extra_repr(self) -> str:
         ranks = [place.rank for place in self.places]

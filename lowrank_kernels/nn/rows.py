@@ -151,6 +151,25 @@ def _refuse_labelled(made_of: torch.Size, calls: Iterable[_Call]) -> None:
         raise RowsUnknownError("rows may be those that have labels")
 
 
+def _find(calls: Sequence[_Call], made_of: torch.Size) -> tuple[str, int]:
+    """(order, number of sequences) of a leading shape, from what the model was called with."""
+    inputs = _inputs(calls)
+    first, second = (made_of[i : i + 1] == (inputs.sequences,) for i in (0, 1))
+    if first and second:
+        raise RowsUnknownError("its first two dimensions are both as long as the batch")
+    if inputs.mixed and len(made_of) > 1 and made_of[1] not in inputs.lengths:
+        raise RowsUnknownError("rows may be of pictures or sounds, of which a sequence may have any number")
+    if not first and not (second and made_of[0] in inputs.lengths):
+        raise RowsUnknownError(f"the model was called with {inputs.sequences} sequences")
+    return SEQUENCES if first else POSITIONS, inputs.sequences
+
+
+def _untraced(function: Any) -> Any:
+    """``function`` out of the sight of torch.compile, where that is in use: torch 2.10 fails to trace what reads modules
+    from frames. (The decorator would import all of the compiler with this package.)"""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
 class SequenceBatch:
     """Adapters of a batch's sequences, or of its rows, and the plans of the rows, made once for all linears.
 
@@ -264,7 +283,7 @@ class SequenceBatch:
             return SEQUENCES, size
         order, calls = layer.found_order, []
         if order is None and (calls := list(_calls_above(layer))):
-            order, sequences = self._find(calls, made_of)
+            order, sequences = _untraced(_find)(calls, made_of)
         elif order is None:  # x is the user's own
             order, sequences = SEQUENCES, lead[0]
         else:
@@ -275,20 +294,6 @@ class SequenceBatch:
         if calls:
             layer.found_order = order
         return order, sequences
-
-    @staticmethod
-    @torch.compiler.disable  # it reads modules from frames, which torch 2.10 fails to trace
-    def _find(calls: Sequence[_Call], made_of: torch.Size) -> tuple[str, int]:
-        """(order, number of sequences) of a leading shape, from what the model was called with."""
-        inputs = _inputs(calls)
-        first, second = (made_of[i : i + 1] == (inputs.sequences,) for i in (0, 1))
-        if first and second:
-            raise RowsUnknownError("its first two dimensions are both as long as the batch")
-        if inputs.mixed and len(made_of) > 1 and made_of[1] not in inputs.lengths:
-            raise RowsUnknownError("rows may be of pictures or sounds, of which a sequence may have any number")
-        if not first and not (second and made_of[0] in inputs.lengths):
-            raise RowsUnknownError(f"the model was called with {inputs.sequences} sequences")
-        return SEQUENCES if first else POSITIONS, inputs.sequences
 
     def _order_by_shape(self, found: str | None, lead: torch.Size) -> str:
         size = self.adapter_ids.shape

@@ -199,7 +199,7 @@ def test_messages_of_the_selection(budget, options, message):
 def test_selections_made_by_hand_are_checked():
     shapes = {"a": (64, 48)}
     for blocks, size, message in (
-        ({"a": [(4, 0)]}, 16, "a: expected blocks within"), ({"a": [(0, 0), (0, 0)]}, 16, "every block once"),
+        ({"a": [(4, 0)]}, 16, "a: expected block_index within"), ({"a": [(0, 0), (0, 0)]}, 16, "every block once"),
         ({"a": []}, 16, "at least one block"), ({"b": [(0, 0)]}, 16, "expected the shape of b"),
         ({"a": [(0, 0)]}, 8, "expected block_size"),
     ):  # fmt: skip
@@ -372,7 +372,7 @@ def _spoiled(kind, folder):
         ("no config", "expected smt_config.json in"), ("no weights", "expected smt_delta.safetensors in"),
         ("not json", "to hold JSON"), ("other format", "to be of the format"), ("no shape", "shape, dtype and sha256"),
         ("truncated", "a whole safetensors file"), ("missing", "missing: .*blocks"), ("nan", "found NaN or Inf"),
-        ("out of range", "expected blocks within"), ("duplicate", "expected every block once"),
+        ("out of range", "expected block_index within"), ("duplicate", "expected block_index with every block once"),
         ("other shape", r"blocks of shape"),
     ],
 )  # fmt: skip

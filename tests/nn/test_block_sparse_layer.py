@@ -285,3 +285,15 @@ def test_a_base_whose_weight_is_computed_later_is_refused():
     layer.base_layer.requires_grad_(False)
     with pytest.raises(ValueError, match="remove the parametrization"):
         layer(torch.randn(3, 32))
+
+
+def test_blocks_of_a_functional_call_do_not_reach_the_weight():
+    """A graph may have saved it: its gradient of x is of the layer's own blocks."""
+    layer, x = make(), torch.randn(3, 40, requires_grad=True)
+    y = layer(x)
+    (wanted,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    before = layer.base_layer.weight.detach().clone()
+    other = torch.func.functional_call(layer, {"blocks": layer.blocks.detach() + 1}, (x,))
+    assert (other - y).abs().max() > 1
+    assert torch.equal(layer.base_layer.weight, before)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], wanted)

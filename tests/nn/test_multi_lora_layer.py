@@ -116,7 +116,7 @@ def test_merging_one_adapter_and_back(dora):
 def test_state_dict_comes_back():
     layer, other = make_layer(dora=True), make_layer(dora=True)
     state = layer.state_dict()
-    assert set(state) == {"lora_A", "lora_B", "lora_magnitude", "base_layer.weight", "base_layer.bias"}
+    assert set(state) == {"lora_A", "lora_B", "lora_magnitude", "base_layer.weight", "base_layer.bias", "ranks"}
     other.load_state_dict(state)
     x, ids = torch.randn(4, K), torch.tensor([0, 1, 2, -1])
     assert torch.equal(layer(x, ids), other(x, ids))
@@ -266,3 +266,15 @@ def test_a_layer_that_was_on_the_meta_device_has_its_places_again():
     other.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert torch.equal(other.stack.table, layer.stack.table)
     assert torch.equal(other.stack.scalings, layer.stack.scalings)
+
+
+def test_a_state_of_other_ranks_is_refused():
+    """The factors' shapes are the same."""
+    state = MultiLoRALinear.from_linear(nn.Linear(16, 16), (4, 3)).state_dict()
+    layer = MultiLoRALinear.from_linear(nn.Linear(16, 16), (3, 4))
+    before = layer.lora_A.detach().clone()
+    with pytest.raises(ValueError, match=r"expected a state of adapters of ranks \[3, 4\].*got \[4, 3\]"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.lora_A, before)
+    del state["ranks"]  # as states were written before
+    layer.load_state_dict(state)

@@ -229,3 +229,18 @@ def test_every_instruction_set(level: str) -> None:
         env=dict(os.environ, LRK_CPU_ISA=level), capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_sum_beyond_float16s_range_is_refused_and_leaves_the_weight(dora: bool) -> None:
+    """Infinity could not be taken out again. A bound that is too large refuses nothing by itself."""
+    w, a, b = torch.full((4, 8), 6e4).half(), torch.zeros(2, 8), torch.zeros(4, 2)
+    a[0, 0], b[3, 0] = 100.0, 100.0
+    before = w.clone()
+    merge = (lambda: lk.merge_dora_(w, a, b, torch.ones(4))) if dora else (lambda: lk.merge_lora_(w, a, b))
+    with pytest.raises(ValueError, match="within float16's range"):
+        merge()
+    assert torch.equal(w, before)
+    a[0, 0] = -100.0  # now the one large element shrinks
+    merge()
+    assert w[3, 0] == 5e4 and torch.isfinite(w).all()
