@@ -165,8 +165,8 @@ def _find(calls: Sequence[_Call], made_of: torch.Size) -> tuple[str, int]:
 
 
 def _untraced(function: Any) -> Any:
-    """``function`` out of the sight of torch.compile, where that is in use: torch 2.10 fails to trace what reads modules
-    from frames. (The decorator would import all of the compiler with this package.)"""
+    """``function`` out of the sight of torch.compile, where that is in use: torch 2.10 fails to trace what reads
+    modules from frames. (The decorator would import all of the compiler with this package.)"""
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
