@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +27,10 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rows_of_a_dot_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's products by NumPy's own loops: a BLAS sums a row in an order that the tile's height decides."""
+    matmul = np.matmul
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: matmul(a, b, dtype=np.longdouble).astype(dtype))

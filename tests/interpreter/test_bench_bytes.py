@@ -89,7 +89,7 @@ def test_many_adapters(N, strategy, K, dtype):
     plan = {"table_ptr", "scalings_ptr", "order_ptr", "tiles_ptr", "ids_ptr"}
     moved = [
         sum(t.read + t.written for name, t in launch.tensors.items() if name not in plan)
-        for launch in record.launches if launch.name != "_to_copy"
+        for launch in record.launches if launch.name not in {"clamp", "_to_copy"}  # the ids in int32
     ]  # fmt: skip
     words, launches = OPS["multi_lora_linear"].launches(TARGET, shape, dtype)
     assert words.startswith(strategy)

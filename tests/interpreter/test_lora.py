@@ -136,6 +136,7 @@ def test_unaligned_rows_and_float32(strategy: Strategy, M: int) -> None:
         _check(_launch(t, grad_y, _tiles("sm_90", t, 0.1, strategy, aligned), 0.1), t, grad_y, 0.1)
 
 
+@pytest.mark.usefixtures("rows_of_a_dot_alone")
 @pytest.mark.parametrize("strategy", ["fused", "two_kernel"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_a_row_does_not_feel_its_batch(arch: str, strategy: Strategy) -> None:

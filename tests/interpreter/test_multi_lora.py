@@ -49,6 +49,7 @@ def _correction(x: Tensor, stack: lk.LoRAStack, plan: BatchPlan, splits: int | N
     return p.sum(0), y
 
 
+@pytest.mark.usefixtures("rows_of_a_dot_alone")
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_a_row_does_not_feel_its_batch(name: str) -> None:
     """Bit for bit the same alone, in any batch, at any place in it."""
@@ -176,6 +177,7 @@ def test_either_strategy_is_as_exact_as_eager(problem: Problem, strategy: str, m
         assert_as_exact_as_eager(grads[name], eager_grads[name], oracle[name], factor=GRADIENT_FACTOR, what=name)
 
 
+@pytest.mark.usefixtures("rows_of_a_dot_alone")
 @pytest.mark.parametrize("name", ["mixed", "distinct", "identical"])
 def test_a_row_of_one_kernel_does_not_feel_its_batch(name: str) -> None:
     stack, x, ids = _stack(), _x(50), population(name, 50, len(RANKS))
