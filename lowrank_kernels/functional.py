@@ -48,7 +48,7 @@ from .ops.multi_lora import (
     may_stay_unplanned,
     multi_lora_linear_directly,
 )
-from .ops.operands import check_count, check_flag, check_number, check_scaling
+from .ops.operands import check_count, check_flag, check_number, check_scaling, seed_tensor
 from .ops.plain import (
     plain_block_sparse_linear,
     plain_block_sparse_weight_grad,
@@ -62,16 +62,8 @@ from .stack import LoRAStack
 
 
 def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.device, op: str) -> Tensor | None:
-    """The dropout seed as an int64 scalar on ``device``; drawn from torch's generator when none is given."""
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.full((), seed, dtype=torch.int64, device=device)
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(f"{op}: expected dropout_seed to be an int or an int64 scalar tensor, got {seed!r}")
-    return seed.reshape(()).to(device)
+    """The dropout seed, where there is dropout."""
+    return None if dropout_p == 0.0 else seed_tensor(op, "dropout_seed", seed, device)
 
 
 def _check_backend(backend: str, op: str) -> None:

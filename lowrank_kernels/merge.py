@@ -8,7 +8,7 @@ from torch import Tensor
 from .finite import all_finite
 from .ops.backend import BACKENDS
 from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_, merges_directly
-from .ops.operands import check_flag, check_optional_vector, check_scaling
+from .ops.operands import check_flag, check_optional_vector, check_scaling, seed_tensor
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -64,9 +64,7 @@ def merge_lora_(
         raise ValueError(f"merge_lora_: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if rounding == "stochastic" and weight.dtype != torch.bfloat16:
         raise ValueError(f"merge_lora_: expected a bfloat16 weight for stochastic rounding, got {weight.dtype}")
-    bits = None
-    if rounding == "stochastic":
-        bits = _bits(seed, weight.device)
+    bits = seed_tensor("merge_lora_", "seed", seed, weight.device) if rounding == "stochastic" else None
     return _merge(weight, lora_a, lora_b, scaling, None, None, bits, backend)
 
 
@@ -98,17 +96,6 @@ def unmerge_dora_(
     _check("unmerge_dora_", weight, lora_a, lora_b, scaling, True, backend)
     _check_column_scale("unmerge_dora_", weight, column_scale)
     return _merge(weight, lora_a, lora_b, -scaling, 1.0 / column_scale, None, None, backend)
-
-
-def _bits(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed of stochastic rounding, drawn where none is given."""
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), device=device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.full((), seed, dtype=torch.int64, device=device)
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(f"merge_lora_: expected seed to be an int or an int64 scalar tensor, got {seed!r:.60}")
-    return seed.to(device).reshape(())
 
 
 def _check_column_scale(op: str, weight: Tensor, column_scale: Tensor) -> None:

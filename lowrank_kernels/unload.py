@@ -20,7 +20,10 @@ _OP = "merge_and_unload"
 
 
 def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Module:
-    """Merge every adapted layer into its weight, W ← W + s B A, and put the linears back, in place.
+    """Merge every adapted layer into its weight and put the linears back, in place.
+
+    W ← W + s B A for LoRA, g ∘ (W + s B A) for DoRA, and W with its blocks for SMT; in float32, rounded once to W's
+    dtype. What PEFT's method of this name does for a PeftModel.
 
     The result is the model as it was before :func:`lowrank_kernels.adapt`, with other weights: the same linears, under
     the same names, so that ``save_pretrained``, ``from_pretrained`` and every other tool take it. Parameters require a

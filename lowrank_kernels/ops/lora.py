@@ -14,7 +14,7 @@ from .. import _extension, tuned
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
 from .backend import KERNEL_DTYPES, resolve_backend
 from .library import define, no_double_backward, unobserved
-from .operands import as_rows, check_optional_vector, factor, is_empty, like_rows_of, unit_columns, vector
+from .operands import as_rows, check_number, check_optional_vector, factor, is_empty, like_rows_of, unit_columns, vector
 
 _FORWARD = (
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, "
@@ -67,15 +67,7 @@ def check_lora_linear(
             f"{op}: expected a frozen weight, got one that requires grad; "
             f"call weight.requires_grad_(False), or train it with torch.nn.functional.linear"
         )
-    check_dropout_p(op, dropout_p)
-
-
-def check_dropout_p(op: str, dropout_p: float) -> None:
-    """Raise for what is no probability below 1."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{op}: expected dropout_p to be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: expected 0 <= dropout_p < 1, got {dropout_p}")
+    check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
 
 
 Metadata = tuple[torch.Size, torch.dtype, torch.device]
@@ -329,7 +321,7 @@ def library_grad(grad_y: Tensor, weight: Tensor) -> Tensor:
 
 def library_reads_past_rows(x: Tensor, inner: int) -> bool:
     """True where PyTorch's product of x must not be used: see :func:`_reads_past_rows`."""
-    return inner % 2 == 1 and _reads_past_rows(x.dtype, x.device.type, inner)
+    return _reads_past_rows(x.dtype, x.device.type, inner)
 
 
 def _reads_past_rows(dtype: torch.dtype, device_type: str, inner: int) -> bool:

@@ -69,6 +69,17 @@ def check_number(op: str, name: str, value: Any, least: float, below: float = ma
         raise ValueError(f"{op}: expected {limit}, got {value}")
 
 
+def seed_tensor(op: str, name: str, seed: Any, device: torch.device) -> Tensor:
+    """A seed as an int64 scalar on ``device``; drawn from torch's generator when none is given."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"{op}: expected {name} to be an int or an int64 scalar tensor, got {seed!r:.60}")
+    return seed.reshape(()).to(device)
+
+
 def check_count(op: str, name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{op}: expected {name} to be an integer of {least} or more, got {value!r:.60}")

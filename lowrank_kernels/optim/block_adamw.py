@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional import block_adamw_
+from ..functional import block_adamw_, check_flag
 from ..nn.block_sparse import BlockSparseLinear
 from .settings import check_betas, check_model, check_number
 
@@ -47,10 +47,7 @@ class BlockAdamW(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             check_number("BlockAdamW", name, value, wanted="in its range")
         check_betas("BlockAdamW", betas, wanted="in its range")
-        if not isinstance(stochastic_rounding, bool):
-            raise TypeError(
-                f"BlockAdamW: expected stochastic_rounding to be True or False, got {stochastic_rounding!r}"
-            )
+        check_flag("BlockAdamW", "stochastic_rounding", stochastic_rounding)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"BlockAdamW: expected seed to be an integer, got {seed!r}")
         self._layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear) and m.blocks.requires_grad]
