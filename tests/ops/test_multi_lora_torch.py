@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import lowrank_kernels as lk
+from lowrank_kernels import _extension
 from lowrank_kernels.stack import Place
+from tests.fuzz.check import poisoned_memory
 from tests.problems.multi_lora import POPULATIONS, RANKS, population
 
 K, N = 72, 50
@@ -48,11 +50,40 @@ def test_permuting_the_batch_permutes_the_result(dtype):
     assert torch.equal(lk.multi_lora_linear(x[turn], weight, stack, ids[turn]), y[turn])
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("trains", [False, True])  # with a magnitude that trains, x Wᵀ is kept beside y
+@pytest.mark.parametrize("removed", [(1,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_every_row_is_written_when_adapters_have_gone_and_come(name, removed, trains, backend):
+    if backend == "cpu" and not _extension.available():
+        pytest.skip("the extension is not built")
+    x, weight = operands(30)
+    stack, ids, bias = make_stack(dora=(1,)), population(name, 30, 3), torch.linspace(-1, 1, N)
+    a, b, scaling, magnitude = (t.clone() if isinstance(t, torch.Tensor) else t for t in stack.factors(1))
+
+    def run(ids):
+        stack.magnitude.requires_grad_(trains)
+        with poisoned_memory():
+            y = lk.multi_lora_linear(x, weight, stack, ids, bias, backend=backend).detach()
+        stack.magnitude.requires_grad_(False)
+        return y
+
+    for adapter in removed:
+        stack.remove(adapter)
+    expected = x @ weight.T + bias
+    for adapter in {0, 2}.difference(removed):
+        a_i, b_i, s_i, _ = stack.factors(adapter)
+        expected += torch.where((ids == adapter)[:, None], s_i * x @ a_i.T @ b_i.T, 0.0)
+    torch.testing.assert_close(run(ids), expected)
+    again = stack.add(a, b, scaling, magnitude)
+    direction = weight + scaling * b @ a
+    expected = x @ (magnitude / direction.norm(dim=1))[:, None].mul(direction).T + bias
+    torch.testing.assert_close(run(torch.full_like(ids, again)), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_correction_does_not_feel_the_other_rows(dtype):
     """Down, up and what backward makes of them, by the C++ kernels: the bits of a row alone and in a batch."""
-    from lowrank_kernels import _extension
-
     if not _extension.available():
         pytest.skip("the extension is not built")
     ops, stack = torch.ops.lowrank_kernels, make_stack(RANKS, dtype=dtype)
@@ -272,8 +303,6 @@ def test_several_dora_adapters_a_row_do_not_add_up():
 
 def test_the_compiled_kernels_trust_no_table():
     """A table or a plan that does not fit the tensors is refused before memory is touched."""
-    from lowrank_kernels import _extension
-
     if not _extension.available():
         pytest.skip("the extension is not built")
     x, _ = operands(3)
