@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import time
 
-import torch
-
-from .check import faults
-
-_CHUNK = 500
-
-
-def _run(first: int) -> list[str]:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    return [fault for seed in range(first, first + _CHUNK) for fault in faults(seed)]
+from .check import CHUNK, faults_of_chunk
 
 
 def main() -> int:
@@ -27,10 +16,10 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    firsts = range(options.first, options.first + options.cases, _CHUNK)
+    firsts = range(options.first, options.first + options.cases, CHUNK)
     missed, started = 0, time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for done, found in enumerate(pool.imap(_run, firsts), 1):
+        for done, found in enumerate(pool.imap(faults_of_chunk, firsts), 1):
             for fault in found:
                 missed += 1
                 print(
@@ -38,8 +27,8 @@ def main() -> int:
                     flush=True,
                 )
             if done % 100 == 0:
-                print(f"{done * _CHUNK} cases, {missed} missed, {time.monotonic() - started:.0f} s", flush=True)
-    print(f"{len(firsts) * _CHUNK} cases from seed {options.first}: {missed} missed")
+                print(f"{done * CHUNK} cases, {missed} missed, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{len(firsts) * CHUNK} cases from seed {options.first}: {missed} missed")
     return int(missed > 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -15,6 +16,9 @@ from .draw import F32, F64, Draw
 
 ROUNDINGS = 16.0
 """Units in the last place of a result's size that it may be off: a few roundings on its way, each of the whole."""
+
+CHUNK = 500
+"""Seeds that a process of a long run takes at a time."""
 
 
 @contextmanager
@@ -57,6 +61,13 @@ def faults(seed: int, backends: tuple[str, ...] = ("auto", "cpu", "reference")) 
     except Exception as error:  # a refusal of a valid call
         found = [f"{type(error).__name__}: {error}"]
     return [f"{words}\n  -> {fault}" for fault in found]
+
+
+def faults_of_chunk(first: int) -> list[str]:
+    """The faults of CHUNK seeds, in a process that does nothing else (which cannot import a package's __main__)."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    return [fault for seed in range(first, first + CHUNK) for fault in faults(seed)]
 
 
 def _compare(call: Call, d: Draw, backend: str, wanted: list[str], way: str, grad_layout: str) -> list[str]:
@@ -119,4 +130,4 @@ def _changed(tensors: Tensors, before: Tensors) -> list[str]:
     return [f"{name} was changed" for name, t in tensors.items() if not torch.equal(t, before[name])]
 
 
-__all__ = ["F32", "faults", "poisoned_memory"]
+__all__ = ["CHUNK", "F32", "faults", "faults_of_chunk", "poisoned_memory"]
