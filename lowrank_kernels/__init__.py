@@ -2,7 +2,7 @@
 
 from . import chain, federated, init, integrations, nn, optim, serving, smt
 from .adapt import adapt, plan_adaptation
-from .checkpoint import load_adapter, save_adapter, save_lora_ga_adapter
+from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
 from .config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from .functional import (
     BatchPlan,

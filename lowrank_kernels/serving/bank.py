@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import AdapterFile, read_adapter
+from ..adapters import AdapterFile, read_adapter
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
 from ..nn.batches import Batch, Batches

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapt
-from ..checkpoint import _few, _write_aside
+from ..adapters.folder import few, write_aside
 from ..finite import all_finite
 from ..functional import write_blocks_
 from ..nn.block_sparse import BlockSparseLinear
@@ -62,7 +62,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"save_delta: expected BlockSparseLinear layers in the model, got {type(model).__name__}")
     broken = [name for name, layer in layers.items() if not all_finite(layer.blocks)]
     if broken:
-        raise ValueError(f"save_delta: expected finite blocks, found NaN or Inf in {_few(broken)}; nothing was written")
+        raise ValueError(f"save_delta: expected finite blocks, found NaN or Inf in {few(broken)}; nothing was written")
     sizes = {layer.block_size for layer in layers.values()}
     if len(sizes) > 1:
         raise ValueError(f"save_delta: expected blocks of one size, got {sorted(sizes)}")
@@ -76,9 +76,9 @@ def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {"format": FORMAT, "block_size": list(sizes.pop()), "modules": modules}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=1) + "\n"
-    _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
 
 
@@ -173,7 +173,7 @@ def _read_tensors(path: Path, modules: Mapping[str, Any], size: tuple[int, ...])
             if found != wanted:
                 raise ValueError(
                     f"load_delta: expected {path} to hold the {len(wanted)} tensors of its config; missing: "
-                    f"{_few(sorted(wanted - found))}; unexpected: {_few(sorted(found - wanted))}"
+                    f"{few(sorted(wanted - found))}; unexpected: {few(sorted(found - wanted))}"
                 )
             tensors = {name: file.get_tensor(name) for name in sorted(found)}
     except SafetensorError as error:

@@ -12,8 +12,8 @@ from .check import faults
 
 CASES, CHUNK = 2000, 50
 
-MISSED: list[int] = [11, 153, 432]
-"""Seeds that found a fault once."""
+MISSED: list[int] = [11, 153, 432, 64502]
+"""Seeds that found a fault once, of an op or (64502: a gradient beyond float16's largest number) of the check."""
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from lowrank_kernels import load_adapter, save_adapter
 from lowrank_kernels.adapt import adapt, config_of
-from lowrank_kernels.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from lowrank_kernels.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_kernels.config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from lowrank_kernels.integrations.peft import accelerate
 from lowrank_kernels.nn import DoRALinear, LoRALinear

@@ -480,7 +480,7 @@ def test_copies_pickles_and_saved_folders(llama, tokens, tmp_path):
     assert_close(loaded(tokens).logits, logits, 2e-6)
     assert not any(isinstance(m, AcceleratedLinear) for m in loaded.modules())
     again = llama()
-    lowrank_kernels.checkpoint.load_adapter(again, tmp_path)
+    lowrank_kernels.load_adapter(again, tmp_path)
     assert_close(again(tokens).logits, logits, 2e-6)
     fresh = make(llama).eval()
     fresh.load_state_dict(model.state_dict())

@@ -12,7 +12,7 @@ from peft.utils import hotswap
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lowrank_kernels.checkpoint import load_adapter
+from lowrank_kernels import load_adapter
 from lowrank_kernels.integrations.peft import AcceleratedLinear, accelerate, restore
 from lowrank_kernels.reference import dropout_keep_mask_ref
 from tests.integrations.beside_peft import TARGETS, assert_agrees, assert_close, calls_of

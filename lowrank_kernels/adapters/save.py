@@ -1,0 +1,252 @@
+"""Adapters written, as folders that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt import config_of
+from ..config import DoRAConfig, LoRAConfig, MultiLoRAConfig
+from ..finite import all_finite
+from ..nn.dora import DoRALinear
+from ..nn.lora import LoRALinear
+from ..nn.multi_lora import MultiLoRALinear
+from ..nn.sharded import whole
+from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
+from .settings import written_config
+
+logger = logging.getLogger("lowrank_kernels")
+
+# Tasks for which PEFT wants the model's head in the file, too.
+_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+# What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+    config: LoRAConfig | None = None,
+    adapter: int | None = None,
+) -> Path:
+    """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
+
+    Args:
+        model: adapted by :func:`adapt`, compiled or with modules that torch has wrapped, too; of DDP's wrapper give
+            ``model.module``. Where FSDP2 shards it, every rank has to call this: each gathers the factors and writes
+            the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
+        folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
+        base_model_name: for PEFT's ``base_model_name_or_path``.
+        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. Not of a task for which
+            PEFT wants the trained head in the file, which is not written.
+        config: for a model whose LoRALinears were put in by hand.
+        adapter: which one, of a model adapted by ``MultiLoRAConfig``.
+
+    Returns:
+        The folder.
+
+    Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
+    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. What else trains, such as
+    a new head, is not written either: the log names it.
+
+    Raises:
+        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
+            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the
+            factors are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
+            written then.
+        ImportError: safetensors is not installed.
+    """
+    if task_type in _TASKS_WITH_A_HEAD:
+        raise ValueError(
+            f"save_adapter: expected a task_type without a head of its own, got {task_type!r}, for which PEFT wants "
+            f"the trained head in the file, where it is not written; leave task_type out, and save the head yourself"
+        )
+    config = config or config_of(model)  # type: ignore[assignment]
+    if isinstance(config, MultiLoRAConfig):
+        return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(
+            "save_adapter: this model was not adapted by lk.adapt(model, LoRAConfig(...)), or is wrapped; "
+            "pass config=, or the inner model"
+        )
+    _check_layers_follow(config, layers)
+    _check_whole(layers)
+    for name, layer in layers.items():
+        if why := getattr(layer, "weight_changed_by", None):
+            raise ValueError(
+                f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
+            )
+    parameters = _adapter_parameters(model, config, list(layers))
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
+    if left_out:
+        logger.warning(
+            "save_adapter: these train, and are not in the file: %s; save them yourself", few(left_out)
+        )  # fmt: skip
+    return _write_adapter(config, parameters, folder, base_model_name, task_type)
+
+
+def _one_of_many(
+    model: nn.Module, config: MultiLoRAConfig, adapter: int | None
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The settings and the tensors, by PEFT's names, of one adapter of a model that has several."""
+    if adapter is None or not 0 <= adapter < len(config.ranks):
+        raise ValueError(f"save_adapter: expected adapter to name one of {len(config.ranks)}, got {adapter}")
+    tensors: dict[str, Tensor] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, MultiLoRALinear):
+            name = _unwrapped(path)
+            if layer.slices is not None:
+                raise ValueError(
+                    f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
+                    f"format has no words for; save layer.stack.factors(adapter, slice) yourself"
+                )
+            lora_a, lora_b, _, magnitude = layer.stack.factors(adapter)
+            tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
+            if magnitude is not None:
+                tensors[f"{name}.lora_magnitude_vector"] = magnitude
+    return config.of_adapter(adapter), tensors
+
+
+def _write_adapter(
+    config: LoRAConfig, parameters: Mapping[str, Tensor], folder: str | os.PathLike[str],
+    base_model_name: str | None, task_type: str | None,
+) -> Path:  # fmt: skip
+    from safetensors.torch import save_file
+
+    absent = [name for name, p in parameters.items() if p.is_meta]
+    if absent:
+        raise ValueError(
+            f"save_adapter: expected parameters that are at hand, got some on the meta device, as where modules are "
+            f"offloaded: {few(absent)}; load them first; nothing was written"
+        )
+    tensors = {PREFIX + name: whole(p.detach()).cpu().contiguous().clone() for name, p in parameters.items()}
+    broken = [name for name, t in tensors.items() if not all_finite(t)]
+    if broken:
+        raise ValueError(
+            f"save_adapter: expected finite values, found NaN or Inf in {few(broken)}; nothing was written"
+        )
+    written = written_config(config, task_type=task_type, base_model_name=base_model_name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(written, indent=2, allow_nan=False) + "\n"  # unsorted: the first pattern that matches wins
+    write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def save_lora_ga_adapter(
+    model: nn.Module,
+    starts: Mapping[str, tuple[Tensor, Tensor]],
+    folder: str | os.PathLike[str],
+    **names: Any,
+) -> Path:
+    """Write what a model learnt from LoRA-GA's start as an adapter of rank 2 R for the untouched base.
+
+    ΔW = s (B A - B₀ A₀) = s [B, -B₀] [A; A₀], in PEFT's format, with an alpha that keeps s.
+
+    Args:
+        model: adapted with LoRAConfig, started by :func:`lowrank_kernels.init.lora_ga_`, and trained.
+        starts: what that returned.
+        folder: made if missing.
+        names: ``base_model_name`` and ``task_type``, as for :func:`save_adapter`.
+
+    Raises:
+        ValueError: layers without a start, or over whose start a chain merged; a DoRA or biases that train; and as
+            :func:`save_adapter`.
+    """
+    config = config_of(model)
+    if (
+        not isinstance(config, LoRAConfig)
+        or isinstance(config, DoRAConfig)
+        or config.bias != "none"
+        or config.lora_bias
+    ):
+        raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
+    # A model of nothing but the layers, twice as wide, over weights that are not there.
+    skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        if name not in starts:
+            raise ValueError(f"save_lora_ga_adapter: expected the start of every layer, got none of {name}")
+        why = getattr(layer, "weight_changed_by", None)
+        if why and getattr(layer, "lora_ga_start", None) is None:
+            raise ValueError(f"save_lora_ga_adapter: expected W - s B₀ A₀, but that of {name} was changed by {why}")
+        absent = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        wide = LoRALinear.from_linear(
+            absent, 2 * layer.r, alpha=grown * layer.alpha, dropout=layer.dropout, rslora=layer.rslora, init="zero"
+        )  # fmt: skip
+        a, b = (start.to(layer.weight.device) for start in starts[name])
+        wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
+        wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
+        parent = skeleton
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, wide)
+    config = replace(
+        config, r=2 * config.r, alpha=grown * config.alpha,
+        rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
+        alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )  # fmt: skip
+    return save_adapter(skeleton, folder, config=config, **names)
+
+
+def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
+    for name, layer in layers.items():
+        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
+        has += (isinstance(layer, DoRALinear),)
+        says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
+        says += (config.lora_bias, isinstance(config, DoRAConfig))
+        if has != says:
+            raise ValueError(
+                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, dora) = {says} by its "
+                f"config, got {has}; pass the config= that describes the layers"
+            )
+
+
+def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
+    for name, layer in layers.items():
+        for own, p, shape in layer.correction_parameters():
+            if tuple(p.shape) != shape:
+                raise ValueError(
+                    f"save_adapter: expected {own} of {name} to have the shape {shape}, got {tuple(p.shape)}, a shard; "
+                    f"call it in FullyShardedDataParallel.summon_full_params(model); nothing was written"
+                )
+
+
+def _unwrapped(name: str) -> str:
+    """A module's or parameter's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
+    """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
+    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
+    keys += ["base_layer.bias"] * (config.bias == "lora_only")
+    wanted = {f"{layer}.{key}" for layer in layers for key in keys}
+    return {
+        name: p
+        for path, p in model.named_parameters(remove_duplicate=False)
+        for name in [_unwrapped(path)]
+        if name in wanted or (config.bias == "all" and f".{name}".endswith(".bias"))
+    }
