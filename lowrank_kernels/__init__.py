@@ -17,6 +17,7 @@ from .functional import (
     stack_column_scale,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
+from .nn.base_only import base_only
 from .report import Report
 from .smt import SMTConfig
 from .stack import LoRAStack
@@ -35,6 +36,7 @@ __all__ = [
     "SMTConfig",
     "__version__",
     "adapt",
+    "base_only",
     "block_sparse_linear",
     "block_sparse_weight_grad",
     "chain",

@@ -18,6 +18,7 @@ from ..functional import (
     transformed,
     write_blocks_,
 )
+from .base_only import runs_base_alone
 from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
 from .sharded import is_dtensor, why_not_written
 
@@ -142,6 +143,8 @@ class BlockSparseLinear(AroundLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self._merged:
             return self.base_layer(x)
+        if self.base_only_depth is not None and runs_base_alone(self):
+            return self.base_forward(x)
         base = self.base_layer
         if transformed() or not isinstance(self.blocks, nn.Parameter):
             # W must not change: derivatives of every kind go through it, or it holds the layer's own blocks, and these
@@ -155,6 +158,10 @@ class BlockSparseLinear(AroundLinear):
             columns=None if columns is None else (columns, self._column_width),
             rewrite=getattr(base, "_is_fsdp_managed_module", False),
         )  # fmt: skip
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer  # W holds the blocks
+        return plain_block_sparse_linear(x, base.weight, self.original_blocks, self.block_index, base.bias)
 
     def write_back_(self) -> BlockSparseLinear:
         """W[block] ← blocks, rounded to W's dtype. Nothing where they are sharded (DTensors)."""

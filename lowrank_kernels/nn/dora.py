@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
+from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALinear
 from .sharded import by_rows_like, is_dtensor, own_part, whole
@@ -71,6 +72,8 @@ class DoRALinear(LoRALinear):
         base, lora_a, lora_b, m = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector
         if self._merged is not None:
             return base(x)
+        if self.base_only_depth is not None and runs_base_alone(self):
+            return self.base_forward(x)
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(base.weight):
             return self._call_submodules(x)
         a, b = lora_a.weight, lora_b.weight

@@ -111,6 +111,13 @@ class AroundLinear(nn.Module):
     """A layer around ``base_layer``, an nn.Linear whose own parameters it shares, and whose sizes and bias it has."""
 
     base_layer: nn.Linear
+    base_only_depth: int | None = None
+    """How many :func:`lowrank_kernels.base_only` of it are open; None: there has been none."""
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the layer computes without its correction, unmerged."""
+        y: Tensor = self.base_layer(x)
+        return y
 
     @property
     def in_features(self) -> int:

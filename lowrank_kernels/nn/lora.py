@@ -12,6 +12,7 @@ from ..finite import all_finite
 from ..functional import check_flag, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
+from .base_only import runs_base_alone
 from .frozen import AroundLinear, check_wrappable, is_tracked_view, must_be_called
 from .sharded import is_dtensor, own_part, whole, why_not_written
 
@@ -124,6 +125,8 @@ class LoRALinear(AroundLinear):
         base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
         if self._merged is not None:
             return base(x)
+        if self.base_only_depth is not None and runs_base_alone(self):
+            return self.base_forward(x)
         weight = base.weight
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)

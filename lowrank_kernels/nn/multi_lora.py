@@ -14,6 +14,7 @@ from ..functional import BatchPlan, check_flag, multi_lora_linear, stack_column_
 from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
+from .base_only import runs_base_alone
 from .batches import Batch, Batches
 from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
 from .lora import check_lora_settings
@@ -180,8 +181,8 @@ class MultiLoRALinear(AroundLinear):
         return self.merged_adapter is not None
 
     def forward(self, x: Tensor, adapter_ids: Tensor | BatchPlan | None = None) -> Tensor:
-        if self.merged:
-            return self.base_layer(x)
+        if self.merged or (self.base_only_depth is not None and runs_base_alone(self)):
+            return self.base_forward(x)
         if adapter_ids is None:
             batch = _BATCHES.current()
             adapter_ids = None if batch is None else batch.plan(self, x, len(self.places))
