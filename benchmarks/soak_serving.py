@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as NotDoneError  # the built-in TimeoutError from Python 3.11 on
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def continued(model: Any, seed: int) -> tuple[list[int], list[int]]:
 def outcome(future: Future[Any], seconds: float = 60.0) -> Any:
     """The future's result, waited for in steps: a process that is stopped for a while has not waited meanwhile."""
     for _ in range(int(10 * seconds)):
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(NotDoneError):
             return future.result(0.1)
-    raise TimeoutError
+    raise NotDoneError
 
 
 def resident_bytes() -> int:
@@ -163,7 +164,7 @@ class Soak:
                 except ValueError as error:
                     unloaded = "expected the name" in str(error)
                     self.count("unloaded" if unloaded else "failed", None if unloaded else error)
-                except TimeoutError:
+                except NotDoneError:
                     self.count("lost", job.adapter)
                 except Exception as error:
                     self.count("failed", error)
