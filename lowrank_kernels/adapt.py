@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, AdapterConfig, names_match
+from .names import COMPILED, held, named_modules, named_parameters, unwrapped, wrapped_in
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
@@ -30,7 +31,7 @@ class Plan:
 
 def config_of(model: nn.Module) -> AdapterConfig | None:
     """The config a model was adapted with; None where it was not."""
-    return getattr(model, _CONFIG_ATTRIBUTE, None)
+    return getattr(held(model), _CONFIG_ATTRIBUTE, None)
 
 
 def trained_before(model: nn.Module) -> frozenset[str] | None:
@@ -128,6 +129,8 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             "not in target_modules" if not targeted
             else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
             else "the output head; name it in target_modules to adapt it" if everything and module is head
+            else "compiled by itself, and would go on without the layer; adapt the model, then compile"
+            if name in above and COMPILED in above[name]._modules
             else why_not_called(module, name, above) or why_not_frozen(module)
         )  # fmt: skip
         if reason is None:
@@ -144,7 +147,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
 
 def _stacked(model: nn.Module) -> Iterator[str]:
     """Paths of parameters that are several matrices, (E, N, K), and no convolution's."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
             for name, p in module._parameters.items():
                 if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point():
@@ -161,9 +164,11 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[s
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            path = f"{prefix}.{name}" if prefix else name
-            yield path, module, above
-            if not hasattr(module, "base_layer"):
+            path = unwrapped(f"{prefix}.{name}" if prefix else name)
+            wrapper = wrapped_in(module) is not None  # which may hand on what it holds as attributes of its own
+            if path and not wrapper:
+                yield path, module, above
+            if wrapper or not hasattr(module, "base_layer"):
                 yield from walk(path, {**above, path: module})
 
     yield from walk("", {"": model})
@@ -212,7 +217,7 @@ def _replace(
         (m, key, p) for m in model.modules() for key, p in m.named_parameters(recurse=False, remove_duplicate=False)
     ]
     requires_grad = [(m, key, p.requires_grad) for m, key, p in places]
-    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    trained = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
     undo.append(lambda: _restore_requires_grad(requires_grad))
     biases = {id(p) for p in _trained_biases(model, config, plan)}
     values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
@@ -253,7 +258,7 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     merged = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if hasattr(module, "base_layer") and getattr(module, "merged", False)
     ]
     if merged:
@@ -278,7 +283,7 @@ def _check_still_there(model: nn.Module, layers: dict[str, nn.Module], undo: lis
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its ``id``: more than one where modules share it."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(p), []).append(f"{name}.{key}" if name else key)
     return owners

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapt import forget_adaptation, trained_before, weight_owners
 from .finite import all_finite
 from .functional import stack_column_scale
+from .names import named_modules, named_parameters
 from .nn.block_sparse import BlockSparseLinear
 from .nn.frozen import has_hooks
 from .nn.lora import LoRALinear
@@ -49,7 +50,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    layers = {name: module for name, module in named_modules(model) if hasattr(module, "base_layer")}
     if not layers:
         raise ValueError(f"{_OP}: expected a model with adapted layers, found none in this {type(model).__name__}")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
@@ -72,7 +73,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
     for module in list(model.modules()):
         trained = trained_before(module)
         if trained is not None:
-            for name, p in module.named_parameters():
+            for name, p in named_parameters(module):
                 p.requires_grad_(name in trained)
         forget_adaptation(module)
     return model

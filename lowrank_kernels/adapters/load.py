@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapt import Plan, carry_out, match_targets
 from ..config import DoRAConfig, LoRAConfig
+from ..names import named_parameters
 from ..report import Report, count_parameters
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, read_tensors
 from .settings import read_config
@@ -49,9 +50,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else None
     report = carry_out(model, replace(config, init="zero", dtype=dtype), plan)
     try:
+        parameters = dict(named_parameters(model))
         with torch.no_grad():
             for name, t in tensors.items():
-                model.get_parameter(name).copy_(t)
+                parameters[name].copy_(t)
         if not trainable:
             model.requires_grad_(False)
     except BaseException:
@@ -98,7 +100,7 @@ def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     """The model's parameters, by the names that they will have when the plan is carried out."""
     return {
         f"{owner}.base_layer.{key}" if owner in plan.targets else name: p
-        for name, p in model.named_parameters(remove_duplicate=False)
+        for name, p in named_parameters(model)
         for owner, _, key in [name.rpartition(".")]
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapt import config_of
 from ..config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from ..finite import all_finite
+from ..names import named_modules, named_parameters
 from ..nn.dora import DoRALinear
 from ..nn.lora import LoRALinear
 from ..nn.multi_lora import MultiLoRALinear
@@ -28,10 +29,6 @@ logger = logging.getLogger("lowrank_kernels")
 
 # Tasks for which PEFT wants the model's head in the file, too.
 _TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-
-
-# What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 def save_adapter(
@@ -78,7 +75,7 @@ def save_adapter(
     config = config or config_of(model)  # type: ignore[assignment]
     if isinstance(config, MultiLoRAConfig):
         return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
@@ -94,7 +91,8 @@ def save_adapter(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
     parameters = _adapter_parameters(model, config, list(layers))
-    left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
+    written = set(map(id, parameters.values()))
+    left_out = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in written]
     if left_out:
         logger.warning(
             "save_adapter: these train, and are not in the file: %s; save them yourself", few(left_out)
@@ -109,9 +107,8 @@ def _one_of_many(
     if adapter is None or not 0 <= adapter < len(config.ranks):
         raise ValueError(f"save_adapter: expected adapter to name one of {len(config.ranks)}, got {adapter}")
     tensors: dict[str, Tensor] = {}
-    for path, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if isinstance(layer, MultiLoRALinear):
-            name = _unwrapped(path)
             if layer.slices is not None:
                 raise ValueError(
                     f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
@@ -181,7 +178,7 @@ def save_lora_ga_adapter(
         raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
     # A model of nothing but the layers, twice as wide, over weights that are not there.
     skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if not isinstance(layer, LoRALinear):
             continue
         if name not in starts:
@@ -234,11 +231,6 @@ def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
                 )
 
 
-def _unwrapped(name: str) -> str:
-    """A module's or parameter's name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
     keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
@@ -246,7 +238,6 @@ def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str])
     wanted = {f"{layer}.{key}" for layer in layers for key in keys}
     return {
         name: p
-        for path, p in model.named_parameters(remove_duplicate=False)
-        for name in [_unwrapped(path)]
+        for name, p in named_parameters(model)
         if name in wanted or (config.bias == "all" and f".{name}".endswith(".bias"))
     }

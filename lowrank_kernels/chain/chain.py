@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..init import INITS, init_factors_
 from ..merge import ROUNDINGS, merge_lora_
+from ..names import named_modules
 from ..nn import DoRALinear, LoRALinear
+from ..nn.sharded import is_dtensor, why_not_written
 
 _KEY = "chain"
 """Where a chain's state is, in the first parameter group of the optimizer's state."""
@@ -355,7 +357,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LoRALin
 
 def _chained_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
     layers: dict[str, LoRALinear] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, DoRALinear):
             raise ValueError(f"{name}: expected LoRA layers, got a DoRALinear in {path}, whose merge scales W's rows")
         if not isinstance(module, LoRALinear):
@@ -369,6 +371,8 @@ def _chained_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
             f"its weight of {module.weight.dtype} is quantised" if not module.weight.is_floating_point()
             else f"its weight is also that of {', '.join(module.weight_shared_with)}" if module.weight_shared_with
             else "it is merged; call unmerge_()" if module.merged
+            else "its weight is sharded or not at hand; gather the model first"
+            if is_dtensor(module.weight) or why_not_written(module.base_layer)
             else "B has a bias" if module.lora_B.bias is not None
             else "none of its factors trains"
             if not (module.lora_A.weight.requires_grad or module.lora_B.weight.requires_grad)

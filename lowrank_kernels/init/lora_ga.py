@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..finite import all_finite
 from ..merge import merge_lora_
+from ..names import named_modules
 
 if TYPE_CHECKING:
     from ..nn import LoRALinear
@@ -208,8 +209,8 @@ def lora_ga_(
     if not isinstance(gradients, Mapping) or not all(isinstance(g, Tensor) for g in gradients.values()):
         raise TypeError("lora_ga: expected gradients to be a dict of path to tensor")
     layers: dict[str, LoRALinear] = {
-        name: m
-        for name, m in model.named_modules()
+        name: m  # type: ignore[misc]
+        for name, m in named_modules(model)
         if hasattr(m, "weight_shared_with") and isinstance(getattr(m, "lora_A", None), nn.Linear)
     }
     if not layers:

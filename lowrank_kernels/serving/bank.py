@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterFile, read_adapter
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
+from ..names import named_modules, place, submodule
 from ..nn.batches import Batch, Batches
 from ..nn.frozen import AroundLinear, check_weight_may_be_read
 from ..stack import LoRAStack
@@ -395,9 +396,9 @@ class AdapterBank:
             self._loader.shutdown(cancel_futures=True)
         with self._lock:
             for name, wrapped in self._wrapped.items():
-                parent, _, child = name.rpartition(".")
+                owner, key = place(self.model, name)
                 wrapped.base_layer.train(wrapped.training)
-                self.model.get_submodule(parent)._modules[child] = wrapped.base_layer
+                owner._modules[key] = wrapped.base_layer
                 for p in self._required_grad[name]:
                     p.requires_grad_()
             self._wrapped, self._adapters, self._slots, self._stacks = {}, {}, [], {}
@@ -448,7 +449,7 @@ class AdapterBank:
     def _weight(self, name: str) -> Tensor:
         """Of a linear as the model has it now, or of a part of one."""
         whole, rows = self._parts_of.get(name, (name, slice(None)))
-        weight: Any = self.model.get_submodule(whole).weight
+        weight: Any = submodule(self.model, whole).weight
         return weight.detach()[rows]
 
     def _follow_weights(self, adapters: Sequence[_Adapter]) -> None:
@@ -558,12 +559,11 @@ class AdapterBank:
 
     def _wrap(self, name: str) -> None:
         if name not in self._wrapped:
-            parent, _, child = name.rpartition(".")
-            owner = self.model.get_submodule(parent)
-            linear: Any = owner._modules[child]
+            owner, key = place(self.model, name)
+            linear: Any = owner._modules[key]
             self._required_grad[name] = [p for p in linear.parameters() if p.requires_grad]
             self._wrapped[name] = BankLinear(linear.requires_grad_(False), self._batches, name)
-            owner._modules[child] = self._wrapped[name]
+            owner._modules[key] = self._wrapped[name]
 
     def _publish(self, changed: Sequence[str] | Mapping[str, Any]) -> None:
         """Show new batches the stacks as they are now: one assignment."""
@@ -623,12 +623,12 @@ def _fused_linears(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> 
     """
     found = []
     for key, widths in fused.items():
-        paths = [path for path, module in model.named_modules()
+        paths = [path for path, module in named_modules(model)
                  if path.rpartition(".")[2] == key and isinstance(module, nn.Linear)]  # fmt: skip
         if not paths:
             raise ValueError(f"AdapterBank: expected fused to name linears of the model, and {key!r} names none")
         for path in paths:
-            parent, linear = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+            parent, linear = submodule(model, path.rpartition(".")[0]), submodule(model, path)
             assert isinstance(linear, nn.Linear)
             if sum(widths.values()) != linear.out_features or any(hasattr(parent, name) for name in widths):
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapt import forget_adaptation
+from ..names import named_modules
 from ..nn.block_sparse import BlockSparseLinear
 
 
@@ -20,7 +21,7 @@ def to_linear(model: nn.Module) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, BlockSparseLinear)]
+    found = [(name, m) for name, m in named_modules(model) if isinstance(m, BlockSparseLinear)]
     if not found or found[0][0] == "":
         raise ValueError(f"to_linear: expected a model with BlockSparseLinear layers in it, got {type(model).__name__}")
     replacement = {id(layer): layer.merge_().base_layer for _, layer in found}

@@ -22,7 +22,9 @@ from ..adapt import adapt
 from ..adapters.folder import few, write_aside
 from ..finite import all_finite
 from ..functional import write_blocks_
+from ..names import named_modules, submodule
 from ..nn.block_sparse import BlockSparseLinear
+from ..nn.sharded import whole
 from ..report import Report, count_parameters
 from .config import SMTConfig
 from .selection import BlockSelection
@@ -46,21 +48,34 @@ def fingerprint(weight: Tensor) -> str:
 def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the tuned blocks of a model that ``adapt(model, SMTConfig(...))`` made.
 
+    The model may be compiled or wrapped; where FSDP2 shards it, every rank has to call this, and each writes the files.
     Blocks keep their dtype (float32 master copies stay so). Files are written aside and renamed.
 
     Returns:
         The folder, made if missing.
 
     Raises:
-        ValueError: no BlockSparseLinear in the model; a value that is not finite (nothing is written then).
+        ValueError: no BlockSparseLinear in the model; a value that is not finite, or not at hand: on the meta device, a
+            shard. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     from safetensors.torch import save_file
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, BlockSparseLinear)}
     if not layers:
         raise ValueError(f"save_delta: expected BlockSparseLinear layers in the model, got {type(model).__name__}")
-    broken = [name for name, layer in layers.items() if not all_finite(layer.blocks)]
+    blocks = {name: whole(layer.blocks.detach()) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        for part, t, shape in (
+            ("the blocks", blocks[name], (len(layer.block_index), *layer.block_size)),
+            ("the weight", layer.base_layer.weight, (layer.out_features, layer.in_features)),
+        ):
+            if t.is_meta or tuple(t.shape) != shape:
+                raise ValueError(
+                    f"save_delta: expected {part} of {name} of shape {shape} at hand, got {tuple(t.shape)} on "
+                    f"{t.device}: a shard, or offloaded; gather the model first; nothing was written"
+                )
+    broken = [name for name, t in blocks.items() if not all_finite(t)]
     if broken:
         raise ValueError(f"save_delta: expected finite blocks, found NaN or Inf in {few(broken)}; nothing was written")
     sizes = {layer.block_size for layer in layers.values()}
@@ -68,9 +83,11 @@ def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"save_delta: expected blocks of one size, got {sorted(sizes)}")
     tensors, modules = {}, {}
     for name, layer in layers.items():
-        tensors[f"{name}.blocks"] = layer.blocks.detach().cpu().clone()
+        tensors[f"{name}.blocks"] = blocks[name].cpu().clone()
         tensors[f"{name}.block_index"] = layer.block_index.cpu().clone()
-        before = write_blocks_(layer.base_layer.weight.detach().clone(), layer.original_blocks, layer.block_index)
+        before = write_blocks_(
+            whole(layer.base_layer.weight.detach()).clone(), layer.original_blocks, layer.block_index
+        )
         dtype = str(before.dtype).removeprefix("torch.")
         modules[name] = {"shape": list(before.shape), "dtype": dtype, "sha256": fingerprint(before)}
     config = {"format": FORMAT, "block_size": list(sizes.pop()), "modules": modules}
@@ -119,7 +136,7 @@ def load_delta(
     report = adapt(model, SMTConfig(selection=selection, dtype=dtype))
     try:
         for name in modules:
-            layer = model.get_submodule(name)
+            layer = submodule(model, name)
             assert isinstance(layer, BlockSparseLinear)
             # The layer keeps its blocks in ascending order; those of a file can have any.
             order = sorted(range(len(layer.block_index)), key=tensors[f"{name}.block_index"].tolist().__getitem__)
@@ -198,7 +215,7 @@ def _read_tensors(path: Path, modules: Mapping[str, Any], size: tuple[int, ...])
 
 def _check_base(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
     """Whether the weights are those that were tuned."""
-    there = dict(model.named_modules())
+    there = dict(named_modules(model))
     for name, module in modules.items():
         weight = getattr(there.get(name), "weight", None)
         if not isinstance(weight, Tensor):

@@ -574,10 +574,10 @@ def test_a_failure_while_filling_takes_the_adapter_off(folder, monkeypatch):
     model = toy()
     before = copy.deepcopy(model.state_dict())
 
-    def broken(self, name):
+    def broken(_):
         raise MemoryError
 
-    monkeypatch.setattr(nn.Module, "get_parameter", broken)
+    monkeypatch.setattr(model, "requires_grad_", broken)
     with pytest.raises(MemoryError):
         load_adapter(model, folder)
     assert type(model[0]) is nn.Linear and config_of(model) is None

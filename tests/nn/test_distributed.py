@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_kernels as lk
@@ -254,6 +255,7 @@ def fsdp2_trains_blocks_as_one_process_does():
             torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.03, fused=fused)
             for m in (alone, sharded)
         ]
+        folders = tempfile.mkdtemp(), tempfile.mkdtemp()
         for _ in range(3):
             losses = [(m(x) - y).square().mean() for m in (alone, sharded)]
             close(losses[1], losses[0])
@@ -264,6 +266,23 @@ def fsdp2_trains_blocks_as_one_process_does():
                 close(ours.blocks.grad.full_tensor(), theirs.blocks.grad)
             for optimizer in optimizers:
                 optimizer.step()
+        for m, folder in zip((alone, sharded), folders, strict=True):
+            lk.smt.save_delta(m, folder)
+        expected, found = (load_file(Path(folder) / "smt_delta.safetensors") for folder in folders)
+        assert found.keys() == expected.keys()
+        for name, t in expected.items():
+            close(found[name], t)
+
+
+def a_chain_over_shards_is_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(lk.LoRAConfig(r=4))
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    refuses("weight is sharded", lk.chain.cola, model, optimizer, 2)
 
 
 def fsdp2_evaluates_dora_from_the_shards_there_are():
@@ -367,6 +386,7 @@ CHECKS = [
     fsdp2_merging_into_the_gathered_copy_is_refused,
     fsdp2_around_the_linears_inside_runs_or_is_refused,
     fsdp2_trains_blocks_as_one_process_does,
+    a_chain_over_shards_is_refused,
     fsdp2_evaluates_dora_from_the_shards_there_are,
     adapt_refuses_weights_that_fsdp_shards,
     tensor_parallel_layers_split_with_their_factors_are_right,
