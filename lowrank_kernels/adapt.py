@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,8 @@ class Plan:
 
     targets: dict[str, nn.Linear]
     skipped: tuple[Skipped, ...]
+    config: AdapterConfig
+    notes: tuple[str, ...] = ()
 
 
 def config_of(model: nn.Module) -> AdapterConfig | None:
@@ -64,18 +66,23 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     Raises:
         TypeError: not a module, not a config, or no class of one that says what a linear becomes.
         ValueError: nothing to replace (the message names the linears there are); a model that is adapted already, or
-            under DistributedDataParallel already; a rank over min(N, K) of a linear.
+            under DistributedDataParallel already; a rank over min(N, K) of a linear that is named. Under "all-linear"
+            such a rank is lowered to that, and the report's notes say so.
 
     After the first backward the log names the layers that got no gradient in it: those the model does not call.
     """
-    return carry_out(model, config, plan_adaptation(model, config))
+    plan = plan_adaptation(model, config)
+    return carry_out(model, plan.config, plan)
 
 
 def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
     plan = match_targets(model, config)
+    if config.target_modules == ALL_LINEAR:
+        fitted, notes = config.fitted({name: tuple(m.weight.shape) for name, m in plan.targets.items()})
+        plan = replace(plan, config=fitted, notes=notes)
     for name, linear in plan.targets.items():
-        config.check_fits(name, *linear.weight.shape)
+        plan.config.check_fits(name, *linear.weight.shape)
     return plan
 
 
@@ -101,7 +108,7 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
         for name, layer in layers.items()
         for n, k in [plan.targets[name].weight.shape]
     )
-    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, _undo=undo)
+    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, plan.notes, _undo=undo)
 
 
 def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
@@ -142,7 +149,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets))]
     if not targets:
         raise ValueError(_nothing_to_replace(model, config, skipped))
-    return Plan(targets, tuple(skipped))
+    return Plan(targets, tuple(skipped), config)
 
 
 def _stacked(model: nn.Module) -> Iterator[str]:

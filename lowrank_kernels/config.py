@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class AdapterConfig:
     Args:
         target_modules: names, each of which takes a module of exactly that path or of a path that ends in
             ``.name``; or one regular expression, matched against the whole path; or "all-linear": every
-            linear but the output head.
+            linear but the output head, with a rank that is lowered where a linear is too small for it.
         exclude_modules: names or a regular expression, matched in the same way; they win.
         bias: which biases of the model train: "none", "all", or "lora_only" (those of the replaced linears).
 
@@ -75,6 +75,10 @@ class AdapterConfig:
 
     def check_fits(self, name: str, n: int, k: int) -> None:
         """Raise ValueError where the module at path ``name`` cannot be what it should, its weight being (N, K)."""
+
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[AdapterConfig, tuple[str, ...]]:
+        """This config, changed to fit weights of these shapes (N, K), by module, and what has changed, in words."""
+        return self, ()
 
     def unused(self, names: Sequence[str]) -> list[str]:
         """Settings that none of the replaced modules uses, in words."""
@@ -155,6 +159,19 @@ class LoRAConfig(AdapterConfig):
 
     def check_fits(self, name: str, n: int, k: int) -> None:
         _check_rank(self.rank_of(name), name, n, k, "lower r, or give it a rank of its own in rank_pattern")
+
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[AdapterConfig, tuple[str, ...]]:
+        """With a rank of min(N, K) where that is lower than ``r``; alpha stays."""
+        lowered = {
+            name: min(shape)
+            for name, shape in shapes.items()
+            if 0 < min(shape) < self.r and _lookup(self.rank_pattern, name, None) is None
+        }
+        notes = tuple(
+            f"rank {self.r} of {name} was lowered to {r}, the smaller side of its weight" for name, r in lowered.items()
+        )
+        own = {"^" + re.escape(name): r for name, r in lowered.items()}
+        return (replace(self, rank_pattern=own | dict(self.rank_pattern)), notes) if own else (self, ())
 
     def scaling_of(self, name: str) -> float:
         """s of the module at path ``name``."""

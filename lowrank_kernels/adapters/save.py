@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import config_of
-from ..config import DoRAConfig, LoRAConfig, MultiLoRAConfig
+from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
 from ..names import named_modules, named_parameters
 from ..nn.dora import DoRALinear
@@ -90,6 +91,7 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
+    config = _naming_what_it_meant(config, model, layers)
     parameters = _adapter_parameters(model, config, list(layers))
     written = set(map(id, parameters.values()))
     left_out = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in written]
@@ -107,18 +109,29 @@ def _one_of_many(
     if adapter is None or not 0 <= adapter < len(config.ranks):
         raise ValueError(f"save_adapter: expected adapter to name one of {len(config.ranks)}, got {adapter}")
     tensors: dict[str, Tensor] = {}
-    for name, layer in named_modules(model):
-        if isinstance(layer, MultiLoRALinear):
-            if layer.slices is not None:
-                raise ValueError(
-                    f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
-                    f"format has no words for; save layer.stack.factors(adapter, slice) yourself"
-                )
-            lora_a, lora_b, _, magnitude = layer.stack.factors(adapter)
-            tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
-            if magnitude is not None:
-                tensors[f"{name}.lora_magnitude_vector"] = magnitude
-    return config.of_adapter(adapter), tensors
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, MultiLoRALinear)}
+    for name, layer in layers.items():
+        if layer.slices is not None:
+            raise ValueError(
+                f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
+                f"format has no words for; save layer.stack.factors(adapter, slice) yourself"
+            )
+        lora_a, lora_b, _, magnitude = layer.stack.factors(adapter)
+        tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
+        if magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude
+    return _naming_what_it_meant(config.of_adapter(adapter), model, layers), tensors
+
+
+def _naming_what_it_meant(config: LoRAConfig, model: nn.Module, layers: Mapping[str, nn.Module]) -> LoRAConfig:
+    """The config with names in the place of "all-linear", which other versions and tools take to mean other modules."""
+    if config.target_modules != ALL_LINEAR:
+        return config
+    every = [name for name, _ in named_modules(model)]
+    for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        if {name for name in every if names_match(sorted(names), name)} == set(layers):
+            return replace(config, target_modules=sorted(names), exclude_modules=())
+    return replace(config, target_modules="|".join(map(re.escape, layers)), exclude_modules=())
 
 
 def _write_adapter(
@@ -176,6 +189,7 @@ def save_lora_ga_adapter(
         or config.lora_bias
     ):
         raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
+    config = _naming_what_it_meant(config, model, {n: m for n, m in named_modules(model) if isinstance(m, LoRALinear)})
     # A model of nothing but the layers, twice as wide, over weights that are not there.
     skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
     for name, layer in named_modules(model):

@@ -11,6 +11,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_for
 
 from .sharded import is_dtensor
 
+# Subclasses of nn.Linear that compute the same by other calls: that of transformers' Falcon adds the bias by itself.
+_SAME_FUNCTION = ("FalconLinear",)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,10 +38,15 @@ def must_be_called(*linears: nn.Module) -> bool:
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
             or "forward" in own
-            or (type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward)
+            or (type(linear) is not nn.Linear and _has_another_forward(linear))
         ):
             return True
     return has_global_hooks()
+
+
+def _has_another_forward(linear: nn.Module) -> bool:
+    kind = type(linear)
+    return kind.forward is not nn.Linear.forward and kind.__name__ not in _SAME_FUNCTION
 
 
 def has_global_hooks() -> bool:
@@ -84,7 +91,7 @@ def why_not_frozen(module: nn.Module) -> str | None:
     weight = module.weight
     if weight.dtype not in FLOAT_DTYPES:
         return f"quantised ({kind}, weight of {weight.dtype})"
-    if type(module).forward is not nn.Linear.forward:
+    if _has_another_forward(module):
         return f"a {kind} has a forward of its own"
     if is_dtensor(weight) or getattr(module, "_is_fsdp_managed_module", False):
         return "its weight is sharded already (DTensor, FSDP); adapt the model before it is sharded or wrapped"

@@ -100,6 +100,8 @@ def test_peft_loads_what_we_save(llama, tokens, tmp_path, settings):
     assert (config.base_model_name_or_path, config.task_type) == ("tiny/llama", "CAUSAL_LM")
     written = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
     targets = settings["target_modules"]
+    if targets == "all-linear":
+        targets = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     assert written["target_modules"] == (targets if isinstance(targets, str) else list(targets))
     assert written["exclude_modules"] == (list(settings["exclude_modules"]) if "exclude_modules" in settings else None)
 

@@ -1,12 +1,14 @@
 """adapt: what is replaced, what is not and why, and that a failure changes nothing."""
 
 import copy
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from lowrank_kernels import load_adapter, save_adapter
 from lowrank_kernels.adapt import adapt, config_of, plan_adaptation
 from lowrank_kernels.config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from lowrank_kernels.nn import LoRALinear
@@ -307,13 +309,16 @@ def test_a_failure_leaves_the_model_as_it_was(bias):
     ("config", "message"),
     [
         (
-            LoRAConfig(r=5),
+            LoRAConfig(r=5, target_modules=("q_proj", "v_proj")),
             r"adapt: expected a rank of at most min\(N, K\) = 4 for layers.0.v_proj of shape \(N, K\) = \(4, 8\), got 5"
             r"; lower r, or give it a rank of its own in rank_pattern",
         ),
         (DoRAConfig(r=9, target_modules=("q_proj",)), r"= 8 for layers.0.q_proj of shape \(N, K\) = \(8, 8\), got 9"),
         (LoRAConfig(r=4, rank_pattern={r"layers\.1\.v_proj": 6}), r"= 4 for layers.1.v_proj .*, got 6"),
-        (LoRAConfig(r=5, train="b", init="orthonormal"), "= 4 for layers.0.v_proj .*, got 5"),
+        (
+            LoRAConfig(r=5, train="b", init="orthonormal", target_modules=r".*_proj"),
+            "= 4 for layers.0.v_proj .*, got 5",
+        ),
         (MultiLoRAConfig(ranks=(2, 5)), "= 4 for layers.0.v_proj .*, got 5; lower ranks, or .* exclude_modules"),
     ],
 )
@@ -422,3 +427,44 @@ def test_parameters_of_experts_are_named():
     model = nn.ModuleDict({"q": nn.Linear(8, 8), "experts": Experts(), "conv": nn.Conv1d(8, 8, 3)})
     report = adapt(model, LoRAConfig(r=2))
     assert [(s.name, "experts" in s.reason) for s in report.skipped] == [("experts.gate_up", True)]
+
+
+class Uneven(nn.Module):
+    """Linears of which names alone tell some apart, and one that is too small for a rank of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleDict({"proj": nn.Linear(16, 16), "gate": nn.Linear(16, 2)})
+        self.other = nn.ModuleDict({"proj": nn.LayerNorm(16), "gate": nn.Linear(16, 16)})
+
+    def forward(self, x):
+        x = self.other["proj"](self.trunk["proj"](x))
+        return self.trunk["gate"](x), self.other["gate"](x)
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig, DoRAConfig])
+def test_all_linear_lowers_a_rank_that_does_not_fit_and_says_so(kind, tmp_path):
+    model = Uneven()
+    report = adapt(model, kind())
+    assert {r.name: r.rank for r in report.replaced} == {"trunk.proj": 8, "trunk.gate": 2, "other.gate": 8}
+    assert report.notes == ("rank 8 of trunk.gate was lowered to 2, the smaller side of its weight",)
+    assert "note: rank 8 of trunk.gate was lowered to 2" in str(report)
+    save_adapter(model, tmp_path)
+    assert {r.name: r.rank for r in load_adapter(Uneven(), tmp_path).replaced} == {
+        r.name: r.rank for r in report.replaced
+    }
+
+
+def test_a_rank_that_does_not_fit_a_named_linear_is_refused():
+    with pytest.raises(ValueError, match=r"rank of at most min\(N, K\) = 2 for trunk.gate"):
+        adapt(Uneven(), LoRAConfig(target_modules=["gate"]))
+
+
+def test_all_linear_is_written_as_the_names_that_it_meant(tmp_path):
+    model = Uneven()
+    adapt(model, LoRAConfig(exclude_modules=["other.gate"]))
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    # Not "proj" and "gate", which a LayerNorm and another linear are called, too.
+    assert written["target_modules"] == ["trunk.gate", "trunk.proj"]
+    assert written["exclude_modules"] is None
