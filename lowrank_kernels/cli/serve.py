@@ -15,7 +15,9 @@ from .train import DTYPES
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help=__doc__, description=__doc__)
     parser.add_argument("--model", default="smollm2", help="'smollm2', or a folder that transformers wrote")
-    parser.add_argument("--adapters", type=Path, required=True, help="folder of PEFT folders; all are loaded")
+    parser.add_argument(
+        "--adapters", type=Path, required=True, help="folder of PEFT folders, all of which are loaded, or one such"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--budget-mib", type=int, help="of adapters on the device (default: no limit)")
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             for folder, reason in load_all(batcher, args.adapters, name).items():
                 print(f"{folder} not loaded: {reason}", file=sys.stderr)
+            if (args.adapters / "adapter_config.json").is_file():
+                print(f"{args.adapters} is one adapter's own folder: serving that", file=sys.stderr)
             print(f"{name} with {len(bank.names())} adapters, up to {args.max_batch} rows together", file=sys.stderr)
             app = create_app(batcher, name, args.adapters, max_body_bytes=args.max_body_kib << 10)
             uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=args.grace)

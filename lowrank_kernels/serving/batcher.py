@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bank import AdapterBank
+from .conversation import chat_template, unused_tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
@@ -158,6 +163,7 @@ class Batcher:
         if positions is not None and max_length > positions:
             raise ValueError(f"Batcher: expected max_length to be at most the model's {positions}, got {max_length}")
         self.bank, self.tokenizer = bank, tokenizer
+        self.chat_templates: dict[str, str] = {}  # of adapters that have one of their own
         self.max_batch, self.wait_seconds, self.max_queue = max_batch, wait_seconds, max_queue
         self.max_length, self.vocabulary = max_length, int(config.vocab_size)
         self.batches = self.rows = self.running = 0
@@ -172,6 +178,24 @@ class Batcher:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
+
+    def load(self, name: str, folder: Path, *, pin: bool = False) -> str | None:
+        """Serve a PEFT folder as ``name``, with the chat template in it, if there is one.
+
+        Returns:
+            What of the folder is not used, in words, which the log has too; None for nothing.
+
+        Raises:
+            ValueError, TypeError: as ``AdapterBank.load``; a template or tokenizer that cannot be read.
+        """
+        template, unused = chat_template(folder), unused_tokenizer(folder, self.tokenizer)
+        self.bank.load(name, folder, pin=pin)
+        self.chat_templates.pop(name, None)
+        if template is not None:
+            self.chat_templates[name] = template
+        if unused is not None:
+            _log.warning("adapter %s: %s", name, unused)
+        return unused
 
     def submit(self, jobs: Sequence[Generation]) -> None:
         """Queue all of these, or none.

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from ..adapters.folder import CONFIG_FILE
 from .batcher import Batcher, Closed, Completion, Generation, QueueFull
 
 _MAX_CHOICES = 64
@@ -186,13 +187,17 @@ def adapter_folder(root: Path, folder: str) -> Path:
 
 
 def load_all(batcher: Batcher, root: Path, model_name: str) -> dict[str, str]:
-    """Load each adapter in a folder of ``root`` under that folder's name; why others could not be, by name."""
+    """Load each adapter in a folder of ``root`` under that folder's name; why others could not be, by name.
+
+    Where ``root`` is itself an adapter's folder, that one is loaded, under its name.
+    """
     failed = {}
-    for folder in sorted(p for p in root.iterdir() if (p / "adapter_config.json").is_file()):
+    own = (root / CONFIG_FILE).is_file()
+    for folder in [root.resolve()] if own else sorted(p for p in root.iterdir() if (p / CONFIG_FILE).is_file()):
         try:
             if folder.name == model_name:
                 raise ValueError("that is the name of the base model")
-            batcher.bank.load(folder.name, adapter_folder(root, folder.name))
+            batcher.load(folder.name, folder if own else adapter_folder(root, folder.name))
         except Exception as error:
             failed[folder.name] = str(error)
     return failed
@@ -310,12 +315,15 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Any:
-        if tokenizer.chat_template is None:
+        template = batcher.chat_templates.get(body.model, tokenizer.chat_template)
+        if template is None:
             raise HTTPException(422, "the model has no chat template; use /v1/completions")
 
         def render() -> list[int]:
             messages = [message.model_dump() for message in body.messages]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
             return encode(text, special=False)  # the template writes them
 
         try:
@@ -351,14 +359,14 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
         try:
             folder = adapter_folder(adapters, body.folder)
             try:
-                await asyncio.to_thread(bank.load, body.name, folder, pin=body.pin)
+                unused = await asyncio.to_thread(batcher.load, body.name, folder, pin=body.pin)
             except (ValueError, TypeError, OSError) as error:
                 raise ValueError(str(error).replace(str(folder), body.folder)) from None
         except ValueError as error:
             metrics.add("lrk_adapter_loads_total", result="refused")
             raise HTTPException(422, str(error)) from None
         metrics.add("lrk_adapter_loads_total", result="loaded")
-        return {"name": body.name}
+        return {"name": body.name} | ({} if unused is None else {"note": unused})
 
     @app.delete("/v1/adapters/{name}", status_code=204, response_class=Response)
     async def unload(name: str) -> None:
@@ -366,6 +374,7 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
             bank.unload(name)
         except ValueError as error:
             raise HTTPException(404, str(error)) from None
+        batcher.chat_templates.pop(name, None)
 
     @app.get("/health")
     async def health() -> Any:

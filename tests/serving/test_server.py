@@ -1,6 +1,7 @@
 """The HTTP server: each row its adapter's, limits, cancelling, loading and unloading, failing closed."""
 
 import asyncio
+import json
 import shutil
 import signal
 import socket
@@ -417,6 +418,70 @@ def test_load_all(batcher, bank, root):
     bank.unload("lora")
     failed = load_all(batcher, root, "tiny")
     assert set(failed) == {"tiny", "bad"} and "JSON" in failed["bad"] and "lora" in bank.names()
+
+
+def test_one_adapters_own_folder_is_served_under_its_name(batcher, bank, root):
+    bank.unload("lora")
+    assert load_all(batcher, root / "lora", "tiny") == {} and "lora" in bank.names()
+
+
+CHAT = {"messages": [{"role": "user", "content": "Who?"}], "max_completion_tokens": 5, "temperature": 0}
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", "several in tokenizer_config.json"])
+def test_an_adapters_own_chat_template_renders_its_messages(client, root, greedy, file):
+    template = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+    if file.endswith(".jinja"):
+        (root / "lora" / file).write_text(template)
+    else:
+        several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+        written = {"chat_template": several if "several" in file else template}
+        (root / "lora" / "tokenizer_config.json").write_text(json.dumps(written))
+    tokenizer = make_tokenizer()
+
+    def said(model, rendered, adapter):
+        reply = client.post("/v1/chat/completions", {"model": model, **CHAT})
+        expected = tokenizer.decode(greedy(adapter, tokenizer(rendered)["input_ids"], 5))
+        assert reply.json()["choices"][0]["message"]["content"] == expected
+
+    said("lora", "user:Who?|", "lora")  # loaded before it had one
+    assert client.post("/v1/adapters", {"name": "lora", "folder": "lora"}).json() == {"name": "lora"}
+    said("lora", "Who?!", "lora")
+    said("rslora", "user:Who?|", "rslora")
+    client.all(("DELETE", "/v1/adapters/lora"))
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        (root / "lora" / file).unlink(missing_ok=True)
+    client.post("/v1/adapters", {"name": "lora", "folder": "lora"})
+    said("lora", "user:Who?|", "lora")
+
+
+def test_a_tokenizer_of_other_tokens_is_said_not_to_be_used(client, root, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(root / "lora")
+    assert client.post("/v1/adapters", {"name": "lora", "folder": "lora"}).json() == {"name": "lora"}
+    tokenizer.add_tokens(["<tool>", "<end>"])
+    tokenizer.save_pretrained(root / "lora")
+    note = "its tokenizer has 2 tokens that differ from the model's; the model's is used"
+    assert client.post("/v1/adapters", {"name": "lora", "folder": "lora"}).json() == {"name": "lora", "note": note}
+    assert f"adapter lora: {note}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("chat_template.jinja", b"\xff\xfe", "UTF-8"),
+        ("chat_template.jinja", b" " * (2 << 20), "at most"),
+        ("tokenizer_config.json", b"[1]", "JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "to be text"),
+        ("tokenizer.json", b"{", "JSON"),
+        ("tokenizer.json", b'{"model": {"vocab": 3}}', "vocabulary"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_refused(client, root, file, content, words):
+    (root / "lora" / file).write_bytes(content)
+    reply = client.post("/v1/adapters", {"name": "lora", "folder": "lora"})
+    assert reply.status_code == 422 and words in reply.text and file in reply.text and str(root) not in reply.text
+    assert client.post("/v1/completions", body("lora", 0)).status_code == 200  # the one there was
 
 
 def test_metrics(client):
