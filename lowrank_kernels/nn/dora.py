@@ -97,7 +97,7 @@ class DoRALinear(LoRALinear):
                 raise ValueError(
                     f"DoRALinear: expected the whole weight of {name} at hand, which the norm needs, got "
                     f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
-                    f"the modules in it"
+                    f"the modules in it (preload_module_classes=['{type(self).__name__}'] of accelerate's cpu_offload)"
                 )
         if self.detach_norm:
             a, b = a.detach(), b.detach()

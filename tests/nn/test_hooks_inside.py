@@ -218,6 +218,27 @@ def test_a_dora_layer_refuses_modules_that_are_offloaded_by_themselves():
         model(torch.randn(3, 24))
 
 
+@pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear", "MultiLoRALinear", "BlockSparseLinear"])
+def test_layers_that_are_offloaded_as_a_whole_run(kind):
+    accelerate = pytest.importorskip("accelerate")
+    linear = nn.Linear(32, 32)
+    model = nn.Sequential(
+        lk.nn.MultiLoRALinear.from_linear(linear, [2, 3]) if kind == "MultiLoRALinear"
+        else lk.nn.BlockSparseLinear.from_linear(linear, torch.tensor([[0, 1]]), 16) if kind == "BlockSparseLinear"
+        else getattr(lk.nn, kind).from_linear(linear, 4)
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(2, 32)
+    with lk.nn.use_adapters([0, 1]), torch.no_grad():
+        want = model(x)
+        accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=[kind])
+        for _ in range(2):
+            torch.testing.assert_close(model(x), want)
+
+
 def test_a_compiled_layer_with_hooks_runs_them():
     layer = make("LoRA")
     twin = copy.deepcopy(layer)
