@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,13 @@ from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_pa
 _CONFIG_ATTRIBUTE = "_lowrank_config"
 _TRAINED_ATTRIBUTE = "_lowrank_trained"  # names of the parameters that trained before
 
+# PEFT's tasks with a head of their own, and the names that the head may have in a model.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +34,8 @@ class Plan:
 
     targets: dict[str, nn.Linear]
     skipped: tuple[Skipped, ...]
+    whole: dict[str, nn.Module] = field(default_factory=dict)
+    """Modules that train whole, by path."""
 
 
 def config_of(model: nn.Module) -> AdapterConfig | None:
@@ -48,9 +58,9 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
 
     The layers share the weights of the linears they replace; outputs do not change. What trains afterwards is
-    what the layers train, the biases that ``config.bias`` names, and what already trained in layers that were
-    adapted before. Everything is checked before anything is changed; if a layer cannot be made, the model is
-    put back and the error goes on.
+    what the layers train, the biases that ``config.bias`` names, copies of the modules that
+    ``config.modules_to_save`` names, and what already trained in layers that were adapted before. Everything is checked
+    before anything is changed; if a layer cannot be made, the model is put back and the error goes on.
 
     Args:
         model: any module that has linears below it.
@@ -63,7 +73,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     Raises:
         TypeError: not a module, not a config, or no class of one that says what a linear becomes.
         ValueError: nothing to replace (the message names the linears there are); a model that is adapted already, or
-            under DistributedDataParallel already; a rank over min(N, K) of a linear.
+            under DistributedDataParallel already; a rank over min(N, K) of a linear; modules_to_save that cannot
+            train.
 
     After the first backward the log names the layers that got no gradient in it: those the model does not call.
     """
@@ -100,7 +111,8 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
         for name, layer in layers.items()
         for n, k in [plan.targets[name].weight.shape]
     )
-    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, _undo=undo)
+    notes = tuple(f"{name} trains whole, by modules_to_save" for name in plan.whole)
+    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, notes, _undo=undo)
 
 
 def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
@@ -114,6 +126,10 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
     wanted, head = config.target_modules, _output_head(model)
+    whole, task_heads = whole_modules(model, config), _task_heads(model)
+    for name, module in whole.items():
+        if why := _why_not_trained(module):
+            raise ValueError(f"adapt: expected modules_to_save to name modules that can train, got {name}: {why}")
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
@@ -127,7 +143,9 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
         reason = (
             "not in target_modules" if not targeted
             else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
+            else "in modules_to_save, which trains it whole" if not whole.keys().isdisjoint((name, *above))
             else "the output head; name it in target_modules to adapt it" if everything and module is head
+            else _OF_A_TASK_HEAD if everything and not task_heads.isdisjoint((name, *above))
             else why_not_called(module, name, above) or why_not_frozen(module)
         )  # fmt: skip
         if reason is None:
@@ -136,10 +154,44 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             skipped.append(Skipped(name, reason))
     skipped += [Skipped(name, "a 3-D parameter, as experts have, which no layer takes") for name in _stacked(model)]
     skipped += [Skipped(f"target_modules[{w!r}]", "matches no module") for w in sorted(unmatched)]
-    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets))]
+    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets), list(whole))]
     if not targets:
         raise ValueError(_nothing_to_replace(model, config, skipped))
-    return Plan(targets, tuple(skipped))
+    return Plan(targets, tuple(skipped), whole)
+
+
+def whole_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that ``config`` trains whole, by path; none that is inside another of them, or inside an adapter."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(prefix: str, parent: nn.Module) -> None:
+        for name, module in parent._modules.items():
+            path = f"{prefix}{name}"
+            if module is None:
+                continue
+            if config.trains_whole(unwrapped(path)):
+                found[path] = module
+            elif not hasattr(module, "base_layer"):
+                walk(f"{path}.", module)
+
+    walk("", model)
+    return found
+
+
+def _why_not_trained(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        return f"a {type(module).__name__} is never called; name the modules in it"
+    others = [f"{name} of {p.dtype}" for name, p in module.named_parameters() if not p.is_floating_point()]
+    return f"it holds {others[0]}, which takes no gradient; load that module unquantised" if others else None
+
+
+# What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def unwrapped(name: str) -> str:
+    """A module's or parameter's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _stacked(model: nn.Module) -> Iterator[str]:
@@ -192,6 +244,19 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
+_OF_A_TASK_HEAD = (
+    "the task's head, which starts at random; name it in modules_to_save to train it whole and save it with the "
+    "adapter, or in target_modules to adapt it"
+)
+
+
+def _task_heads(model: nn.Module) -> set[str]:
+    """Paths of the head of a transformers model without an output embedding: one for classification, or answers."""
+    if not hasattr(model, "get_output_embeddings") or _output_head(model) is not None:
+        return set()
+    return {name for names in TASK_HEADS.values() for name in names if name in model._modules}
+
+
 def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[Skipped]) -> str:
     linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if isinstance(m, nn.Linear))
     said = dict.fromkeys(f"{collapse(s.name)} ({s.reason})" for s in skipped if s.reason != "not in target_modules")
@@ -214,6 +279,7 @@ def _replace(
     requires_grad = [(m, key, p.requires_grad) for m, key, p in places]
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     undo.append(lambda: _restore_requires_grad(requires_grad))
+    copies = _copy_whole(model, plan, undo)
     biases = {id(p) for p in _trained_biases(model, config, plan)}
     values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
     undo.append(lambda: _restore_values(values))
@@ -232,7 +298,7 @@ def _replace(
         if others:
             layer.weight_shared_with = others  # type: ignore[assignment]
 
-    trains = kept | biases
+    trains = kept | biases | {id(p) for module in copies for p in module.parameters()}
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(id(p) in trains)
@@ -243,6 +309,19 @@ def _replace(
         # Not a method, which pickle would look up by its name, in the class.
         vars(model)["save_pretrained"] = partial(save_pretrained, model)
     return layers
+
+
+def _copy_whole(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> list[nn.Module]:
+    """Put copies where the modules are that train whole: what else uses their weights, as tied heads, keeps its own."""
+    copies: list[nn.Module] = []
+    for path, module in plan.whole.items():
+        prefix, _, child = path.rpartition(".")
+        parent = model.get_submodule(prefix)
+        if parent._modules[child] is module:  # not yet, by another path
+            undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
+            parent._modules[child] = copy.deepcopy(module)
+            copies.append(parent._modules[child])  # type: ignore[arg-type]
+    return copies
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import config_of
-from ..config import DoRAConfig, LoRAConfig, MultiLoRAConfig
+from ..adapt import TASK_HEADS, config_of, unwrapped, whole_modules
+from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from ..finite import all_finite
 from ..nn.dora import DoRALinear
 from ..nn.lora import LoRALinear
@@ -25,13 +25,6 @@ from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
 from .settings import written_config
 
 logger = logging.getLogger("lowrank_kernels")
-
-# Tasks for which PEFT wants the model's head in the file, too.
-_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-
-
-# What torch's wrappers put into the names of the modules in them: of FSDP, activation checkpointing, torch.compile.
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 def save_adapter(
@@ -51,8 +44,8 @@ def save_adapter(
             the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
         folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
         base_model_name: for PEFT's ``base_model_name_or_path``.
-        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. Not of a task for which
-            PEFT wants the trained head in the file, which is not written.
+        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. For "SEQ_CLS",
+            "TOKEN_CLS" and "QUESTION_ANS" the model's head is written too, as PEFT expects, whether it trained or not.
         config: for a model whose LoRALinears were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
@@ -60,25 +53,26 @@ def save_adapter(
         The folder.
 
     Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
-    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. What else trains, such as
-    a new head, is not written either: the log names it.
+    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. The modules of
+    ``modules_to_save`` are written whole. What else trains is not written: the log names it. "all-linear" is written as
+    the names of the layers.
 
     Raises:
-        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
-            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the
-            factors are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
-            written then.
+        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; an
+            adapter on what is to be written whole; base weights that LoRA-GA's start or a chain has changed, over
+            which alone the factors are right; a value that is not finite, or not at hand: on the meta device, a shard.
+            Nothing is written then.
         ImportError: safetensors is not installed.
     """
-    if task_type in _TASKS_WITH_A_HEAD:
-        raise ValueError(
-            f"save_adapter: expected a task_type without a head of its own, got {task_type!r}, for which PEFT wants "
-            f"the trained head in the file, where it is not written; leave task_type out, and save the head yourself"
-        )
     config = config or config_of(model)  # type: ignore[assignment]
+    tensors: dict[str, Tensor]
     if isinstance(config, MultiLoRAConfig):
-        return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+        config, tensors = _one_of_many(model, config, adapter)
+        config = _with_head(config, task_type)
+        return _write_adapter(
+            config, tensors | _saved_whole(model, config, tensors), folder, base_model_name, task_type
+        )
+    layers = {unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
@@ -93,13 +87,39 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
-    parameters = _adapter_parameters(model, config, list(layers))
-    left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
+    tensors = {**_adapter_parameters(model, config, list(layers))}
+    config = _with_head(config, task_type)
+    tensors |= _saved_whole(model, config, tensors)
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and unwrapped(n) not in tensors]
     if left_out:
         logger.warning(
-            "save_adapter: these train, and are not in the file: %s; save them yourself", few(left_out)
+            "save_adapter: these train, and are not in the file: %s; name their modules in modules_to_save, of adapt's "
+            "config or of one given to save_adapter", few(left_out)
         )  # fmt: skip
-    return _write_adapter(config, parameters, folder, base_model_name, task_type)
+    return _write_adapter(config, tensors, folder, base_model_name, task_type)
+
+
+def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
+    """With the task's head among the modules_to_save, as PEFT has it."""
+    return replace(config, modules_to_save=(*config.modules_to_save, *TASK_HEADS.get(task_type or "", ())))
+
+
+def _saved_whole(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the modules that are saved whole, by PEFT's names."""
+    modules = {unwrapped(path): module for path, module in whole_modules(model, config).items()}
+    adapted = [name for name in tensors if ".lora_" in name and any(name.startswith(f"{path}.") for path in modules)]
+    if adapted:
+        raise ValueError(
+            f"save_adapter: expected no adapter on what is written whole, by modules_to_save={config.modules_to_save} "
+            f"with the head of task_type, got {few(adapted)}; leave task_type out, or adapt the model without that "
+            f"layer"
+        )
+    return {
+        unwrapped(f"{path}.{key}"): t
+        for path, module in modules.items()
+        for key, t in module.state_dict(keep_vars=True).items()
+        if isinstance(t, Tensor)
+    }
 
 
 def _one_of_many(
@@ -111,7 +131,7 @@ def _one_of_many(
     tensors: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, MultiLoRALinear):
-            name = _unwrapped(path)
+            name = unwrapped(path)
             if layer.slices is not None:
                 raise ValueError(
                     f"save_adapter: {name} has factors of its own for each of {len(layer.slices)} slices, which the "
@@ -125,23 +145,27 @@ def _one_of_many(
 
 
 def _write_adapter(
-    config: LoRAConfig, parameters: Mapping[str, Tensor], folder: str | os.PathLike[str],
+    config: LoRAConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str],
     base_model_name: str | None, task_type: str | None,
 ) -> Path:  # fmt: skip
     from safetensors.torch import save_file
 
-    absent = [name for name, p in parameters.items() if p.is_meta]
+    absent = [name for name, t in tensors.items() if t.is_meta]
     if absent:
         raise ValueError(
             f"save_adapter: expected parameters that are at hand, got some on the meta device, as where modules are "
             f"offloaded: {few(absent)}; load them first; nothing was written"
         )
-    tensors = {PREFIX + name: whole(p.detach()).cpu().contiguous().clone() for name, p in parameters.items()}
+    tensors = {PREFIX + name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
     broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(
             f"save_adapter: expected finite values, found NaN or Inf in {few(broken)}; nothing was written"
         )
+    if config.target_modules == ALL_LINEAR:  # PEFT means other linears by it: heads, and what no layer takes
+        suffix = ".lora_A.weight"
+        names = [name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        config = replace(config, target_modules=names)
     written = written_config(config, task_type=task_type, base_model_name=base_model_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,8 +203,10 @@ def save_lora_ga_adapter(
         or config.lora_bias
     ):
         raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
-    # A model of nothing but the layers, twice as wide, over weights that are not there.
+    # A model of nothing but the layers, twice as wide, over weights that are not there, and what is saved whole.
     skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
+    for name, module in whole_modules(model, _with_head(config, names.get("task_type"))).items():
+        _put_at(skeleton, name, module)
     for name, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
@@ -196,19 +222,22 @@ def save_lora_ga_adapter(
         a, b = (start.to(layer.weight.device) for start in starts[name])
         wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
         wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
-        parent = skeleton
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, wide)
+        _put_at(skeleton, name, wide)
     config = replace(
         config, r=2 * config.r, alpha=grown * config.alpha,
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
     )  # fmt: skip
     return save_adapter(skeleton, folder, config=config, **names)
+
+
+def _put_at(root: nn.Module, name: str, module: nn.Module) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(leaf, module)
 
 
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
@@ -234,11 +263,6 @@ def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
                 )
 
 
-def _unwrapped(name: str) -> str:
-    """A module's or parameter's name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
     keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
@@ -247,6 +271,6 @@ def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str])
     return {
         name: p
         for path, p in model.named_parameters(remove_duplicate=False)
-        for name in [_unwrapped(path)]
+        for name in [unwrapped(path)]
         if name in wanted or (config.bias == "all" and f".{name}".endswith(".bias"))
     }
