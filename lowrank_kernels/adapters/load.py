@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapt import Plan, carry_out, match_targets, whole_modules
+from ..adapt import Plan, carry_out, match_targets, unwrapped, whole_modules
 from ..config import DoRAConfig, LoRAConfig
 from ..report import Report, count_parameters
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, read_tensors
@@ -87,6 +87,12 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
     plan = match_targets(model, config)
+    wrapped = [name for name in (*plan.targets, *plan.whole) if unwrapped(name) != name]
+    if wrapped:
+        raise ValueError(
+            f"load_adapter: expected a model before torch.compile and other wrappers, got {few(wrapped)}; load the "
+            f"adapter first, then wrap the model"
+        )
     touched = {**plan.targets, **plan.whole}
     absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
     if absent:

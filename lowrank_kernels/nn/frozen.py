@@ -78,12 +78,14 @@ def why_not_frozen(module: nn.Module) -> str | None:
             return f"already adapted ({kind})"
         if kind == "Conv1D":
             return "transformers' Conv1D keeps its weight as (in, out); an nn.Linear is needed"
+        if kind == "OptimizedModule":
+            return "it is compiled; adapt the model before torch.compile"
         return f"not an nn.Linear but a {kind}"
     if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by torch.nn.utils.parametrize"
     weight = module.weight
     if weight.dtype not in FLOAT_DTYPES:
-        return f"quantised ({kind}, weight of {weight.dtype})"
+        return f"quantised ({kind}, weight of {weight.dtype}); load the base in a float dtype"
     if type(module).forward is not nn.Linear.forward:
         return f"a {kind} has a forward of its own"
     if is_dtensor(weight) or getattr(module, "_is_fsdp_managed_module", False):
