@@ -127,7 +127,7 @@ def _check_tensors(
         raise ValueError(
             f"load_adapter: expected {path} to hold the {len(wanted)} tensors of its config on this model; "
             f"missing: {few(missing)}; unexpected: {few(unexpected)}"
-            + (f"; modules that take no adapter: {few(why)}" if why else "")
+            + (f"; modules that take no adapter: {few(why)}; change the model, or let PEFT run it" if why else "")
         )
     for name, (shape, dtype) in found.items():
         if shape != wanted[name]:

@@ -85,7 +85,7 @@ def why_not_frozen(module: nn.Module) -> str | None:
         return "its weight is computed by torch.nn.utils.parametrize"
     weight = module.weight
     if weight.dtype not in FLOAT_DTYPES:
-        return f"quantised ({kind}, weight of {weight.dtype}); load the base in a float dtype"
+        return f"quantised ({kind}, weight of {weight.dtype})"
     if type(module).forward is not nn.Linear.forward:
         return f"a {kind} has a forward of its own"
     if is_dtensor(weight) or getattr(module, "_is_fsdp_managed_module", False):

@@ -206,7 +206,7 @@ def missing(model):
 
 
 REASONS = {
-    quantised: r"model\.layers\.0\.self_attn\.q_proj: quantised \(Linear, weight of torch\.int8\); load the base in a float",
+    quantised: r"model\.layers\.0\.self_attn\.q_proj: quantised \(Linear, weight of torch\.int8\); .* let PEFT run it",
     hooked: r"model\.layers\.0\.self_attn\.q_proj: it carries hooks .*; remove them first",
     compiled: r"model\.layers\.0\.self_attn\.q_proj: it is compiled; adapt the model before torch\.compile",
     layer_compiled: r"before torch\.compile .* got model\.layers\.0\._orig_mod\..*; load the adapter first",
