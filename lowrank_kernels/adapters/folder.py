@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import struct
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_tensors(
     base: Mapping[str, Tensor],
     skipped: Sequence[Skipped] = (),
     *,
-    replaceable: Container[str] = (),
+    replaceable: Collection[str] = (),
     ignored: Container[str] = (),
 ) -> dict[str, Tensor]:
     """The file's tensors by parameter, once they are known to be just the expected ones, and finite.
@@ -71,29 +71,17 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            unasked = {n: n.removeprefix(PREFIX) for n in found if n.removeprefix(PREFIX) not in expected}
-            copies = {n: name for n, name in unasked.items() if name in base or name in ignored}
-            replaced: dict[str, tuple[int, ...]] = {}
-            for copy, name in copies.items():
-                if name in ignored or same_values(file.get_tensor(copy), base[name].detach().cpu()):
-                    continue
-                if name not in replaceable or not copy.startswith(PREFIX):
-                    raise ValueError(
-                        f"load_adapter: expected {copy} to be the model's own value, got another in {path}; "
-                        f"changed base weights are not supported"
-                    )
-                replaced[name] = tuple(base[name].shape)
-                if (rows := found[copy].get_shape()[0]) != len(base[name]):
-                    raise ValueError(
-                        f"load_adapter: expected {copy} of {len(base[name])} rows as the model's, got {rows} in "
-                        f"{path}; call model.resize_token_embeddings({rows}) first"
-                    )
-            expected = {**expected, **replaced}
+            names = {key: key.removeprefix(PREFIX) for key in found}
+            copies = {key: base[name] for key, name in names.items() if name in base and name not in expected}
+            changed = {key: own for key, own in copies.items() if not same_values(file.get_tensor(key), own)}
+            for key, own in changed.items():
+                _check_replaceable(path, key, tuple(found[key].get_shape()), own, replaceable)
+            expected = {**expected, **{names[key]: tuple(own.shape) for key, own in changed.items()}}
             integers = {PREFIX + name for name in expected if name in base and not base[name].is_floating_point()}
             headers = {
-                n: (tuple(s.get_shape()), s.get_dtype())
-                for n, s in found.items()
-                if n not in copies or copies[n] in replaced
+                key: (tuple(t.get_shape()), t.get_dtype())
+                for key, t in found.items()
+                if key in changed or (key not in copies and names[key] not in ignored)
             }
             _check_tensors(path, headers, expected, skipped, integers)
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
@@ -109,7 +97,20 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in the narrower of their dtypes: a copy may have been rounded on its way."""
     floats = a.is_floating_point() and b.is_floating_point()
     narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps) if floats else b.dtype
-    return torch.equal(a.to(narrow), b.to(narrow))
+    return torch.equal(a.to("cpu", narrow), b.detach().to("cpu", narrow))
+
+
+def _check_replaceable(path: Path, key: str, shape: tuple[int, ...], own: Tensor, replaceable: Collection[str]) -> None:
+    if key not in {PREFIX + name for name in replaceable}:
+        raise ValueError(
+            f"load_adapter: expected {key} to be the model's own value, got another in {path}; "
+            f"changed base weights are not supported"
+        )
+    if shape != own.shape:
+        raise ValueError(
+            f"load_adapter: expected {key} of shape {tuple(own.shape)} as the model's, got {shape} in {path}; "
+            f"call model.resize_token_embeddings({shape[0] if shape else 0}) first"
+        )
 
 
 def _check_tensors(

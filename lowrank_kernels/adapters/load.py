@@ -87,12 +87,6 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
     plan = match_targets(model, config)
-    wrapped = [name for name in (*plan.targets, *plan.whole) if unwrapped(name) != name]
-    if wrapped:
-        raise ValueError(
-            f"load_adapter: expected a model before torch.compile and other wrappers, got {few(wrapped)}; load the "
-            f"adapter first, then wrap the model"
-        )
     touched = {**plan.targets, **plan.whole}
     absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
     if absent:
@@ -101,9 +95,16 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"first: an adapter on the meta device would be lost"
         )
     base = _base_tensors(model, plan)
+    shapes = _expected_shapes(base, config, plan)
+    wrapped = [name for name in shapes if unwrapped(name) != name]
+    if wrapped:
+        raise ValueError(
+            f"load_adapter: expected a model before torch.compile and other wrappers, got {few(wrapped)}; load the "
+            f"adapter first, then wrap the model"
+        )
     embeddings = _embeddings(model) - plan.targets.keys()
     tensors = read_tensors(
-        inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base, plan.skipped,
+        inside(folder, WEIGHTS_FILE), shapes, base, plan.skipped,
         replaceable={f"{name}.{key}" for name in embeddings for key in ("weight", "bias")},
         ignored=_second_copies(config, plan),
     )  # fmt: skip

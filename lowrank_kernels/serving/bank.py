@@ -612,7 +612,7 @@ class AdapterBank:
 def _holds(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a module that an adapter's file holds whole is the model's own."""
     state = module.state_dict()
-    return all(same_values(tensors[f"{name}.{key}"], t.cpu()) for key, t in state.items() if isinstance(t, Tensor))
+    return all(same_values(tensors[f"{name}.{key}"], t) for key, t in state.items() if isinstance(t, Tensor))
 
 
 def _part(name: str, weight: Tensor, file: AdapterFile) -> _Part:
