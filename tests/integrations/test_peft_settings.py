@@ -46,6 +46,19 @@ def gpt2() -> nn.Module:
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
 
 
+class Mixed(nn.Module):
+    """A convolution and an attention of torch's between an embedding and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(64, 16), nn.Linear(16, 8)
+        self.conv, self.attention = nn.Conv1d(16, 16, 3), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        x = self.conv(self.embed(input_ids).mT).mT
+        return tf.modeling_outputs.SequenceClassifierOutput(logits=self.out(self.attention(x, x, x)[0]))
+
+
 class Try(NamedTuple):
     """A value of one setting; what else the config then needs, and of which model."""
 
@@ -54,6 +67,7 @@ class Try(NamedTuple):
     make: Callable[[], nn.Module] = llama
     by_config: bool = False
     """PEFT needs more than a tiny model to write such a file: its config is put beside a plain adapter."""
+    about: str = ""
 
 
 LEARNT = lora_config.LoraGAConfig()
@@ -75,13 +89,16 @@ TRIES = {
     "inference_mode": [Try(True)],
     "r": [Try(3)],
     "target_modules": [
-        Try(["q_proj", "down_proj"]), Try(r".*\.1\..*_proj"), Try("all-linear"), Try(["q_proj", "lm_head"]),
-        Try(["q_proj", "embed_tokens"]),
+        Try(["q_proj", "down_proj"]), Try(r".*\.1\..*_proj"), Try("all-linear"),
+        Try(["q_proj", "lm_head"], about="a tied head"),
+        Try(["q_proj", "embed_tokens"], about="an embedding"),
+        Try(["out", "conv"], make=Mixed, about="a convolution"),
+        Try(["out", "attention"], make=Mixed, about="`nn.MultiheadAttention`"),
     ],
     "exclude_modules": [Try(["layers.0.self_attn.q_proj"])],
     "lora_alpha": [Try(5)],
     "lora_dropout": [Try(0.25)],
-    "fan_in_fan_out": [Try(True, {"target_modules": ["c_attn"]}, gpt2)],
+    "fan_in_fan_out": [Try(True, {"target_modules": ["c_attn"]}, gpt2, about="transformers' Conv1D")],
     "bias": [Try("all"), Try("lora_only")],
     "use_rslora": [Try(True)],
     "modules_to_save": [Try(["lm_head"], make=untied), Try(["input_layernorm"]), Try(["embed_tokens"])],
@@ -129,9 +146,7 @@ def see(setting: str, tried: Try) -> Seen:
         try:
             lk.load_adapter(model, theirs)
         except ValueError as error:
-            # The error names the setting; or, of what cannot be adapted, the module.
-            named = [setting, *(tried.value if isinstance(tried.value, list) else ())]
-            assert any(str(n) in str(error) for n in named), f"{setting}: the refusal does not say so: {error}"
+            check_refusal(setting, tried, error)
             return Seen("refused", "—", "refused")
         assert expected is not None, f"{setting}: read, but PEFT wrote no such adapter"
         assert_the_same(exact_logits(model, INPUTS), expected)
@@ -144,6 +159,13 @@ def see(setting: str, tried: Try) -> Seen:
         written = json.loads((ours / CONFIG).read_text())
         kept = written.get(setting) == given.get(setting)
         return Seen("read", "written" if kept else "its effect is written", bank(setting, tried, theirs, expected))
+
+
+def check_refusal(setting: str, tried: Try, error: ValueError) -> None:
+    """The error names the setting, what follows from it, or the module that takes no adapter."""
+    modules = tried.value if isinstance(tried.value, list) else []
+    names = [setting, *map(str, modules), *tried.others, *(["modules_to_save"] if setting == "task_type" else [])]
+    assert any(name in str(error) for name in names), f"{setting}: the refusal does not say so: {error}"
 
 
 def write(setting: str, tried: Try, folder: Path) -> torch.Tensor | None:
@@ -166,7 +188,7 @@ def bank(setting: str, tried: Try, folder: Path, expected: torch.Tensor) -> str:
         try:
             bank.load("a", folder)
         except ValueError as error:
-            assert setting in str(error) or "modules_to_save" in str(error), f"{setting}: {error}"
+            check_refusal(setting, tried, error)
             return "refused"
         with torch.no_grad(), bank.batch(["a"] * len(IDS)):
             got = bank.model(**INPUTS).logits.double()
@@ -174,9 +196,11 @@ def bank(setting: str, tried: Try, folder: Path, expected: torch.Tensor) -> str:
     return "served"
 
 
-def shown(value: Any) -> str:
-    text = f"{type(value).__name__}(...)" if dataclasses.is_dataclass(value) else json.dumps(value, default=str)
-    return {"true": "True", "false": "False"}.get(text, text).replace("|", "\\|")
+def shown(tried: Try) -> str:
+    value = tried.value
+    text = f"{type(value).__name__}(...)" if dataclasses.is_dataclass(value) else json.dumps(value)
+    text = {"true": "True", "false": "False"}.get(text, text)
+    return f"`{text}`" + (f" ({tried.about})" if tried.about else "")
 
 
 def table() -> str:
@@ -184,7 +208,7 @@ def table() -> str:
     for setting, tries in TRIES.items():
         seen = [see(setting, tried) for tried in tries]
         for row in dict.fromkeys(seen):
-            values = ", ".join(f"`{shown(t.value)}`" for t, s in zip(tries, seen, strict=True) if s == row)
+            values = ", ".join(shown(t) for t, s in zip(tries, seen, strict=True) if s == row)
             lines.append(f"| `{setting}` | {values} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
