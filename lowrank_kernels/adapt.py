@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, AdapterConfig, names_match
-from .names import COMPILED, held, named_modules, named_parameters, unwrapped, wrapped_in
+from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
 
 _CONFIG_ATTRIBUTE = "_lowrank_config"
 _TRAINED_ATTRIBUTE = "_lowrank_trained"  # names of the parameters that trained before
+
+# PEFT's tasks with a head of their own, and the names that the head may have in a model.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Plan:
     targets: dict[str, nn.Linear]
     skipped: tuple[Skipped, ...]
     config: AdapterConfig
+    whole: dict[str, nn.Module] = field(default_factory=dict)
+    """Modules that train whole, by path."""
     notes: tuple[str, ...] = ()
 
 
@@ -51,9 +61,9 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
 
     The layers share the weights of the linears they replace; outputs do not change. What trains afterwards is
-    what the layers train, the biases that ``config.bias`` names, and what already trained in layers that were
-    adapted before. Everything is checked before anything is changed; if a layer cannot be made, the model is
-    put back and the error goes on.
+    what the layers train, the biases that ``config.bias`` names, copies of the modules that
+    ``config.modules_to_save`` names, and what already trained in layers that were adapted before. Everything is checked
+    before anything is changed; if a layer cannot be made, the model is put back and the error goes on.
 
     Args:
         model: any module that has linears below it.
@@ -67,7 +77,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
         TypeError: not a module, not a config, or no class of one that says what a linear becomes.
         ValueError: nothing to replace (the message names the linears there are); a model that is adapted already, or
             under DistributedDataParallel already; a rank over min(N, K) of a linear that is named. Under "all-linear"
-            such a rank is lowered to that, and the report's notes say so.
+            such a rank is lowered to that, and the report's notes say so. modules_to_save that cannot train.
 
     After the first backward the log names the layers that got no gradient in it: those the model does not call.
     """
@@ -108,7 +118,8 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
         for name, layer in layers.items()
         for n, k in [plan.targets[name].weight.shape]
     )
-    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, plan.notes, _undo=undo)
+    notes = (*plan.notes, *(f"{name} trains whole, by modules_to_save" for name in plan.whole))
+    return Report(type(config).__name__, replaced, plan.skipped, trainable, total, notes, _undo=undo)
 
 
 def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
@@ -122,6 +133,10 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
     wanted, head = config.target_modules, _output_head(model)
+    whole, task_heads = whole_modules(model, config), _task_heads(model)
+    for name, module in whole.items():
+        if why := _why_not_trained(module):
+            raise ValueError(f"adapt: expected modules_to_save to name modules that can train, got {name}: {why}")
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
@@ -135,9 +150,11 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
         reason = (
             "not in target_modules" if not targeted
             else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
+            else "in modules_to_save, which trains it whole" if not whole.keys().isdisjoint((name, *above))
             else "the output head; name it in target_modules to adapt it" if everything and module is head
             else "compiled by itself, and would go on without the layer; adapt the model, then compile"
             if name in above and COMPILED in above[name]._modules
+            else _OF_A_TASK_HEAD if everything and not task_heads.isdisjoint((name, *above))
             else why_not_called(module, name, above) or why_not_frozen(module)
         )  # fmt: skip
         if reason is None:
@@ -146,10 +163,33 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             skipped.append(Skipped(name, reason))
     skipped += [Skipped(name, "a 3-D parameter, as experts have, which no layer takes") for name in _stacked(model)]
     skipped += [Skipped(f"target_modules[{w!r}]", "matches no module") for w in sorted(unmatched)]
-    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets))]
+    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets), list(whole))]
     if not targets:
         raise ValueError(_nothing_to_replace(model, config, skipped))
-    return Plan(targets, tuple(skipped), config)
+    return Plan(targets, tuple(skipped), config, whole)
+
+
+def whole_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that ``config`` trains whole, by path; none that is inside another of them, or inside an adapter."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(path: str, module: nn.Module) -> None:
+        wrapper = wrapped_in(module) is not None
+        if path and not wrapper and config.trains_whole(path):
+            found[path] = module
+        elif wrapper or not hasattr(module, "base_layer"):
+            for name, child in module.named_children():
+                walk(unwrapped(f"{path}.{name}" if path else name), child)
+
+    walk("", held(model))
+    return found
+
+
+def _why_not_trained(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        return f"a {type(module).__name__} is never called; name the modules in it"
+    others = [f"{name} of {p.dtype}" for name, p in module.named_parameters() if not p.is_floating_point()]
+    return f"it holds {others[0]}, which takes no gradient; load that module unquantised" if others else None
 
 
 def _stacked(model: nn.Module) -> Iterator[str]:
@@ -204,6 +244,20 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
+_OF_A_TASK_HEAD = (
+    "the task's head, which starts at random; name it in modules_to_save to train it whole and save it with the "
+    "adapter, or in target_modules to adapt it"
+)
+
+
+def _task_heads(model: nn.Module) -> set[str]:
+    """Paths of the head of a transformers model without an output embedding: one for classification, or answers."""
+    if not hasattr(model, "get_output_embeddings") or _output_head(model) is not None:
+        return set()
+    there = submodule(model, "")._modules
+    return {name for names in TASK_HEADS.values() for name in names if name in there}
+
+
 def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[Skipped]) -> str:
     linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if isinstance(m, nn.Linear))
     said = dict.fromkeys(f"{collapse(s.name)} ({s.reason})" for s in skipped if s.reason != "not in target_modules")
@@ -226,6 +280,7 @@ def _replace(
     requires_grad = [(m, key, p.requires_grad) for m, key, p in places]
     trained = frozenset(name for name, p in named_parameters(model) if p.requires_grad)
     undo.append(lambda: _restore_requires_grad(requires_grad))
+    copies = _copy_whole(model, plan, undo)
     biases = {id(p) for p in _trained_biases(model, config, plan)}
     values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
     undo.append(lambda: _restore_values(values))
@@ -244,7 +299,7 @@ def _replace(
         if others:
             layer.weight_shared_with = others  # type: ignore[assignment]
 
-    trains = kept | biases
+    trains = kept | biases | {id(p) for module in copies for p in module.parameters()}
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(id(p) in trains)
@@ -255,6 +310,19 @@ def _replace(
         # Not a method, which pickle would look up by its name, in the class.
         vars(model)["save_pretrained"] = partial(save_pretrained, model)
     return layers
+
+
+def _copy_whole(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> list[nn.Module]:
+    """Put copies where the modules are that train whole: what else uses their weights, as tied heads, keeps its own."""
+    copies: list[nn.Module] = []
+    for path, module in plan.whole.items():
+        parent, child = place(model, path)
+        if parent._modules[child] is module:  # not yet, by another path
+            undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
+            parent._modules[child] = copied = copy.deepcopy(module)
+            copied.trains_whole = True  # type: ignore[assignment]
+            copies.append(copied)
+    return copies
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -61,6 +61,10 @@ class AdapterConfig:
                 f"{type(self).__name__}: expected bias to be one of {', '.join(BIAS_MODES)}, got {self.bias!r}"
             )
 
+    def trains_whole(self, name: str) -> bool:
+        """True if the module at path ``name`` trains as it is, and takes no adapter."""
+        return False
+
     def layer(self, name: str, linear: nn.Linear) -> nn.Module:
         """The layer that replaces ``linear``, found at path ``name``. Shares its weight; has ``base_layer``."""
         raise NotImplementedError
@@ -80,8 +84,8 @@ class AdapterConfig:
         """This config, changed to fit weights of these shapes (N, K), by module, and what has changed, in words."""
         return self, ()
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """Settings that none of the replaced modules uses, in words."""
+    def unused(self, names: Sequence[str], whole: Sequence[str] = ()) -> list[str]:
+        """Settings that none of the replaced modules, and none of those that train whole, uses; in words."""
         return []
 
     def _compile(self, option: str, pattern: str) -> None:
@@ -101,6 +105,8 @@ class LoRAConfig(AdapterConfig):
         r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``.
         rank_pattern, alpha_pattern: {regular expression: value}, for the modules whose path it matches, whole
             or after a dot; the first that matches wins. As in PEFT.
+        modules_to_save: names of modules that train whole and are saved with the adapter, such as a new head; each
+            takes every module whose path ends in it. A copy trains, ``undo()`` puts the model's own module back.
         (and those of :class:`AdapterConfig`)
     """
 
@@ -116,10 +122,16 @@ class LoRAConfig(AdapterConfig):
     init: str = "kaiming"
     train: str = "both"
     dtype: torch.dtype | None = None
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = type(self).__name__
+        saved = self.modules_to_save
+        if not isinstance(saved, (list, tuple, set, frozenset)) or not all(isinstance(m, str) and m for m in saved):
+            raise TypeError(f"{kind}: expected modules_to_save to be names of modules, got {saved!r}")
+        ordered = sorted(saved) if isinstance(saved, (set, frozenset)) else saved
+        object.__setattr__(self, "modules_to_save", tuple(dict.fromkeys(ordered)))
         for option in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, option)
             if not isinstance(patterns, Mapping):
@@ -139,6 +151,9 @@ class LoRAConfig(AdapterConfig):
 
     def rank_of(self, name: str) -> int:
         return _lookup(self.rank_pattern, name, self.r)
+
+    def trains_whole(self, name: str) -> bool:
+        return name.endswith(tuple(self.modules_to_save))
 
     def alpha_of(self, name: str) -> float:
         """alpha of the module at path ``name``."""
@@ -178,8 +193,8 @@ class LoRAConfig(AdapterConfig):
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        return [
+    def unused(self, names: Sequence[str], whole: Sequence[str] = ()) -> list[str]:
+        return [f"modules_to_save[{m!r}]" for m in self.modules_to_save if not any(w.endswith(m) for w in whole)] + [
             f"{option}[{pattern!r}]"
             for option in ("rank_pattern", "alpha_pattern")
             for pattern in getattr(self, option)

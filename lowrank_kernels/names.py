@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # Where torch's wrappers keep what they wrap: FSDP, activation checkpointing, torch.compile.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -37,6 +37,11 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter), under every name that it has."""
     return ((unwrapped(name), p) for name, p in held(model).named_parameters(remove_duplicate=False))
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer), under every name that it has."""
+    return ((unwrapped(name), b) for name, b in held(model).named_buffers(remove_duplicate=False))
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..finite import all_finite
 from ..report import Skipped
@@ -45,12 +45,17 @@ def inside(folder: Path, name: str) -> Path:
 def read_tensors(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
-    base: Mapping[str, nn.Parameter],
+    base: Mapping[str, Tensor],
     skipped: Sequence[Skipped] = (),
+    *,
+    replaceable: Collection[str] = (),
+    ignored: Container[str] = (),
 ) -> dict[str, Tensor]:
     """The file's tensors by parameter, once they are known to be just the expected ones, and finite.
 
-    PEFT also writes the base weights of adapted embeddings and heads. Those must be the model's own.
+    PEFT also writes the base weights of adapted or resized embeddings and heads. Those must be the model's own, or
+    have names that are ``replaceable``: then those that differ are among the tensors. Names that are ``ignored`` may be
+    there.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -66,16 +71,19 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            copies = [n for n in found if n.removeprefix(PREFIX) in base and n.removeprefix(PREFIX) not in expected]
-            for name in copies:
-                own = base[name.removeprefix(PREFIX)]
-                if not _same_values(file.get_tensor(name), own.detach().cpu()):
-                    raise ValueError(
-                        f"load_adapter: expected {name} to be the model's own value, got another in {path}; "
-                        f"changed base weights are not supported"
-                    )
-            headers = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in found.items() if n not in copies}
-            _check_tensors(path, headers, expected, skipped)
+            names = {key: key.removeprefix(PREFIX) for key in found}
+            copies = {key: base[name] for key, name in names.items() if name in base and name not in expected}
+            changed = {key: own for key, own in copies.items() if not same_values(file.get_tensor(key), own)}
+            for key, own in changed.items():
+                _check_replaceable(path, key, tuple(found[key].get_shape()), own, replaceable)
+            expected = {**expected, **{names[key]: tuple(own.shape) for key, own in changed.items()}}
+            integers = {PREFIX + name for name in expected if name in base and not base[name].is_floating_point()}
+            headers = {
+                key: (tuple(t.get_shape()), t.get_dtype())
+                for key, t in found.items()
+                if key in changed or (key not in copies and names[key] not in ignored)
+            }
+            _check_tensors(path, headers, expected, skipped, integers)
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
     except SafetensorError as error:
         raise ValueError(f"load_adapter: expected {path} to be a whole safetensors file: {error}") from None
@@ -85,10 +93,24 @@ def read_tensors(
     return tensors
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in the narrower of their dtypes: a copy may have been rounded on its way."""
-    narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps) if a.is_floating_point() else b.dtype
-    return torch.equal(a.to(narrow), b.to(narrow))
+    floats = a.is_floating_point() and b.is_floating_point()
+    narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps) if floats else b.dtype
+    return torch.equal(a.to("cpu", narrow), b.detach().to("cpu", narrow))
+
+
+def _check_replaceable(path: Path, key: str, shape: tuple[int, ...], own: Tensor, replaceable: Collection[str]) -> None:
+    if key not in {PREFIX + name for name in replaceable}:
+        raise ValueError(
+            f"load_adapter: expected {key} to be the model's own value, got another in {path}; "
+            f"changed base weights are not supported"
+        )
+    if shape != own.shape:
+        raise ValueError(
+            f"load_adapter: expected {key} of shape {tuple(own.shape)} as the model's, got {shape} in {path}; "
+            f"call model.resize_token_embeddings({shape[0] if shape else 0}) first"
+        )
 
 
 def _check_tensors(
@@ -96,6 +118,7 @@ def _check_tensors(
     found: Mapping[str, tuple[tuple[int, ...], str]],
     expected: Mapping[str, tuple[int, ...]],
     skipped: Sequence[Skipped],
+    integers: Container[str] = (),
 ) -> None:
     wanted = {PREFIX + name: shape for name, shape in expected.items()}
     missing = [name for name in wanted if name not in found]
@@ -105,12 +128,12 @@ def _check_tensors(
         raise ValueError(
             f"load_adapter: expected {path} to hold the {len(wanted)} tensors of its config on this model; "
             f"missing: {few(missing)}; unexpected: {few(unexpected)}"
-            + (f"; modules that take no adapter: {few(why)}" if why else "")
+            + (f"; modules that take no adapter: {few(why)}; change the model, or let PEFT run it" if why else "")
         )
     for name, (shape, dtype) in found.items():
         if shape != wanted[name]:
             raise ValueError(f"load_adapter: expected {name} of shape {wanted[name]}, got {shape} in {path}")
-        if dtype not in _FILE_DTYPES:
+        if dtype not in _FILE_DTYPES and name not in integers:
             raise TypeError(f"load_adapter: expected {name} of {', '.join(_FILE_DTYPES)}, got {dtype} in {path}")
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapt import Plan, carry_out, match_targets
+from ..adapt import Plan, carry_out, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
-from ..names import named_parameters
+from ..names import held, named_buffers, named_parameters, unwrapped
 from ..report import Report, count_parameters
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, read_tensors
 from .settings import read_config
@@ -24,13 +24,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 
     The layers, ranks and scalings are those that the folder's config says; the tensors must be exactly those
     that such layers have. Factors become float32, or stay float64. A DoRA adapter gets PEFT's dropout,
-    ``dropout_base=True``.
+    ``dropout_base=True``. Modules that were trained and saved whole (``modules_to_save``, a task's head, embeddings
+    of another size) take the place of the model's own until ``undo()``.
 
     Args:
         model: the base model, not adapted yet.
         folder: local, with adapter_config.json and adapter_model.safetensors.
-        trainable: whether the factors, and the biases the config names, train afterwards. False freezes
-            everything.
+        trainable: whether the factors, the modules saved whole, and the biases the config names train afterwards.
+            False freezes everything.
 
     Returns:
         The report of :func:`adapt`; its ``undo()`` takes the adapter off again, saved biases included.
@@ -47,13 +48,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     """
     folder = Path(folder)
     config, plan, tensors = read_adapter(model, folder)
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else None
+    doubles = any(t.dtype == torch.float64 for name, t in tensors.items() if ".lora_" in name)
+    dtype = torch.float64 if doubles else None
     report = carry_out(model, replace(config, init="zero", dtype=dtype), plan)
     try:
-        parameters = dict(named_parameters(model))
+        places: dict[str, Tensor] = {**dict(named_buffers(model)), **dict(named_parameters(model))}
         with torch.no_grad():
             for name, t in tensors.items():
-                parameters[name].copy_(t)
+                places[name].copy_(t)
         if not trainable:
             model.requires_grad_(False)
     except BaseException:
@@ -61,7 +63,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         raise
     trains, total = count_parameters(model)
     method = "DoRA" if isinstance(config, DoRAConfig) else "LoRA"
-    return Report(f"{folder.name}: {method}", report.replaced, report.skipped, trains, total, _undo=report._undo)
+    title = f"{folder.name}: {method}"
+    return Report(title, report.replaced, report.skipped, trains, total, report.notes, _undo=report._undo)
 
 
 class AdapterFile(NamedTuple):
@@ -78,34 +81,79 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r}")
-    config = read_config(inside(folder, CONFIG_FILE))
+    config = read_config(inside(folder, CONFIG_FILE), model)
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
     plan = match_targets(model, config)
-    absent = [name for name, linear in plan.targets.items() if linear.weight.is_meta]
+    touched = {**plan.targets, **plan.whole}
+    absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
     if absent:
         raise ValueError(
             f"load_adapter: expected a model with its weights, got some on the meta device: {few(absent)}; load those "
             f"first: an adapter on the meta device would be lost"
         )
-    base = _base_parameters(model, plan)
-    tensors = read_tensors(inside(folder, WEIGHTS_FILE), _expected_shapes(base, config, plan), base, plan.skipped)
+    base = _base_tensors(model, plan)
+    shapes = _expected_shapes(base, config, plan)
+    embeddings = _embeddings(model) - plan.targets.keys()
+    tensors = read_tensors(
+        inside(folder, WEIGHTS_FILE), shapes, base, plan.skipped,
+        replaceable={f"{name}.{key}" for name in embeddings for key in ("weight", "bias")},
+        ignored=_second_copies(config, plan),
+    )  # fmt: skip
+    resized = tuple(name for name in embeddings - plan.whole.keys() if f"{name}.weight" in tensors)
+    if resized:
+        config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(resized)))
+        plan = replace(plan, whole=whole_modules(model, config))
     return AdapterFile(config, plan, tensors)
 
 
-def _base_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-    """The model's parameters, by the names that they will have when the plan is carried out."""
+def _base_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The model's parameters and saved buffers, by the names that they will have when the plan is carried out."""
+    named: dict[str, Tensor] = dict(named_parameters(model))
+    named |= {f"{path}.{key}": t for path, module in plan.whole.items() for key, t in _state(module).items()}
     return {
-        f"{owner}.base_layer.{key}" if owner in plan.targets else name: p
-        for name, p in named_parameters(model)
+        f"{owner}.base_layer.{key}" if owner in plan.targets else name: t
+        for name, t in named.items()
         for owner, _, key in [name.rpartition(".")]
     }
 
 
-def _expected_shapes(base: Mapping[str, nn.Parameter], config: LoRAConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: t for key, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """Paths of a transformers model's input and output embeddings, which PEFT saves where they were resized."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(held(model), get)())
+        except (AttributeError, NotImplementedError):
+            continue
+    return {
+        unwrapped(name)
+        for name, module in held(model).named_modules(remove_duplicate=False)
+        if name and any(module is embedding for embedding in found)
+    }
+
+
+def _second_copies(config: LoRAConfig, plan: Plan) -> set[str]:
+    """Names of the biases that PEFT writes twice and three times: with ``bias="all"``, of modules saved whole."""
+    if config.bias != "all":
+        return set()
+    return {
+        f"{path}.{copy}.{key}"
+        for path, module in plan.whole.items()
+        for key, _ in module.named_parameters()
+        for copy in ("original_module", "modules_to_save")
+        if f".{key}".endswith(".bias")
+    }
+
+
+def _expected_shapes(base: Mapping[str, Tensor], config: LoRAConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the file must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in plan.targets.items():
@@ -120,4 +168,6 @@ def _expected_shapes(base: Mapping[str, nn.Parameter], config: LoRAConfig, plan:
             shapes[f"{name}.base_layer.bias"] = (n,)
     if config.bias == "all":
         shapes |= {name: tuple(p.shape) for name, p in base.items() if f".{name}".endswith(".bias")}
+    for path, module in plan.whole.items():
+        shapes |= {f"{path}.{key}": tuple(t.shape) for key, t in _state(module).items()}
     return shapes

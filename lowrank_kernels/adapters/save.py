@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import config_of
+from ..adapt import TASK_HEADS, config_of, whole_modules
 from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
-from ..names import named_modules, named_parameters
+from ..names import named_modules, named_parameters, unwrapped
 from ..nn.dora import DoRALinear
 from ..nn.lora import LoRALinear
 from ..nn.multi_lora import MultiLoRALinear
@@ -27,9 +27,6 @@ from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
 from .settings import written_config
 
 logger = logging.getLogger("lowrank_kernels")
-
-# Tasks for which PEFT wants the model's head in the file, too.
-_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def save_adapter(
@@ -49,8 +46,8 @@ def save_adapter(
             the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
         folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
         base_model_name: for PEFT's ``base_model_name_or_path``.
-        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. Not of a task for which
-            PEFT wants the trained head in the file, which is not written.
+        task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. For "SEQ_CLS",
+            "TOKEN_CLS" and "QUESTION_ANS" the model's head is written too, as PEFT expects, whether it trained or not.
         config: for a model whose LoRALinears were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
@@ -58,24 +55,25 @@ def save_adapter(
         The folder.
 
     Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
-    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. What else trains, such as
-    a new head, is not written either: the log names it.
+    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. The modules of
+    ``modules_to_save`` are written whole. What else trains is not written: the log names it. "all-linear" is written as
+    the names of the layers.
 
     Raises:
-        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
-            task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the
-            factors are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
-            written then.
+        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; an
+            adapter on what is to be written whole; base weights that LoRA-GA's start or a chain has changed, over
+            which alone the factors are right; a value that is not finite, or not at hand: on the meta device, a shard.
+            Nothing is written then.
         ImportError: safetensors is not installed.
     """
-    if task_type in _TASKS_WITH_A_HEAD:
-        raise ValueError(
-            f"save_adapter: expected a task_type without a head of its own, got {task_type!r}, for which PEFT wants "
-            f"the trained head in the file, where it is not written; leave task_type out, and save the head yourself"
-        )
     config = config or config_of(model)  # type: ignore[assignment]
+    tensors: dict[str, Tensor]
     if isinstance(config, MultiLoRAConfig):
-        return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
+        config, tensors = _one_of_many(model, config, adapter)
+        config = _with_head(config, task_type)
+        return _write_adapter(
+            config, tensors | _saved_whole(model, config, tensors), folder, base_model_name, task_type
+        )
     layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
@@ -91,15 +89,40 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
-    config = _naming_what_it_meant(config, model, layers)
-    parameters = _adapter_parameters(model, config, list(layers))
-    written = set(map(id, parameters.values()))
+    tensors = {**_adapter_parameters(model, config, list(layers))}
+    config = _naming_what_it_meant(_with_head(config, task_type), model, layers)
+    tensors |= _saved_whole(model, config, tensors)
+    written = set(map(id, tensors.values()))
     left_out = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in written]
     if left_out:
         logger.warning(
-            "save_adapter: these train, and are not in the file: %s; save them yourself", few(left_out)
+            "save_adapter: these train, and are not in the file: %s; name their modules in modules_to_save, of adapt's "
+            "config or of one given to save_adapter", few(left_out)
         )  # fmt: skip
-    return _write_adapter(config, parameters, folder, base_model_name, task_type)
+    return _write_adapter(config, tensors, folder, base_model_name, task_type)
+
+
+def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
+    """With the task's head among the modules_to_save, as PEFT has it."""
+    return replace(config, modules_to_save=(*config.modules_to_save, *TASK_HEADS.get(task_type or "", ())))
+
+
+def _saved_whole(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the modules that are saved whole, by PEFT's names."""
+    modules = whole_modules(model, config)
+    adapted = [name for name in tensors if ".lora_" in name and any(name.startswith(f"{path}.") for path in modules)]
+    if adapted:
+        raise ValueError(
+            f"save_adapter: expected no adapter on what is written whole, by modules_to_save={config.modules_to_save} "
+            f"with the head of task_type, got {few(adapted)}; leave task_type out, or adapt the model without that "
+            f"layer"
+        )
+    return {
+        unwrapped(f"{path}.{key}"): t
+        for path, module in modules.items()
+        for key, t in module.state_dict(keep_vars=True).items()
+        if isinstance(t, Tensor)
+    }
 
 
 def _one_of_many(
@@ -135,18 +158,18 @@ def _naming_what_it_meant(config: LoRAConfig, model: nn.Module, layers: Mapping[
 
 
 def _write_adapter(
-    config: LoRAConfig, parameters: Mapping[str, Tensor], folder: str | os.PathLike[str],
+    config: LoRAConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str],
     base_model_name: str | None, task_type: str | None,
 ) -> Path:  # fmt: skip
     from safetensors.torch import save_file
 
-    absent = [name for name, p in parameters.items() if p.is_meta]
+    absent = [name for name, t in tensors.items() if t.is_meta]
     if absent:
         raise ValueError(
             f"save_adapter: expected parameters that are at hand, got some on the meta device, as where modules are "
             f"offloaded: {few(absent)}; load them first; nothing was written"
         )
-    tensors = {PREFIX + name: whole(p.detach()).cpu().contiguous().clone() for name, p in parameters.items()}
+    tensors = {PREFIX + name: whole(t.detach()).cpu().contiguous().clone() for name, t in tensors.items()}
     broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(
@@ -190,8 +213,10 @@ def save_lora_ga_adapter(
     ):
         raise ValueError("save_lora_ga_adapter: expected a model adapted with LoRAConfig and without trained biases")
     config = _naming_what_it_meant(config, model, {n: m for n, m in named_modules(model) if isinstance(m, LoRALinear)})
-    # A model of nothing but the layers, twice as wide, over weights that are not there.
+    # A model of nothing but the layers, twice as wide, over weights that are not there, and what is saved whole.
     skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
+    for name, module in whole_modules(model, _with_head(config, names.get("task_type"))).items():
+        _put_at(skeleton, name, module)
     for name, layer in named_modules(model):
         if not isinstance(layer, LoRALinear):
             continue
@@ -207,19 +232,22 @@ def save_lora_ga_adapter(
         a, b = (start.to(layer.weight.device) for start in starts[name])
         wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
         wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
-        parent = skeleton
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, wide)
+        _put_at(skeleton, name, wide)
     config = replace(
         config, r=2 * config.r, alpha=grown * config.alpha,
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
     )  # fmt: skip
     return save_adapter(skeleton, folder, config=config, **names)
+
+
+def _put_at(root: nn.Module, name: str, module: nn.Module) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(leaf, module)
 
 
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:

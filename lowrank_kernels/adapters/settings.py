@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import DoRAConfig, LoRAConfig
+from torch import nn
+
+from ..config import DoRAConfig, LoRAConfig, names_match
+from ..names import named_modules
 
 _MAX_CONFIG_BYTES = 8 << 20
 
@@ -15,21 +19,27 @@ _MAX_CONFIG_BYTES = 8 << 20
 _PEFT_NAMES = {
     "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules",
     "exclude_modules": "exclude_modules", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
-    "use_rslora": "rslora", "lora_bias": "lora_bias", "bias": "bias",
+    "use_rslora": "rslora", "lora_bias": "lora_bias", "bias": "bias", "modules_to_save": "modules_to_save",
 }  # fmt: skip
-# Settings that say nothing about the function of a trained adapter.
+# Settings that are read in ways of their own.
+_READ = {"use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern"}
+# Settings that say nothing about the function of a trained adapter. The settings of a start matter where it changed the
+# base, which init_lora_weights says.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
+    "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+    "eva_config", "corda_config", "loftq_config", "lora_ga_config",
 }  # fmt: skip
 
 
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_config(path: Path) -> LoRAConfig:
-    """The settings in an adapter_config.json of PEFT's; ValueError names the one that does not fit."""
+def read_config(path: Path, model: nn.Module) -> LoRAConfig:
+    """The settings in an adapter_config.json of PEFT's; ValueError names the one that does not fit.
+
+    ``layers_to_transform`` becomes the names of the model's modules that it means.
+    """
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
             f"load_adapter: expected {path} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
@@ -44,21 +54,68 @@ def read_config(path: Path) -> LoRAConfig:
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
         )
-    unsupported = {k: v for k, v in given.items() if v and k not in {*_PEFT_NAMES, *_INERT, "use_dora"}}
-    init = given.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-        unsupported["init_lora_weights"] = init
+    init = str(given.get("init_lora_weights")).lower()
+    unsupported = {k: v for k, v in given.items() if v and k not in {*_PEFT_NAMES, *_READ, *_INERT}}
+    cure = ""
+    if init.startswith(_INITS_THAT_CHANGE_THE_BASE):
+        unsupported["init_lora_weights"] = given["init_lora_weights"]
+        cure = (
+            "; that start changes the base's weights: let PEFT convert the adapter, by "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     if unsupported:
         said = ", ".join(f"{k}={v!r}"[:80] for k, v in sorted(unsupported.items()))
-        raise ValueError(f"load_adapter: {path} uses settings that are not supported: {said}")
+        raise ValueError(f"load_adapter: {path} uses settings that are not supported: {said}{cure}")
     settings = {ours: given[theirs] for theirs, ours in _PEFT_NAMES.items() if given.get(theirs) is not None}
     missing = [theirs for theirs in ("r", "lora_alpha", "target_modules") if given.get(theirs) is None]
     if missing:
         raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
+    if init == "mica":  # trains A alone
+        settings["train"] = "a"
+    if given.get("layers_to_transform") not in (None, []):
+        settings["target_modules"] = _targets_in_layers(given, model, path)
     try:
         return DoRAConfig(**settings, dropout_base=True) if given.get("use_dora") else LoRAConfig(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from None
+
+
+def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -> list[str]:
+    """Names of the targets that are in the layers of ``layers_to_transform``, or are named by their whole path."""
+    wanted: Any = given.get("target_modules")
+    layers: Any = given["layers_to_transform"]
+    patterns: Any = given.get("layers_pattern")
+    layers = [layers] if isinstance(layers, int) else layers
+    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    lists = isinstance(layers, list) and isinstance(wanted, list) and isinstance(patterns, list)
+    if not (lists and all(isinstance(i, int) for i in layers) and all(isinstance(p, str) for p in wanted + patterns)):
+        raise ValueError(
+            f"load_adapter: expected layers_to_transform to be numbers of layers, beside names in layers_pattern and "
+            f"target_modules, got {str(layers)[:80]}, {str(patterns)[:80]} and {str(wanted)[:80]} in {path}"
+        )
+    try:
+        places = [re.compile(rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\.") for p in patterns] or [_SECOND_NAME_ON]
+    except re.error as error:
+        raise ValueError(
+            f"load_adapter: expected layers_pattern to hold regular expressions: {error}, in {path}"
+        ) from None
+    names = [name for name, _ in named_modules(model) if names_match(wanted, name)]
+    targets = [name for name in names if name in wanted or _layer_number(name, places) in layers]
+    if not targets:
+        raise ValueError(
+            f"load_adapter: expected layers_to_transform to name layers of the model with targets in them, got "
+            f"{str(layers)[:80]} in {path}"
+        )
+    return targets
+
+
+_SECOND_NAME_ON = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
+
+
+def _layer_number(name: str, places: list[re.Pattern[str]]) -> int | None:
+    """The number in a module's path that stands first where one of the expressions looks for it."""
+    first = next(filter(None, (place.match(name) for place in places)), None)
+    return int(first["layer"]) if first and first["layer"] else None
 
 
 def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name: str | None) -> dict[str, Any]:
@@ -71,5 +128,5 @@ def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name
     return written | {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model_name,
         "inference_mode": True, "init_lora_weights": True, "use_dora": isinstance(config, DoRAConfig),
-        "exclude_modules": written["exclude_modules"] or None,
+        "exclude_modules": written["exclude_modules"] or None, "modules_to_save": written["modules_to_save"] or None,
     }  # fmt: skip

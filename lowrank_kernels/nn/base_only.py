@@ -43,7 +43,7 @@ def base_only(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: not a module.
         ValueError: no such layers; merged ones, whose weight holds the correction; weights that LoRA-GA's start or a
-            chain has changed, and biases that train, of which the base's own values are not at hand.
+            chain has changed, biases that train, and modules_to_save, of which the base's own values are not at hand.
         RuntimeError: from a layer in an older thread, while the context is open: it may or may not belong to it.
     """
     if not isinstance(model, nn.Module):
@@ -66,6 +66,12 @@ def base_only(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"base_only: expected frozen biases, but that of {trained[0]} trains, and the base's own value is not at "
             f"hand; adapt the model with bias='none'"
+        )
+    whole = [name for name, m in model.named_modules() if getattr(m, "trains_whole", False)]
+    if whole:
+        raise ValueError(
+            f"base_only: expected a model without modules_to_save, got {whole[0]}, which trains whole, and the base's "
+            f"own is not at hand; keep a copy of the base"
         )
     around = _OPEN.current()
     own = frozenset(map(id, layers.values()))

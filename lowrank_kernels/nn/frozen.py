@@ -85,6 +85,8 @@ def why_not_frozen(module: nn.Module) -> str | None:
             return f"already adapted ({kind})"
         if kind == "Conv1D":
             return "transformers' Conv1D keeps its weight as (in, out); an nn.Linear is needed"
+        if kind == "OptimizedModule":
+            return "it is compiled; adapt the model before torch.compile"
         return f"not an nn.Linear but a {kind}"
     if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by torch.nn.utils.parametrize"

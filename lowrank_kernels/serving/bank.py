@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterFile, read_adapter
+from ..adapters.folder import same_values
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
 from ..names import named_modules, place, submodule
@@ -429,6 +430,13 @@ class AdapterBank:
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
                 f"a batch share; a bank cannot serve it"
             )
+        changed = [name for name, module in file.plan.whole.items() if not _holds(module, name, file.tensors)]
+        if changed:
+            raise ValueError(
+                f"load_adapter: {folder} has weights of its own for {', '.join(changed)} (modules_to_save, a task's "
+                f"head, or resized embeddings), which the sequences of a batch share; a bank cannot serve it; use "
+                f"lk.load_adapter on a model of its own"
+            )
         if isinstance(file.config, DoRAConfig):
             for name in file.plan.targets:  # before the norms: a weight that changes meanwhile is then seen as changed
                 whole = self._parts_of.get(name, (name, slice(0)))[0]
@@ -599,6 +607,12 @@ class AdapterBank:
                 break
             over -= adapter.nbytes
             adapter.parts = None
+
+
+def _holds(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a module that an adapter's file holds whole is the model's own."""
+    state = module.state_dict()
+    return all(same_values(tensors[f"{name}.{key}"], t) for key, t in state.items() if isinstance(t, Tensor))
 
 
 def _part(name: str, weight: Tensor, file: AdapterFile) -> _Part:

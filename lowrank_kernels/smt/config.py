@@ -61,7 +61,7 @@ class SMTConfig(AdapterConfig):
         bm, bn = self.selection.block_size
         return f"{len(self.selection.blocks[name])} blocks of {bm}×{bn}"
 
-    def unused(self, names: Sequence[str]) -> list[str]:
+    def unused(self, names: Sequence[str], whole: Sequence[str] = ()) -> list[str]:
         missing = [name for name in self.selection.blocks if name not in names]
         if missing:
             raise ValueError(

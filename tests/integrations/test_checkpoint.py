@@ -219,16 +219,11 @@ def test_what_trains_and_is_not_written_is_named(llama, tmp_path, caplog):
         assert not caplog.messages
         model.lm_head.weight.requires_grad_(True)
         save_adapter(model, tmp_path)
-    assert caplog.messages == ["save_adapter: these train, and are not in the file: lm_head.weight; save them yourself"]
-
-
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
-def test_a_task_for_which_peft_wants_the_head_is_refused(llama, tmp_path, task_type):
-    model = llama()
-    adapt(model, LoRAConfig(r=2))
-    with pytest.raises(ValueError, match=rf"save_adapter: .*got '{task_type}'.*leave task_type out"):
-        save_adapter(model, tmp_path, task_type=task_type)
-    assert not list(tmp_path.iterdir())
+    assert len(caplog.messages) == 1
+    assert "these train, and are not in the file: lm_head.weight; name their modules in modules_to_save" in caplog.text
+    save_adapter(model, tmp_path, config=replace(config_of(model), modules_to_save=("lm_head",)))
+    assert len(caplog.messages) == 1
+    assert torch.equal(load_file(tmp_path / WEIGHTS_FILE)["base_model.model.lm_head.weight"], model.lm_head.weight)
 
 
 def test_a_module_of_the_file_that_takes_no_adapter_is_named_with_the_reason(llama, tmp_path):
@@ -487,8 +482,19 @@ BAD_FOLDERS = {
     "no method": (edit_config(peft_type=None), "peft_type 'LORA', got None"),
     "dora without magnitudes": (edit_config(use_dora=True), r"missing: base_model\.model\.0\.lora_magnitude_vector, "),
     "dora with a bias of B's": (edit_config(use_dora=True, lora_bias=True), "DoRAConfig: expected lora_bias to be F"),
-    "modules_to_save": (edit_config(modules_to_save=["head"]), r"not supported: modules_to_save=\['head'\]"),
-    "several": (edit_config(layers_to_transform=[0], loftq_config={"a": 1}), "layers_to_transform=.*loftq_config="),
+    "modules_to_save": (edit_config(modules_to_save="1"), "modules_to_save to be names of modules, got '1'"),
+    "a head that is not there": (edit_config(modules_to_save=["2"]), r"missing: .*2\.weight"),
+    "several": (
+        edit_config(alora_invocation_tokens=[1], layer_replication=[[0, 2]]),
+        "alora_invocation_tokens=.*layer_repl",
+    ),
+    "layers": (
+        edit_config(layers_to_transform=[0], target_modules=["o"]),
+        "layers_to_transform to name layers of the model with targets",
+    ),
+    "layers of words": (edit_config(layers_to_transform=["a"]), "layers_to_transform to be numbers of layers"),
+    "layers of a regex": (edit_config(layers_to_transform=[0], target_modules=".*"), "to be numbers of layers, beside"),
+    "layers' pattern": (edit_config(layers_to_transform=0, layers_pattern="("), "layers_pattern to hold regular"),
     "from the future": (edit_config(hyper_lora=3), "not supported: hyper_lora=3"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "not supported: init_lora_weights='pissa_niter_4'"),
     "no rank": (edit_config(r=None), "expected r in"),

@@ -201,3 +201,10 @@ def test_what_has_no_base_at_hand_is_refused():
     lk.adapt(other, lk.LoRAConfig(bias="all"))
     with pytest.raises(ValueError, match="frozen biases"), lk.base_only(other):
         pass
+
+
+def test_modules_to_save_are_refused():
+    model = Net()
+    lk.adapt(model, lk.LoRAConfig(target_modules=["up"], modules_to_save=["down"]))
+    with pytest.raises(ValueError, match="modules_to_save, got down"), lk.base_only(model):
+        pass

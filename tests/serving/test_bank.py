@@ -257,7 +257,7 @@ def broken(kind, source, folder):
     elif kind == "method":
         config.write_text(json.dumps({**settings, "peft_type": "LOHA"}))
     elif kind == "feature":
-        config.write_text(json.dumps({**settings, "modules_to_save": ["lm_head"]}))
+        config.write_text(json.dumps({**settings, "layer_replication": [[0, 2]]}))
     elif kind == "biases":
         config.write_text(json.dumps({**settings, "bias": "lora_only", "target_modules": ["down_proj"]}))
         tensors = {k: v for k, v in tensors.items() if "down_proj" in k}
@@ -282,7 +282,7 @@ FAULTS = [
     ("header", "expected .* to start with a safetensors header"),
     ("json", "to hold JSON"),
     ("method", "expected an adapter of peft_type 'LORA', got 'LOHA'"),
-    ("feature", "uses settings that are not supported: modules_to_save"),
+    ("feature", "uses settings that are not supported: layer_replication"),
     ("biases", "trains biases of the base"),
     ("nan", "found NaN or Inf"),
     ("integers", "expected .* of F32, BF16, F16, F64, got I64"),
@@ -395,10 +395,25 @@ def test_the_plan_of_a_batch_is_made_once(bank, monkeypatch):
     assert len(made) == 1
 
 
-def test_an_adapter_of_more_layers_is_refused(bank, tmp_path):
+def test_an_adapter_of_some_layers_alone_is_served(bank, tmp_path):
     folder = write_adapter(tmp_path / "one", r=2, target_modules=["gate_proj"], layers_to_transform=[0])
-    with pytest.raises(ValueError, match="layers_to_transform"):
-        bank.load("one", folder)
+    bank.load("one", folder)
+    alone, tokens = make_model(), make_tokens(2)
+    assert [r.name for r in lk.load_adapter(alone, folder).replaced] == ["model.layers.0.mlp.gate_proj"]
+    with torch.no_grad(), bank.batch([None, "one"]):
+        torch.testing.assert_close(bank.model(tokens).logits[1], alone(tokens).logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_the_adapters_own_is_refused(bank, tmp_path):
+    folder = write_adapter(tmp_path / "head", r=2, target_modules=["gate_proj"], modules_to_save=["lm_head"])
+    bank.load("head", folder)  # it is the base's own
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.weight"][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"weights of its own for lm_head \(modules_to_save.*a bank cannot serve it"):
+        bank.load("other head", folder)
+    assert "other head" not in bank.names()
 
 
 # ------------------------------------------------------------------------------------------ weights and what is saved
