@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ALL_LINEAR, AdapterConfig, names_match
+from .config import ALL_LINEAR, AdapterConfig, endings, names_match
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
@@ -118,7 +118,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
     for name, module, above in _outside_adapters(model):
-        unmatched = {w for w in unmatched if not names_match((w,), name)}
+        unmatched.difference_update(endings(name))
         linear_like = _looks_linear(module)
         everything = wanted == ALL_LINEAR
         targeted = linear_like if everything else names_match(wanted, name)

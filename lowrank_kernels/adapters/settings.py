@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import DoRAConfig, LoRAConfig
-
-_MAX_CONFIG_BYTES = 8 << 20
+from .folder import read_json
+from .matching import bounded_patterns
 
 # PEFT's names for our settings.
 _PEFT_NAMES = {
@@ -30,16 +29,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "m
 
 def read_config(path: Path) -> LoRAConfig:
     """The settings in an adapter_config.json of PEFT's; ValueError names the one that does not fit."""
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"load_adapter: expected {path} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
-        )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_adapter: expected {path} to hold JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"load_adapter: expected {path} to hold a JSON object, got {type(given).__name__}")
+    given = read_json(path)
     if given.get("peft_type") != "LORA":
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
@@ -55,10 +45,14 @@ def read_config(path: Path) -> LoRAConfig:
     missing = [theirs for theirs in ("r", "lora_alpha", "target_modules") if given.get(theirs) is None]
     if missing:
         raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
+    use_dora = given.get("use_dora") or False
+    if not isinstance(use_dora, bool):
+        raise ValueError(f"load_adapter: expected use_dora to be true or false, got {str(use_dora)[:80]!r} in {path}")
     try:
-        return DoRAConfig(**settings, dropout_base=True) if given.get("use_dora") else LoRAConfig(**settings)
+        settings = bounded_patterns(settings)
+        return DoRAConfig(**settings, dropout_base=True) if use_dora else LoRAConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path}: {error}") from None
+        raise ValueError(f"load_adapter: {path}: {str(error)[:1000]}") from None
 
 
 def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name: str | None) -> dict[str, Any]:
