@@ -208,8 +208,8 @@ def read_tensors(
 
 def _changed(name: str, path: Path) -> ValueError:
     return ValueError(
-        f"load_adapter: expected {name} to be the model's own value, got another in {path}; changed base weights are not "
-        f"supported"
+        f"load_adapter: expected {name} to be the model's own value, got another in {path}; changed base weights are "
+        f"not supported"
     )
 
 
