@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 """What a wrong option, file or environment raises: told in one line, without a traceback."""
@@ -32,10 +32,18 @@ COMMANDS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors of one line, and whose options are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
 def _parser(chosen: Command | None) -> argparse.ArgumentParser:
     """The parser of all subcommands, with the options of the chosen one."""
-    from .arguments import Parser
-
     parser = Parser(
         prog="lrk", description="Kernels for frozen weights with small trained corrections.",
         epilog="lrk COMMAND --help tells a command's options.",

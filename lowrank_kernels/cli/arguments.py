@@ -11,21 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
 _PICTURES = (".png", ".svg", ".pdf", ".jpg")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors of one line, and whose options are written out."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
 
 
 def refuse_options(given: Iterable[str], options: Iterable[str], why: str) -> None:

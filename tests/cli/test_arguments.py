@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_kernels.cli import COMMANDS, arguments, docstrings, main
-from lowrank_kernels.cli.arguments import Parser
+from lowrank_kernels.cli import COMMANDS, Parser, arguments, docstrings, main
 from lowrank_kernels.cli.methods import METHODS
 
 pytest.importorskip("transformers")

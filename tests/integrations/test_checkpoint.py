@@ -242,15 +242,47 @@ def test_a_module_of_the_file_that_takes_no_adapter_is_named_with_the_reason(lla
         load_adapter(other, tmp_path)
 
 
-def test_the_order_of_patterns_survives(llama, tmp_path):
+OVERLAPPING = {
+    "ranks": {"rank_pattern": {r"layers\.1\..*": 2, "down_proj": 5}},
+    "alphas": {"alpha_pattern": {r"layers\.1\..*": 2, "down_proj": 5, "v_proj": 7}, "rslora": True},
+    "both": {"rank_pattern": {".*v_proj": 3, "v_proj": 4}, "alpha_pattern": {r"^model\..*0.*": 4, "down_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_patterns_that_overlap_are_written_so_that_no_order_matters(llama, tokens, tmp_path, kind):
+    """The first that matches wins; PEFT, which sorts them when it saves, reads what is meant, and so do we."""
     model = llama()
-    patterns = {r"layers\.0\..*": 2, "down_proj": 5}
-    report = adapt(model, LoRAConfig(target_modules=("down_proj",), rank_pattern=patterns))
-    assert [r.rank for r in report.replaced] == [2, 5]
-    save_adapter(model, tmp_path)
-    assert [r.rank for r in load_adapter(llama(), tmp_path).replaced] == [2, 5]
-    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert [m.r["default"] for m in theirs.modules() if isinstance(m, peft.tuners.lora.Linear)] == [2, 5]
+    adapt(model, LoRAConfig(target_modules=("down_proj", "v_proj"), r=6, **OVERLAPPING[kind]))
+    randomise(model)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    assert_the_same_model(theirs, model, tokens)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "theirs").eval()
+    assert_the_same_model(again, model, tokens)
+    for folder in ("ours", "theirs"):
+        loaded = llama()
+        load_adapter(loaded, tmp_path / folder)
+        assert_the_same_model(loaded, model, tokens)
+
+
+def test_patterns_of_pefts_that_overlap_and_disagree_are_refused(llama, tmp_path):
+    """Their order is lost on disk: PEFT itself reads another model than it saved."""
+    patterns = {r"layers\.1\..*": 2, "down_proj": 5}
+    config = peft.LoraConfig(target_modules=["down_proj"], r=6, alpha_pattern=patterns)
+    theirs = peft.get_peft_model(llama(), config)
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    scalings = [
+        [m.scaling["default"] for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+        for model in (theirs, again)
+    ]
+    assert scalings[0] != scalings[1]
+    with pytest.raises(
+        ValueError, match=r"alpha_pattern in .*layers\.1\.mlp\.down_proj one value, got 'down_proj': 5 and"
+    ):
+        load_adapter(llama(), tmp_path)
 
 
 def test_base_weights_in_the_file_must_be_the_models_own(llama, tmp_path):
