@@ -128,7 +128,8 @@ class LoRAConfig(AdapterConfig):
                 if not isinstance(pattern, str):
                     raise TypeError(f"{kind}: expected the keys of {option} to be strings, got {pattern!r}")
                 self._compile(option, pattern)
-                self._compile(option, _below_a_dot(pattern))
+                if not isinstance(pattern, FilePattern):
+                    self._compile(option, _after_any_dot(pattern))
         for option in self._switches:
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{kind}: expected {option} to be True or False, got {getattr(self, option)!r}")
@@ -289,7 +290,7 @@ def endings(name: str) -> list[str]:
 
 def disagreement(patterns: Mapping[str, Any], name: str) -> tuple[str, str] | None:
     """Two patterns that match the module at path ``name`` and have different values; None where all agree."""
-    matching = [p for p in patterns if _matches(_below_a_dot(p), name)]
+    matching = [p for p in patterns if _matches_ending(p, name)]
     return next(((matching[0], p) for p in matching[1:] if patterns[p] != patterns[matching[0]]), None)
 
 
@@ -299,10 +300,15 @@ def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def _below_a_dot(pattern: str) -> str:
-    """A pattern of rank_pattern or alpha_pattern, for the whole of a path."""
-    whole = rf"(?:.*\.)?(?:{pattern})"
-    return FilePattern(whole) if isinstance(pattern, FilePattern) else whole
+def _matches_ending(pattern: str, name: str) -> bool:
+    """Whether a pattern of rank_pattern or alpha_pattern matches the path, or what follows one of its dots."""
+    if isinstance(pattern, FilePattern):
+        return pattern.matches_ending(name)
+    return re.fullmatch(_after_any_dot(pattern), name) is not None
+
+
+def _after_any_dot(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
@@ -314,4 +320,4 @@ def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for p, value in patterns.items() if _matches(_below_a_dot(p), name)), default)
+    return next((value for p, value in patterns.items() if _matches_ending(p, name)), default)

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -47,18 +48,29 @@ class FilePattern(str):
         ValueError: at construction, for what is no regular expression, or not one of these.
     """
 
-    def __new__(cls, pattern: str) -> FilePattern:
-        _compiled(str(pattern))
-        return super().__new__(cls, pattern)
+    _step: Step
+    _tail: str
+    cost: int
+    """Steps that a match takes at most, for a name of 128 characters."""
 
-    @property
-    def cost(self) -> int:
-        """Steps that a match takes at most, for a name of 128 characters."""
-        return _compiled(str(self))[1]
+    def __new__(cls, pattern: str) -> FilePattern:
+        self = super().__new__(cls, pattern)
+        self._step, self.cost, self._tail = _compiled(str(pattern))
+        return self
+
+    def __reduce__(self) -> tuple[type[FilePattern], tuple[str]]:
+        return FilePattern, (str(self),)
 
     def fullmatch(self, name: str) -> bool:
         """True if the pattern matches the whole name."""
-        return bool(_compiled(str(self))[0](_name(name), 1) >> len(name))
+        return name.endswith(self._tail) and bool(self._step(_name(name), 1) >> len(name))
+
+    def matches_ending(self, name: str) -> bool:
+        """True if the pattern matches the whole name, or what follows one of its dots."""
+        if not name.endswith(self._tail):
+            return False
+        places = _name(name)
+        return bool(self._step(places, places.starts) >> len(name))
 
 
 class _Name:
@@ -70,6 +82,7 @@ class _Name:
         self.end = 1 << len(text)
         self._words: dict[str, Places] = {}
         self._classes: dict[Any, Places] = {}
+        self.starts = 1 | self.word(".") << 1
 
     def word(self, word: str) -> Places:
         if word not in self._words:
@@ -85,11 +98,12 @@ class _Name:
         return self._classes[belongs]
 
 
-_name = lru_cache(maxsize=256)(_Name)
+_name = lru_cache(maxsize=4096)(_Name)
 
 
 @lru_cache(maxsize=8192)
-def _compiled(pattern: str) -> tuple[Step, int]:
+def _compiled(pattern: str) -> tuple[Step, int, str]:
+    """How to match, in how many steps at most, and the letters that every match ends with."""
     if len(pattern) > _MAX_LENGTH:
         raise ValueError(f"expected a pattern of at most {_MAX_LENGTH} characters, got {len(pattern)}")
     try:
@@ -109,7 +123,8 @@ def _compiled(pattern: str) -> tuple[Step, int]:
             f"expected a pattern that is matched in {MAX_COST} steps, got one of {cost}: {pattern[:80]!r}; "
             f"write it with fewer repeats inside repeats"
         )
-    return step, cost
+    letters = takewhile(lambda part: part[0].name == "LITERAL", reversed(list(tree)))
+    return step, cost, "".join(chr(code) for _, code in letters)[::-1]
 
 
 class _Unsupported(Exception):

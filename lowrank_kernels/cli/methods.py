@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -73,8 +73,8 @@ def adapter_config(method: str, args: argparse.Namespace) -> lk.LoRAConfig:
     )  # fmt: skip
 
 
-def check_options(method: str, given: Iterable[str]) -> None:
-    """Raise ValueError for an option that the method would ignore."""
+def ignored_options(method: str) -> list[str]:
+    """The options of other methods."""
     row = METHODS[method]
     groups = (
         (("--rank", "--dropout", "--rslora"), not row.blocks),
@@ -82,9 +82,7 @@ def check_options(method: str, given: Iterable[str]) -> None:
         (("--gradient-batches",), row.from_gradients),
         (("--budget", "--block-size", "--warmup-steps"), row.blocks),
     )
-    for options, taken in groups:
-        if not taken:
-            arguments.refuse_options(given, options, f"is not an option of --method {method}, which would ignore it")
+    return [option for options, taken in groups if not taken for option in options]
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
     from . import training as loop
 
-    methods.check_options(args.method, args.given)
+    arguments.refuse_options(
+        args.given, methods.ignored_options(args.method), f"is not an option of --method {args.method}"
+    )
     if args.checkpoint is None:
         arguments.refuse_options(
             args.given, ("--save-every", "--stop-after"), "needs --checkpoint, where the run is kept"

@@ -1,7 +1,9 @@
 """Folders made to hang, to fill the memory or to slip through: refused in words, quickly, with nothing changed."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -513,7 +515,7 @@ def test_an_ordinary_pattern_matches_what_re_matches(pattern):
     wanted = [name for name in names if re.fullmatch(pattern, name)]
     assert wanted and [name for name in names if FilePattern(pattern).fullmatch(name)] == wanted
     prefixed = rf"(?:.*\.)?(?:{pattern})"
-    assert all(FilePattern(prefixed).fullmatch(n) == bool(re.fullmatch(prefixed, n)) for n in names)
+    assert all(FilePattern(pattern).matches_ending(n) == bool(re.fullmatch(prefixed, n)) for n in names)
 
 
 PIECES = [
@@ -552,12 +554,16 @@ def test_what_a_file_may_say_is_matched_as_re_does():
         for _ in range(8):
             name = "".join(draw("ab.1_") for _ in range(int(torch.randint(1, 8, (), generator=generator))))
             assert found.fullmatch(name) == bool(expected.fullmatch(name)), (text, name)
+            ending = re.fullmatch(rf"(?:.*\.)?(?:{text})", name)
+            assert found.matches_ending(name) == bool(ending), (text, name)
             compared += 1
             matched += found.fullmatch(name)
     assert compared > 10_000 and 0.05 < matched / compared < 0.95
 
 
 def test_a_file_pattern_is_a_string_and_says_what_it_cannot_have():
+    for same in (copy.deepcopy(FilePattern("a|b")), pickle.loads(pickle.dumps(FilePattern("a|b")))):
+        assert type(same) is FilePattern and same.fullmatch("b") and not same.fullmatch("ab")
     assert FilePattern("a|b") == "a|b" and json.dumps(FilePattern("a|b")) == '"a|b"'
     for pattern, why in (("(a)\\1", "backreferences"), ("(a)?(?(1)b)", "conditions"), ("(?x)a", "flags")):
         with pytest.raises(ValueError, match=why):
