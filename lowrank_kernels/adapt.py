@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ALL_LINEAR, AdapterConfig, names_match
+from .config import ALL_LINEAR, AdapterConfig, endings, names_match
 from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
@@ -141,7 +141,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
     for name, module, above in _outside_adapters(model):
-        unmatched = {w for w in unmatched if not names_match((w,), name)}
+        unmatched.difference_update(endings(name))
         linear_like = _looks_linear(module)
         everything = wanted == ALL_LINEAR
         targeted = linear_like if everything else names_match(wanted, name)

@@ -15,6 +15,7 @@ from .init.factors import INITS
 from .nn.dora import DoRALinear
 from .nn.lora import LoRALinear, check_lora_settings
 from .nn.multi_lora import MultiLoRALinear
+from .patterns import FilePattern
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -89,9 +90,11 @@ class AdapterConfig:
         return []
 
     def _compile(self, option: str, pattern: str) -> None:
+        if isinstance(pattern, FilePattern):  # known to be one
+            return
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{type(self).__name__}: expected {option} to hold a regular expression, got {pattern!r}: {error}"
             ) from None
@@ -102,7 +105,8 @@ class LoRAConfig(AdapterConfig):
     """Linears become :class:`~lowrank_kernels.nn.LoRALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ.
 
     Args:
-        r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``.
+        r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``. alpha may be 0, which leaves
+            the base as it is, or negative, as in PEFT.
         rank_pattern, alpha_pattern: {regular expression: value}, for the modules whose path it matches, whole
             or after a dot; the first that matches wins. As in PEFT.
         modules_to_save: names of modules that train whole and are saved with the adapter, such as a new head; each
@@ -140,12 +144,23 @@ class LoRAConfig(AdapterConfig):
                 if not isinstance(pattern, str):
                     raise TypeError(f"{kind}: expected the keys of {option} to be strings, got {pattern!r}")
                 self._compile(option, pattern)
-        for r in (self.r, *self.rank_pattern.values()):
-            for alpha in (self.alpha, *self.alpha_pattern.values()):
-                check_lora_settings(kind, r=r, alpha=alpha, dropout=self.dropout, train=self.train, dtype=self.dtype)
+                if not isinstance(pattern, FilePattern):
+                    self._compile(option, _after_any_dot(pattern))
         for option in self._switches:
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{kind}: expected {option} to be True or False, got {getattr(self, option)!r}")
+        check_lora_settings(
+            kind, r=self.r, alpha=self.alpha, dropout=self.dropout, train=self.train, dtype=self.dtype,
+            rslora=self.rslora,
+        )  # fmt: skip
+        for pattern, r in self.rank_pattern.items():
+            check_lora_settings(f"{kind}: rank_pattern[{pattern!r}]", r=r, alpha=0.0, dropout=0.0)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_lora_settings(f"{kind}: alpha_pattern[{pattern!r}]", r=1, alpha=alpha, dropout=0.0)
+        ranks = self.r, *self.rank_pattern.values()
+        alphas = [abs(alpha) for alpha in (self.alpha, *self.alpha_pattern.values()) if alpha] or [0.0]
+        for r, alpha in ((min(ranks), max(alphas)), (max(ranks), min(alphas))):  # the largest scaling, and the smallest
+            check_lora_settings(kind, r=r, alpha=alpha, dropout=0.0, rslora=self.rslora)
         if self.init not in INITS:
             raise ValueError(f"{kind}: expected init to be one of {', '.join(INITS)}, got {self.init!r}")
 
@@ -296,8 +311,36 @@ class MultiLoRAConfig(AdapterConfig):
 def names_match(wanted: str | Sequence[str], name: str) -> bool:
     """Whether a module's path is meant: a regular expression for all of it, or one of the names it is or ends in."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == w or name.endswith("." + w) for w in wanted)
+        return _matches(wanted, name)
+    return any(ending in wanted for ending in endings(name))
+
+
+def endings(name: str) -> list[str]:
+    """The path, and what of it follows each dot: "a.b.c", "b.c" and "c"."""
+    return [name] + [name[at + 1 :] for at, c in enumerate(name) if c == "."]
+
+
+def disagreement(patterns: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """Two patterns that match the module at path ``name`` and have different values; None where all agree."""
+    matching = [p for p in patterns if _matches_ending(p, name)]
+    return next(((matching[0], p) for p in matching[1:] if patterns[p] != patterns[matching[0]]), None)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if isinstance(pattern, FilePattern):
+        return pattern.fullmatch(name)
+    return re.fullmatch(pattern, name) is not None
+
+
+def _matches_ending(pattern: str, name: str) -> bool:
+    """Whether a pattern of rank_pattern or alpha_pattern matches the path, or what follows one of its dots."""
+    if isinstance(pattern, FilePattern):
+        return pattern.matches_ending(name)
+    return re.fullmatch(_after_any_dot(pattern), name) is not None
+
+
+def _after_any_dot(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
@@ -309,4 +352,4 @@ def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for p, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", name)), default)
+    return next((value for p, value in patterns.items() if _matches_ending(p, name)), default)

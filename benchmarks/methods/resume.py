@@ -20,7 +20,7 @@ import torch
 from plots import RESULTS
 
 from lowrank_kernels.bench.run import conditions
-from lowrank_kernels.cli.methods import METHODS
+from lowrank_kernels.cli.methods import METHODS, ignored_options
 
 STEPS, HALF = 8, 4
 SIZES = {
@@ -31,7 +31,8 @@ LRK = [sys.executable, "-c", "import sys; from lowrank_kernels.cli import main; 
 
 
 def train(method: str, *more: object, kill_at: int | None = None) -> None:
-    options = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    others = ignored_options(method)
+    options = [word for name, value in SIZES.items() if f"--{name}" not in others for word in (f"--{name}", str(value))]
     command = [*LRK, "train", "--method", method, *options, *map(str, more)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -5,12 +5,14 @@ A folder may come from anywhere: nothing in it is executed, and sizes are looked
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 import struct
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,24 +24,153 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_MAX_HEADER_BYTES = 16 << 20  # some hundred thousand tensors
-_FILE_DTYPES = ("F32", "BF16", "F16", "F64")
+_MAX_CONFIG_BYTES = 2 << 20
+_HEADER_BYTES = 1 << 20  # of a safetensors header, and so many more for each tensor that a model asks for:
+_ENTRY_BYTES = 512
+FILE_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, op: str = "load_adapter") -> Path:
     """The real path of a regular file of the folder. Links may stay in it, or go to a Hub cache's blobs."""
     path = folder / name
-    real = path.resolve()
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
-    if not real.exists():
-        raise ValueError(f"load_adapter: expected {name} in {folder}, found none")
-    if not real.is_file():
-        raise ValueError(f"load_adapter: expected {path} to be a regular file")
+    try:
+        real, home = path.resolve(), folder.resolve()
+        exists, regular = real.exists(), real.is_file()
+    except (OSError, RuntimeError) as error:  # links that go round, names that are too long
+        raise ValueError(f"{op}: expected {path} to be a file, got {error}") from None
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not exists:
+        raise ValueError(f"{op}: expected {name} in {folder}, found none")
+    if not regular:
+        raise ValueError(f"{op}: expected {path} to be a regular file")
     if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"load_adapter: expected {path} to be in its folder, got a link to {real}")
+        raise ValueError(f"{op}: expected {path} to be in its folder, got a link to {real}")
     return real
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; False where it cannot be looked at."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path, op: str = "load_adapter", limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object that a file holds: UTF-8, each key once, numbers that are finite.
+
+    Raises:
+        ValueError: anything else, or a file of more than ``limit`` bytes.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise ValueError(f"{op}: expected {path} of at most {limit} bytes, got {size}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{op}: expected {path} to be readable: {error.strerror}") from None
+    return _parsed(content, path, op)
+
+
+def _parsed(content: bytes, path: Path, op: str, what: str = "JSON") -> dict[str, Any]:
+    try:
+        found = json.loads(content.decode(), object_pairs_hook=_each_once, parse_constant=_refused_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{op}: expected {path} to hold {what}: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{op}: expected {path} to hold {what}, a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _refused_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number")
+
+
+class FileTensor(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path, tensors: int, op: str = "load_adapter") -> dict[str, FileTensor]:
+    """The tensors of a safetensors file by name, none of which is read.
+
+    Args:
+        tensors: how many the reader knows, which says how large the header may be.
+
+    Raises:
+        ValueError: a header that is larger, that is not safetensors', or whose tensors are not, one after another and
+            to the last byte, what follows it.
+    """
+    limit = _HEADER_BYTES + _ENTRY_BYTES * tensors
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            available = path.stat().st_size - 8
+            if not 0 < length <= min(available, limit):
+                raise ValueError(
+                    f"{op}: expected {path} to start with a safetensors header that is within the file and of at most "
+                    f"{limit} bytes, got {length} of {max(available, 0)}; it is truncated or not safetensors"
+                )
+            content = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{op}: expected {path} to be readable: {error.strerror}") from None
+    header = _parsed(content, path, op, "a whole safetensors file")
+    if not isinstance(header.pop("__metadata__", {}), dict):
+        raise ValueError(f"{op}: expected __metadata__ of {path} to be an object")
+    found, places = {}, []
+    for name, entry in header.items():
+        dtype, shape, place = (entry.get(key) if isinstance(entry, dict) else None for key in _ENTRY)
+        if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(place) and len(place) == 2):
+            raise ValueError(
+                f"{op}: expected dtype, shape and data_offsets of {name[:200]} in {path}, got {str(entry)[:200]}"
+            )
+        begin, end = place
+        if dtype not in _ITEM_BYTES:
+            raise ValueError(f"{op}: expected a dtype that is known of {name[:200]} in {path}, got {dtype[:80]!r}")
+        if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+            raise ValueError(
+                f"{op}: expected {path} to be a whole safetensors file: {name[:200]} is {dtype} of shape "
+                f"{str(shape)[:200]} in {end - begin} bytes"
+            )
+        found[name] = FileTensor(dtype, tuple(shape))
+        places.append((begin, end, name))
+    last = 0
+    for begin, end, name in sorted(places):
+        if begin != last or end < begin:
+            raise ValueError(
+                f"{op}: expected {path} to be a whole safetensors file, one tensor after another: {name[:200]} is at "
+                f"{begin} to {end}, and {last} was next"
+            )
+        last = end
+    if last != available - length:
+        raise ValueError(
+            f"{op}: expected {path} to be a whole safetensors file: its tensors have {last} bytes, and "
+            f"{available - length} follow the header"
+        )
+    return found
+
+
+_ENTRY = ("dtype", "shape", "data_offsets")
+_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def read_tensors(
@@ -59,33 +190,27 @@ def read_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    with open(path, "rb") as file:
-        start = file.read(8)
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    available = path.stat().st_size - 8
-    if not 0 < header <= min(available, _MAX_HEADER_BYTES):
-        raise ValueError(
-            f"load_adapter: expected {path} to start with a safetensors header that is within the file and of at "
-            f"most {_MAX_HEADER_BYTES} bytes, got {header} of {max(available, 0)}; it is truncated or not safetensors"
-        )
+    header = read_header(path, len(expected) + len(base))
+    names = {key: key.removeprefix(PREFIX) for key in header}
+    copies = {key: base[name] for key, name in names.items() if name in base and name not in expected}
+    for key, own in copies.items():  # shapes first: a file may be larger than the memory
+        if header[key].shape != tuple(own.shape):
+            _check_replaceable(path, key, header[key].shape, own, replaceable)
+    integers = {PREFIX + name for name in expected if name in base and not base[name].is_floating_point()}
+    others = {key: t for key, t in header.items() if key not in copies and names[key] not in ignored}
+    _check_tensors(path, others, expected, skipped, integers)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            names = {key: key.removeprefix(PREFIX) for key in found}
-            copies = {key: base[name] for key, name in names.items() if name in base and name not in expected}
-            changed = {key: own for key, own in copies.items() if not same_values(file.get_tensor(key), own)}
-            for key, own in changed.items():
-                _check_replaceable(path, key, tuple(found[key].get_shape()), own, replaceable)
-            expected = {**expected, **{names[key]: tuple(own.shape) for key, own in changed.items()}}
-            integers = {PREFIX + name for name in expected if name in base and not base[name].is_floating_point()}
-            headers = {
-                key: (tuple(t.get_shape()), t.get_dtype())
-                for key, t in found.items()
-                if key in changed or (key not in copies and names[key] not in ignored)
-            }
-            _check_tensors(path, headers, expected, skipped, integers)
-            tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
-    except SafetensorError as error:
+            changed = []
+            for key, own in copies.items():
+                found = file.get_tensor(key)
+                if not same_values(found, own):
+                    _check_dtype(path, key, header[key].dtype)
+                    off = float((found.double() - own.detach().cpu().double()).abs().max())
+                    _check_replaceable(path, key, header[key].shape, own, replaceable, f", up to {off:.3g} from it,")
+                    changed.append(key)
+            tensors = {name: file.get_tensor(PREFIX + name) for name in (*expected, *map(names.get, changed)) if name}
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"load_adapter: expected {path} to be a whole safetensors file: {error}") from None
     broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
@@ -95,16 +220,19 @@ def read_tensors(
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in the narrower of their dtypes: a copy may have been rounded on its way."""
-    floats = a.is_floating_point() and b.is_floating_point()
-    narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps) if floats else b.dtype
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.detach().cpu())
+    narrow = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(a.to("cpu", narrow), b.detach().to("cpu", narrow))
 
 
-def _check_replaceable(path: Path, key: str, shape: tuple[int, ...], own: Tensor, replaceable: Collection[str]) -> None:
-    if key not in {PREFIX + name for name in replaceable}:
+def _check_replaceable(
+    path: Path, key: str, shape: tuple[int, ...], own: Tensor, replaceable: Collection[str], off: str = ""
+) -> None:  # fmt: skip
+    if key.removeprefix(PREFIX) not in replaceable:
         raise ValueError(
-            f"load_adapter: expected {key} to be the model's own value, got another in {path}; "
-            f"changed base weights are not supported"
+            f"load_adapter: expected {key} to be the model's own value, got another{off} in {path}; changed base "
+            f"weights are not supported"
         )
     if shape != own.shape:
         raise ValueError(
@@ -113,9 +241,14 @@ def _check_replaceable(path: Path, key: str, shape: tuple[int, ...], own: Tensor
         )
 
 
+def _check_dtype(path: Path, key: str, dtype: str) -> None:
+    if dtype not in FILE_DTYPES:
+        raise TypeError(f"load_adapter: expected {key} of {', '.join(FILE_DTYPES)}, got {dtype} in {path}")
+
+
 def _check_tensors(
     path: Path,
-    found: Mapping[str, tuple[tuple[int, ...], str]],
+    found: Mapping[str, FileTensor],
     expected: Mapping[str, tuple[int, ...]],
     skipped: Sequence[Skipped],
     integers: Container[str] = (),
@@ -130,11 +263,11 @@ def _check_tensors(
             f"missing: {few(missing)}; unexpected: {few(unexpected)}"
             + (f"; modules that take no adapter: {few(why)}; change the model, or let PEFT run it" if why else "")
         )
-    for name, (shape, dtype) in found.items():
+    for name, (dtype, shape) in found.items():
         if shape != wanted[name]:
             raise ValueError(f"load_adapter: expected {name} of shape {wanted[name]}, got {shape} in {path}")
-        if dtype not in _FILE_DTYPES and name not in integers:
-            raise TypeError(f"load_adapter: expected {name} of {', '.join(_FILE_DTYPES)}, got {dtype} in {path}")
+        if name not in integers:
+            _check_dtype(path, name, dtype)
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:

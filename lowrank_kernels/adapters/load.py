@@ -15,7 +15,8 @@ from ..adapt import Plan, carry_out, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
 from ..names import held, named_buffers, named_parameters, unwrapped
 from ..report import Report, count_parameters
-from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, read_tensors
+from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, is_folder, read_tensors
+from .matching import check_patterns_agree
 from .settings import read_config
 
 
@@ -40,7 +41,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         ValueError: a missing, unreadable, truncated or oversized file; a link that leaves the folder; pickled
             weights; a config of another method, or with a setting that is not supported, by its name; tensors
             that are missing, unexpected, of another shape, or not finite; targets that the model does not
-            have.
+            have; a regular expression that takes too long to match, or has backreferences or flags; two patterns
+            that give one layer different ranks or alphas.
         TypeError: tensors that are not floats.
         ImportError: safetensors is not installed.
 
@@ -79,8 +81,8 @@ class AdapterFile(NamedTuple):
 def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a folder as :func:`load_adapter` does, and raise as it does; the model is not touched."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r}")
+    if not is_folder(folder):
+        raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r:.500}")
     config = read_config(inside(folder, CONFIG_FILE), model)
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(
@@ -95,6 +97,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"load_adapter: expected a model with its weights, got some on the meta device: {few(absent)}; load those "
             f"first: an adapter on the meta device would be lost"
         )
+    check_patterns_agree(folder, config, plan.targets)
     base = _base_tensors(model, plan)
     shapes = _expected_shapes(base, config, plan)
     embeddings = _embeddings(model) - plan.targets.keys()

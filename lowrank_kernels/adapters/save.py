@@ -24,6 +24,7 @@ from ..nn.lora import LoRALinear
 from ..nn.multi_lora import MultiLoRALinear
 from ..nn.sharded import whole
 from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
+from .matching import with_patterns_that_agree
 from .settings import written_config
 
 logger = logging.getLogger("lowrank_kernels")
@@ -53,6 +54,9 @@ def save_adapter(
 
     Returns:
         The folder.
+
+    Where patterns of ``rank_pattern`` or ``alpha_pattern`` overlap and disagree, the file has a pattern of each layer's
+    own instead: PEFT does not keep their order.
 
     Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
     ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. The modules of
@@ -99,7 +103,7 @@ def save_adapter(
             "save_adapter: these train, and are not in the file: %s; name their modules in modules_to_save, of adapt's "
             "config or of one given to save_adapter", few(left_out)
         )  # fmt: skip
-    return _write_adapter(config, tensors, folder, base_model_name, task_type)
+    return _write_adapter(with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type)
 
 
 def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
@@ -178,7 +182,7 @@ def _write_adapter(
     written = written_config(config, task_type=task_type, base_model_name=base_model_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(written, indent=2, allow_nan=False) + "\n"  # unsorted: the first pattern that matches wins
+    text = json.dumps(written, indent=2, allow_nan=False) + "\n"
     write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_aside(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ from torch import nn
 
 from ..config import DoRAConfig, LoRAConfig, names_match
 from ..names import named_modules
-
-_MAX_CONFIG_BYTES = 8 << 20
+from ..patterns import FilePattern
+from .folder import read_json
+from .matching import bounded_pattern_list, bounded_patterns
 
 # PEFT's names for our settings.
 _PEFT_NAMES = {
@@ -40,16 +39,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
 
     ``layers_to_transform`` becomes the names of the model's modules that it means.
     """
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"load_adapter: expected {path} of at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
-        )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_adapter: expected {path} to hold JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"load_adapter: expected {path} to hold a JSON object, got {type(given).__name__}")
+    given = read_json(path)
     if given.get("peft_type") != "LORA":
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
@@ -74,10 +64,14 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
         settings["train"] = "a"
     if given.get("layers_to_transform") not in (None, []):
         settings["target_modules"] = _targets_in_layers(given, model, path)
+    use_dora = given.get("use_dora") or False
+    if not isinstance(use_dora, bool):
+        raise ValueError(f"load_adapter: expected use_dora to be true or false, got {str(use_dora)[:80]!r} in {path}")
     try:
-        return DoRAConfig(**settings, dropout_base=True) if given.get("use_dora") else LoRAConfig(**settings)
+        settings = bounded_patterns(settings)
+        return DoRAConfig(**settings, dropout_base=True) if use_dora else LoRAConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_adapter: {path}: {error}") from None
+        raise ValueError(f"load_adapter: {path}: {str(error)[:1000]}") from None
 
 
 def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -> list[str]:
@@ -94,11 +88,9 @@ def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -
             f"target_modules, got {str(layers)[:80]}, {str(patterns)[:80]} and {str(wanted)[:80]} in {path}"
         )
     try:
-        places = [re.compile(rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\.") for p in patterns] or [_SECOND_NAME_ON]
-    except re.error as error:
-        raise ValueError(
-            f"load_adapter: expected layers_pattern to hold regular expressions: {error}, in {path}"
-        ) from None
+        places = bounded_pattern_list("layers_pattern", patterns)
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {path}: {str(error)[:1000]}") from None
     names = [name for name, _ in named_modules(model) if names_match(wanted, name)]
     targets = [name for name in names if name in wanted or _layer_number(name, places) in layers]
     if not targets:
@@ -109,13 +101,13 @@ def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -
     return targets
 
 
-_SECOND_NAME_ON = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
-
-
-def _layer_number(name: str, places: list[re.Pattern[str]]) -> int | None:
-    """The number in a module's path that stands first where one of the expressions looks for it."""
-    first = next(filter(None, (place.match(name) for place in places)), None)
-    return int(first["layer"]) if first and first["layer"] else None
+def _layer_number(name: str, patterns: list[FilePattern]) -> int | None:
+    """The first number in a module's path that follows what a pattern matches; without patterns, two names or more."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+    if not patterns:
+        return next((int(parts[i]) for i in numbers if i >= 2), None)
+    return next((int(parts[i]) for p in patterns for i in numbers if i and p.matches_ending(".".join(parts[:i]))), None)
 
 
 def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name: str | None) -> dict[str, Any]:

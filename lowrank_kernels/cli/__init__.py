@@ -7,9 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 """What a wrong option, file or environment raises: told in one line, without a traceback."""
 
 
@@ -32,9 +32,19 @@ COMMANDS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors of one line, and whose options are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
 def _parser(chosen: Command | None) -> argparse.ArgumentParser:
     """The parser of all subcommands, with the options of the chosen one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lrk", description="Kernels for frozen weights with small trained corrections.",
         epilog="lrk COMMAND --help tells a command's options.",
     )  # fmt: skip
@@ -54,23 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when the command found something wrong; 2 for a user's error, told in one line on stderr; 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]  # wherever it stands
-    name = next((a for a in arguments if not a.startswith("-")), None)
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]  # wherever it stands
+    name = next((word for word in words if not word.startswith("-")), None)
     chosen = next((command for command in COMMANDS if command.name == name), None)
     try:
-        args = _parser(chosen).parse_args(arguments)
-        args.debug = debug
+        args = _parser(chosen).parse_args(words)
+        args.debug, args.given = debug, frozenset(word.partition("=")[0] for word in words if word.startswith("--"))
         return int(importlib.import_module(f"{__name__}.{args.command}").run(args) or 0)
-    except USER_ERRORS as error:
-        if debug:
-            raise
-        print(f"lrk: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough of it; the interpreter would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"lrk: {error}", file=sys.stderr)
+        return 2

@@ -7,12 +7,12 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..bench.run import PROVIDERS
+from . import arguments
 from .doctor import Row, print_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,16 +29,25 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of float32,bfloat16,float16")
     parser.add_argument("--modes", default="inference,training", help="of inference,training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of timing a row of the table (default 0.6)")
+    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--budget", type=float, default=600.0, help="seconds in all; what does not fit is said (default 600)"
+        "--threads", type=arguments.threads, default=torch.get_num_threads(), help="of a CPU (default: torch's)"
     )
-    parser.add_argument("--csv", type=Path, help="write every row with its conditions")
+    parser.add_argument(
+        "--seconds", type=arguments.number(), default=0.6, help="of timing a row of the table (default 0.6)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=arguments.number(above=0.0),
+        default=600.0,
+        help="seconds in all; what does not fit is said (default 600)",
+    )
+    parser.add_argument("--csv", type=arguments.output_file, help="write every row with its conditions")
     parser.add_argument("--append", action="store_true", help="to what the CSV holds already")
-    parser.add_argument("--json", type=Path, help="the same as JSON")
-    parser.add_argument("--plot", type=Path, help="draw bars, and beside it the roof and what the shapes sweep")
+    parser.add_argument("--json", type=arguments.output_file, help="the same as JSON")
+    parser.add_argument(
+        "--plot", type=arguments.picture_file, help="draw bars, and beside it the roof and what the shapes sweep"
+    )
 
 
 def one_of(option: str, given: str, known: Any) -> list[str]:
@@ -70,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.plot import draw_all
     from ..bench.run import conditions
 
+    arguments.refuse_options(args.given, () if args.csv else ("--append",), "is for --csv, which is not given")
+    arguments.refuse_one_place(args, "--csv", "--json", "--plot")
     providers = one_of("--providers", args.providers, PROVIDERS)
     dtypes = [DTYPES[name] for name in one_of("--dtypes", args.dtypes, DTYPES)]
     modes = one_of("--modes", args.modes, ("inference", "training"))

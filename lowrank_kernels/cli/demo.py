@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import arguments
 from .methods import METHODS, TARGETS, adapter_config
 from .smt import select_blocks
 from .train import add_training_arguments, load_task
@@ -21,7 +22,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help=__doc__, description=__doc__)
     add_training_arguments(parser, steps=20, warmup_steps=4)
     parser.add_argument("--serve", action="store_true", help="four adapters trained in one pass, served in one batch")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
+    parser.add_argument(
+        "--output", type=arguments.output_folder, default="runs/demo", help="folder for results (default runs/demo)"
+    )
 
 
 def peft_twin(model: Any, ours: Any, args: argparse.Namespace, dora: bool = False) -> Any:
@@ -91,6 +94,9 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
 
 def run(args: argparse.Namespace) -> int:
     if args.serve:
+        arguments.refuse_options(
+            args.given, ("--block-size", "--warmup-steps"), "is not an option of --serve, which has no SMT"
+        )
         from . import demo_serve
 
         return demo_serve.run(args)

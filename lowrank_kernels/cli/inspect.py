@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import arguments
+
 if TYPE_CHECKING:
     from ..inspect.compile import Compiled
     from ..inspect.registry import OpFamily
@@ -29,10 +31,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--op", action="append", metavar="FAMILY", help="this op family (repeatable; default: all)")
     parser.add_argument("--arch", action="append", help="this target, as sm_90 or gfx942 (repeatable; default: all)")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("--save-cubins", type=Path, metavar="DIR", help="write the binaries, for a disassembler")
-    parser.add_argument("--write-budget", type=Path, metavar="FILE", help="write the budget that the tests hold to")
-    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default 2)")
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument(
+        "--save-cubins", type=arguments.output_folder, metavar="DIR", help="write the binaries, for a disassembler"
+    )
+    parser.add_argument(
+        "--write-budget", type=arguments.output_file, metavar="FILE", help="write the budget that the tests hold to"
+    )
+    parser.add_argument("--workers", type=arguments.whole(1, 256), default=2, help="processes that compile (default 2)")
 
 
 def _progress(label: str) -> Any:
@@ -127,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     for arch in archs:
         if arch not in known:
             raise ValueError(f"inspect: expected --arch to be one of {', '.join(known)}, got {arch!r}")
+    arguments.refuse_one_place(args, "--json", "--save-cubins", "--write-budget")
     if args.write_budget and (args.arch or args.op or args.kernel):
         raise ValueError("inspect: expected --write-budget without --op, --arch and --kernel: a budget holds it all")
 
@@ -146,10 +153,12 @@ def run(args: argparse.Namespace) -> int:
     if not everything:
         raise ValueError(f"inspect: no kernel's name contains {args.kernel!r}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(list(json_entries(everything)), indent=1) + "\n")
     if args.save_cubins:
         _save_binaries(args.save_cubins, everything)
     if args.write_budget:
+        args.write_budget.parent.mkdir(parents=True, exist_ok=True)
         write_budget(args.write_budget, [compiled for _, compiled in everything])
     for fault in found:
         print(f"lrk: {fault}", file=sys.stderr)

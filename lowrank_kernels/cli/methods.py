@@ -16,7 +16,9 @@ import lowrank_kernels as lk
 from ..chain import cola, rac_lora
 from ..init import estimate_gradients, lora_ga_
 from ..integrations.transformers import answer_loss
+from ..merge import ROUNDINGS
 from ..optim import BlockAdamW, LoRAPro, LoRARITE, factor_groups, lora_plus
+from . import arguments
 from .smt import select_blocks
 from .training import adamw
 
@@ -71,18 +73,45 @@ def adapter_config(method: str, args: argparse.Namespace) -> lk.LoRAConfig:
     )  # fmt: skip
 
 
+def ignored_options(method: str) -> list[str]:
+    """The options of other methods."""
+    row = METHODS[method]
+    groups = (
+        (("--rank", "--dropout", "--rslora"), not row.blocks),
+        (("--steps-per-link", "--link-warmup", "--link-ranks", "--rounding", "--master"), row.chain is not None),
+        (("--gradient-batches",), row.from_gradients),
+        (("--budget", "--block-size", "--warmup-steps"), row.blocks),
+    )
+    return [option for options, taken in groups if not taken for option in options]
+
+
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    chains = ", ".join(name for name, row in METHODS.items() if row.chain)
-    parser.add_argument("--steps-per-link", type=int, default=25, help=f"{chains}: steps between merges (default 25)")
-    parser.add_argument("--link-warmup", type=int, default=3, help=f"{chains}: warm-up steps of a link (default 3)")
     parser.add_argument(
-        "--link-ranks", type=int, nargs="+", metavar="R",
+        "--budget",
+        type=arguments.share,
+        default=0.0086,
+        help="smt: share of all parameters that trains (default 0.0086)",
+    )
+    chains = ", ".join(name for name, row in METHODS.items() if row.chain)
+    parser.add_argument(
+        "--steps-per-link", type=arguments.count, default=25, help=f"{chains}: steps between merges (default 25)"
+    )
+    parser.add_argument(
+        "--link-warmup", type=arguments.whole(0), default=3, help=f"{chains}: warm-up steps of a link (default 3)"
+    )
+    parser.add_argument(
+        "--link-ranks", type=arguments.count, nargs="+", metavar="R",
         help=f"{chains}: ranks of the links, the last one's also of all that follow (default: --rank for all)",
     )  # fmt: skip
-    parser.add_argument("--rounding", default="nearest", help=f"{chains}: nearest (default) or stochastic (bfloat16)")
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, default="nearest", help=f"{chains}: nearest (default) or stochastic (bfloat16)"
+    )
     parser.add_argument("--master", action="store_true", help=f"{chains}: keep W in float32 beside a bfloat16 one")
     parser.add_argument(
-        "--gradient-batches", type=int, default=64, help="lora-ga: batches of 2 examples to start from (default 64)"
+        "--gradient-batches",
+        type=arguments.count,
+        default=64,
+        help="lora-ga: batches of 2 examples to start from (default 64)",
     )
 
 
@@ -103,8 +132,6 @@ def adapt(
     config = adapter_config(method, args)
     if not row.from_gradients or start is not None:
         return lk.adapt(model, config), start
-    if args.gradient_batches < 1:
-        raise ValueError(f"--gradient-batches: expected at least 1, got {args.gradient_batches}")
     linears = lk.plan_adaptation(model, config).targets
     some = islice(batches(2), args.gradient_batches)
     gradients = estimate_gradients(model, some, lambda m, batch: answer_loss(m, **batch), linears)

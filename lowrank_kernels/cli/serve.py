@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import arguments
 from .train import DTYPES
 
 
@@ -16,18 +17,25 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help=__doc__, description=__doc__)
     parser.add_argument("--model", default="smollm2", help="'smollm2', or a folder that transformers wrote")
     parser.add_argument(
-        "--adapters", type=Path, required=True, help="folder of PEFT folders, all of which are loaded, or one such"
+        "--adapters",
+        type=arguments.folder,
+        required=True,
+        help="folder of PEFT folders, all of which are loaded, or one such",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="default 8000")
-    parser.add_argument("--budget-mib", type=int, help="of adapters on the device (default: no limit)")
-    parser.add_argument("--max-batch", type=int, default=16, help="rows that run together (default 16)")
-    parser.add_argument("--wait-ms", type=float, default=5.0, help="to wait for more rows (default 5)")
-    parser.add_argument("--max-queue", type=int, default=256, help="rows that may wait (default 256)")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and completion (default: the model's)")
-    parser.add_argument("--max-body-kib", type=int, default=1024, help="of a request (default 1024)")
-    parser.add_argument("--grace", type=int, default=60, help="seconds for running requests when it ends (default 60)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--port", type=arguments.port, default=8000, help="default 8000")
+    parser.add_argument("--budget-mib", type=arguments.count, help="of adapters on the device (default: no limit)")
+    parser.add_argument("--max-batch", type=arguments.count, default=16, help="rows that run together (default 16)")
+    parser.add_argument("--wait-ms", type=arguments.number(), default=5.0, help="to wait for more rows (default 5)")
+    parser.add_argument("--max-queue", type=arguments.count, default=256, help="rows that may wait (default 256)")
+    parser.add_argument(
+        "--max-length", type=arguments.count, help="tokens of prompt and completion (default: the model's)"
+    )
+    parser.add_argument("--max-body-kib", type=arguments.count, default=1024, help="of a request (default 1024)")
+    parser.add_argument(
+        "--grace", type=arguments.whole(0), default=60, help="seconds for running requests when it ends (default 60)"
+    )
+    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
 
 
@@ -42,15 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from ..serving import AdapterBank
     from ..serving.batcher import Batcher
 
-    if not args.adapters.is_dir():
-        raise FileNotFoundError(f"--adapters: expected a folder, got {args.adapters}")
-    for name in ("max_body_kib", "budget_mib"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    device = torch.device(args.device)
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    print(f"loading {args.model} as {dtype} on {device}", file=sys.stderr)
-    model, tokenizer = load_language_model(args.model, dtype, device)
+    arguments.check_address(args.host, args.port)
+    dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
+    model, tokenizer = load_language_model(args.model, dtype, args.device)
     name = Path(args.model).name
     with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
         batcher = Batcher(

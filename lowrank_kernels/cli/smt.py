@@ -11,16 +11,19 @@ from typing import Any
 import lowrank_kernels as lk
 
 from ..integrations.transformers import answer_loss
+from . import arguments
 
 
 def add_smt_arguments(parser: argparse.ArgumentParser, warmup_steps: int) -> None:
-    """The options of Sparse Matrix Tuning."""
+    """The options of Sparse Matrix Tuning's warm-up."""
     parser.add_argument(
-        "--budget", type=float, default=0.0086, help="smt: share of all parameters that trains (default 0.0086)"
+        "--block-size",
+        type=arguments.whole(16, multiple_of=16),
+        default=64,
+        help="smt: rows and columns of a block (default 64)",
     )
-    parser.add_argument("--block-size", type=int, default=64, help="smt: rows and columns of a block (default 64)")
     parser.add_argument(
-        "--warmup-steps", type=int, default=warmup_steps,
+        "--warmup-steps", type=arguments.count, default=warmup_steps,
         help=f"smt: batches whose gradients choose the blocks, without updates (default {warmup_steps})",
     )  # fmt: skip
 
@@ -29,8 +32,6 @@ def select_blocks(
     model: Any, batches: Iterator[Any], args: argparse.Namespace, targets: tuple[str, ...], blocks: int | None = None
 ) -> lk.smt.BlockSelection:
     """``blocks`` blocks of the model, or as many as ``--budget`` says."""
-    if args.warmup_steps < 1:
-        raise ValueError(f"--warmup-steps: expected at least 1, got {args.warmup_steps}")
     was_training = model.training
     model.train()
     scores = lk.smt.warm_up(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import methods
+from . import arguments, methods
 from .methods import METHODS
 from .smt import add_smt_arguments
 
@@ -20,16 +19,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def add_training_arguments(parser: argparse.ArgumentParser, steps: int, warmup_steps: int) -> None:
     """The options that `train` and `demo` share."""
     parser.add_argument("--model", default="smollm2", help="'smollm2', or a folder that transformers wrote")
-    parser.add_argument("--rank", type=int, default=8, help="rank R of the correction (default 8; alpha is 2 R)")
-    parser.add_argument("--dropout", type=float, default=0.0, help="dropout on the correction's input (default 0)")
+    parser.add_argument(
+        "--rank", type=arguments.count, default=8, help="rank R of the correction (default 8; alpha is 2 R)"
+    )
+    parser.add_argument(
+        "--dropout",
+        type=arguments.number(0.0, below=1.0),
+        default=0.0,
+        help="dropout on the correction's input (default 0)",
+    )
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(R) instead of alpha / R")
-    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps (default {steps})")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples a step (default 16)")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate (default: the method's own)")
+    parser.add_argument("--steps", type=arguments.count, default=steps, help=f"optimizer steps (default {steps})")
+    parser.add_argument("--batch-size", type=arguments.count, default=16, help="examples a step (default 16)")
+    parser.add_argument(
+        "--learning-rate", type=arguments.number(above=0.0), help="peak learning rate (default: the method's own)"
+    )
     add_smt_arguments(parser, warmup_steps)
-    parser.add_argument("--held-out", type=int, default=128, help="held-out functions to evaluate on (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation and order (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--held-out", type=arguments.count, default=128, help="held-out functions to evaluate on (default 128)"
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of initialisation and order (default 0)")
+    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
 
 
@@ -38,13 +48,9 @@ def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]
     from ..integrations.transformers import load_language_model
     from . import docstrings
 
-    for name in ("rank", "steps", "batch_size", "held_out"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    device = torch.device(args.device)
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    print(f"loading {args.model} as {dtype} on {device}", file=sys.stderr)
-    model, tokenizer = load_language_model(args.model, dtype, device)
+    dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
+    model, tokenizer = load_language_model(args.model, dtype, args.device)
     training, held_out = docstrings.split(docstrings.collect())
     if len(training) < args.batch_size:
         raise ValueError(f"--batch-size: {args.batch_size} is more than the {len(training)} training functions")
@@ -59,12 +65,18 @@ def add_parser(subparsers: Any) -> None:
     add_training_arguments(parser, steps=100, warmup_steps=20)
     methods.add_method_arguments(parser)
     parser.add_argument(
-        "--output", type=Path, help="folder for the trained adapter in PEFT's format, SMT's sparse delta, or the model"
+        "--output",
+        type=arguments.output_folder,
+        help="folder for the trained adapter in PEFT's format, SMT's sparse delta, or the model",
     )
-    parser.add_argument("--json", type=Path, help="write losses, times and settings to this file")
-    parser.add_argument("--checkpoint", type=Path, help="file to save the run to, and to go on from where it exists")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
-    parser.add_argument("--stop-after", type=int, help="stop after so many steps; the same command goes on later")
+    parser.add_argument("--json", type=arguments.output_file, help="write losses, times and settings to this file")
+    parser.add_argument(
+        "--checkpoint", type=arguments.state_file, help="file to save the run to, and to go on from where it exists"
+    )
+    parser.add_argument("--save-every", type=arguments.count, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument(
+        "--stop-after", type=arguments.count, help="stop after so many steps; the same command goes on later"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
     from . import training as loop
 
+    arguments.refuse_options(
+        args.given, methods.ignored_options(args.method), f"is not an option of --method {args.method}"
+    )
+    if args.checkpoint is None:
+        arguments.refuse_options(
+            args.given, ("--save-every", "--stop-after"), "needs --checkpoint, where the run is kept"
+        )
+    arguments.refuse_one_place(args, "--output", "--json", "--checkpoint")
     method = METHODS[args.method]
     if args.learning_rate is None:
         args.learning_rate = method.learning_rate

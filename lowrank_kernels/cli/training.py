@@ -154,7 +154,7 @@ class Run:
             torch.cuda.set_rng_state_all(state["random"][1:])
 
 
-_ANYWHERE = ("checkpoint", "stop_after", "save_every", "output", "json", "debug", "held_out", "command")
+_ANYWHERE = ("checkpoint", "stop_after", "save_every", "output", "json", "debug", "given", "held_out", "command")
 """Options that may differ between the parts of one run."""
 
 

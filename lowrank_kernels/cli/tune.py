@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import arguments
 from .bench import DTYPES, one_of, shape_of
 from .doctor import Row, print_table
 
@@ -20,10 +20,14 @@ def add_parser(subparsers: Any) -> None:
         "--shapes", action="append", metavar="M=16,K=2048,...", help="instead of the op's own; may repeat"
     )
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of float32,bfloat16,float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of timing a candidate (default 0.15)")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all; run it again for the rest")
-    parser.add_argument("--file", type=Path, help="the table (default: LRK_TUNE_FILE, or the user's cache folder)")
+    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=arguments.number(), default=0.15, help="of timing a candidate (default 0.15)")
+    parser.add_argument(
+        "--budget", type=arguments.number(above=0.0), default=600.0, help="seconds in all; run it again for the rest"
+    )
+    parser.add_argument(
+        "--file", type=arguments.state_file, help="the table (default: LRK_TUNE_FILE, or the user's cache folder)"
+    )
     parser.add_argument("--again", action="store_true", help="measure again what the table holds already")
 
 
@@ -37,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     path = args.file or tuned.table_path()
     if path is None:
         raise ValueError(f"tune: expected a file for the table, got an empty {tuned.FLAG}; give --file")
+    try:
+        arguments.state_file(str(path))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"tune: the table: {error}; give another --file") from None
     keep_freed_memory()
     device = torch.device(args.device)
     known = tunables(device.type)

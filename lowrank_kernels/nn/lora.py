@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -320,6 +321,9 @@ def add_bias(bias: Tensor | None, lora_bias: Tensor | None, scaling: float, dtyp
     return (scaled if bias is None else bias + scaled).to(dtype)
 
 
+_MAX_RANK = 2**31 - 1
+
+
 def check_lora_settings(
     op: str, *, r: int, alpha: float, dropout: float, train: str = "both", dtype: torch.dtype | None = None,
     rslora: bool = False, init: str = "kaiming",
@@ -327,17 +331,21 @@ def check_lora_settings(
     """Raise ValueError or TypeError, in the op's name, for settings no LoRA layer can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"{op}: expected r to be an integer of at least 1, got {r!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if r > _MAX_RANK:
+        raise ValueError(f"{op}: expected r to be at most {_MAX_RANK}, got {r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise ValueError(f"{op}: expected alpha to be a finite number, got {alpha!r}")
-    scaling = abs(alpha) / r
+    check_flag(op, "rslora", rslora)
+    scaling, root = abs(alpha) / (math.sqrt(r) if rslora else r), "sqrt(r)" if rslora else "r"
     if scaling > torch.finfo(torch.float32).max or 0.0 < scaling < torch.finfo(torch.float32).tiny:
-        raise ValueError(f"{op}: expected alpha / r to be a number that float32 can hold, got {alpha!r} / {r}")
+        raise ValueError(
+            f"{op}: expected alpha / {root} to be a number that float32 can hold, got {alpha!r} with r={r}"
+        )
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: expected 0 <= dropout < 1, got {dropout!r}")
     if train not in TRAIN:
         raise ValueError(f"{op}: expected train to be one of {', '.join(TRAIN)}, got {train!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{op}: expected dtype to be a floating dtype, got {dtype!r}")
-    check_flag(op, "rslora", rslora)
     if not isinstance(init, str) or init not in INITS:
         raise ValueError(f"{op}: expected init to be one of {', '.join(INITS)}, got {init!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapt
-from ..adapters.folder import few, write_aside
+from ..adapters.folder import FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
 from ..finite import all_finite
 from ..functional import write_blocks_
 from ..names import named_modules, submodule
@@ -33,6 +34,7 @@ CONFIG_FILE = "smt_config.json"
 WEIGHTS_FILE = "smt_delta.safetensors"
 FORMAT = "lowrank_kernels sparse delta 1"
 _MAX_CONFIG_BYTES = 8 << 20
+_ANY_BLOCK = 1024  # rows or columns of a block over a matrix of any size
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -120,9 +122,12 @@ def load_delta(
         ImportError: safetensors is not installed.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    if not is_folder(folder):
+        raise ValueError(f"load_delta: expected a folder, got {str(folder)!r:.500}")
+    config = _read_config(inside(folder, CONFIG_FILE, "load_delta"))
     modules: dict[str, dict[str, Any]] = config["modules"]
-    tensors = _read_tensors(folder / WEIGHTS_FILE, modules, tuple(config["block_size"]))
+    _check_shapes(model, modules)
+    tensors = _read_tensors(inside(folder, WEIGHTS_FILE, "load_delta"), modules, tuple(config["block_size"]))
     try:
         selection = BlockSelection(
             {name: tensors[f"{name}.block_index"] for name in modules},
@@ -153,78 +158,90 @@ def load_delta(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"load_delta: expected {path.name} in {path.parent}, found none")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"load_delta: expected {path} of at most {_MAX_CONFIG_BYTES} bytes")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_delta: expected {path} to hold JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(path, "load_delta", _MAX_CONFIG_BYTES)
+    if config.get("format") != FORMAT:
         raise ValueError(f"load_delta: expected {path} to be of the format {FORMAT!r}")
     size, modules = config.get("block_size"), config.get("modules")
     modules = modules if isinstance(modules, dict) else {}
-    fits = isinstance(size, list) and len(size) == 2 and all(type(b) is int and b > 0 for b in size) and bool(modules)
+    fits = _is_pair(size) and bool(modules)
     for module in modules.values():
-        shape = module.get("shape") if isinstance(module, dict) else None
-        fits = fits and isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        fits = fits and module.get("dtype") in _DTYPES and isinstance(module.get("sha256"), str)
+        fits = fits and isinstance(module, dict) and _is_pair(module.get("shape"))
+        fits = fits and isinstance(module.get("dtype"), str) and module["dtype"] in _DTYPES
+        fits = fits and isinstance(module.get("sha256"), str)
     if not fits:
         raise ValueError(
             f"load_delta: expected {path} to give a block size and, of each module, shape, dtype and sha256"
         )
+    largest = [max(module["shape"][side] for module in modules.values()) for side in (0, 1)]
+    if any(block > max(_ANY_BLOCK, side + 15) for block, side in zip(config["block_size"], largest, strict=True)):
+        raise ValueError(f"load_delta: expected block_size in {path} within the largest matrix, got {str(size)[:80]}")
     return config
 
 
-def _read_tensors(path: Path, modules: Mapping[str, Any], size: tuple[int, ...]) -> dict[str, Tensor]:
-    """The file's tensors, once they are known to be just those of the config."""
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+
+
+def _read_tensors(path: Path, modules: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    """The file's tensors, once they are known to be just those of the config, and no larger than its modules."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise ValueError(f"load_delta: expected {path.name} in {path.parent}, found none")
+    header = read_header(path, 2 * len(modules), "load_delta")
+    wanted = {f"{name}.{key}" for name in modules for key in ("blocks", "block_index")}
+    if header.keys() != wanted:
+        raise ValueError(
+            f"load_delta: expected {path} to hold the {len(wanted)} tensors of its config; missing: "
+            f"{few(sorted(wanted - header.keys()))}; unexpected: {few(sorted(header.keys() - wanted))}"
+        )
+    dtypes = {header[f"{name}.blocks"].dtype for name in modules}
+    if len(dtypes) != 1 or not dtypes <= set(FILE_DTYPES):
+        raise ValueError(f"load_delta: expected blocks of one float dtype in {path}, got {sorted(dtypes)}")
+    for name, module in modules.items():
+        blocks, index = header[f"{name}.blocks"], header[f"{name}.block_index"]
+        most = math.prod(-(-length // block) for length, block in zip(module["shape"], size, strict=True))
+        n = index.shape[0] if len(index.shape) == 2 else 0
+        if index.dtype != "I32" or index.shape != (n, 2) or not 0 < n <= most:
+            raise ValueError(
+                f"load_delta: expected {name}.block_index of shape (n, 2), I32, n from 1 to {most}, got {index.shape}, "
+                f"{index.dtype}, in {path}"
+            )
+        if blocks.shape != (n, *size):
+            raise ValueError(f"load_delta: expected {name}.blocks of shape {(n, *size)}, got {blocks.shape} in {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            found = set(file.keys())
-            wanted = {f"{name}.{key}" for name in modules for key in ("blocks", "block_index")}
-            if found != wanted:
-                raise ValueError(
-                    f"load_delta: expected {path} to hold the {len(wanted)} tensors of its config; missing: "
-                    f"{few(sorted(wanted - found))}; unexpected: {few(sorted(found - wanted))}"
-                )
-            tensors = {name: file.get_tensor(name) for name in sorted(found)}
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"load_delta: expected {path} to be a whole safetensors file: {error}") from None
-    dtypes = {tensors[f"{name}.blocks"].dtype for name in modules}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES.values()):
-        raise ValueError(f"load_delta: expected blocks of one float dtype in {path}, got {sorted(map(str, dtypes))}")
     for name in modules:
-        blocks, index = tensors[f"{name}.blocks"], tensors[f"{name}.block_index"]
-        if index.dtype != torch.int32 or index.dim() != 2 or index.shape[1] != 2 or not len(index):
-            raise ValueError(
-                f"load_delta: expected {name}.block_index of shape (n, 2), int32, got {tuple(index.shape)}"
-            )
-        if tuple(blocks.shape) != (len(index), *size):
-            raise ValueError(
-                f"load_delta: expected {name}.blocks of shape {(len(index), *size)}, got {tuple(blocks.shape)}"
-            )
-        if not all_finite(blocks):
+        if not all_finite(tensors[f"{name}.blocks"]):
             raise ValueError(f"load_delta: expected finite blocks, found NaN or Inf in {name}.blocks of {path}")
     return tensors
 
 
-def _check_base(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Whether the weights are those that were tuned."""
+def _check_shapes(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether the model has the linears that were tuned."""
     there = dict(named_modules(model))
     for name, module in modules.items():
         weight = getattr(there.get(name), "weight", None)
         if not isinstance(weight, Tensor):
-            raise ValueError(f"load_delta: expected a linear at {name}, found none: a delta for another model")
-        given = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")
-        wanted = tuple(module["shape"]), module["dtype"]
-        if given != wanted or fingerprint(weight) != module["sha256"]:
+            raise ValueError(f"load_delta: expected a linear at {name[:200]}, found none: a delta for another model")
+        shape = tuple(module["shape"])
+        if tuple(weight.shape) != shape:
             raise ValueError(
-                f"load_delta: expected the base that was tuned, whose {name} is {wanted[0]} {wanted[1]} with "
-                f"fingerprint {module['sha256'][:12]}, got {given[0]} {given[1]} {fingerprint(weight)[:12]}; "
+                f"load_delta: expected the base that was tuned, whose {name} has the shape {str(shape)[:80]}, got "
+                f"{tuple(weight.shape)}"
+            )
+
+
+def _check_base(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether the weights are those that were tuned."""
+    for name, module in modules.items():
+        weight = submodule(model, name).weight
+        assert isinstance(weight, Tensor)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if dtype != module["dtype"] or fingerprint(weight) != module["sha256"]:
+            raise ValueError(
+                f"load_delta: expected the base that was tuned, whose {name} is {module['dtype']} with "
+                f"fingerprint {module['sha256'][:12]!r}, got {dtype} {fingerprint(weight)[:12]}; "
                 f"force=True puts the blocks in all the same"
             )
