@@ -1,4 +1,4 @@
-"""``adapt``: replace the targeted linears of a model, in place, and say what was done."""
+"""``adapt``: replace the targeted modules of a model, in place, and say what was done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, AdapterConfig, names_match
-from .nn.frozen import why_not_frozen
+from .nn.matrix import is_linear, matrix_shape
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
 
@@ -25,6 +25,7 @@ class Plan:
     """What :func:`adapt` would do: made without touching the model."""
 
     targets: dict[str, nn.Linear]
+    """Linears, and what else the config has a layer for."""
     skipped: tuple[Skipped, ...]
 
 
@@ -45,9 +46,9 @@ def forget_adaptation(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
-    """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
+    """Replace the modules that ``config`` targets by the config's layers, in place, and freeze everything else.
 
-    The layers share the weights of the linears they replace; outputs do not change. What trains afterwards is
+    The layers share the weights of the modules they replace; outputs do not change. What trains afterwards is
     what the layers train, the biases that ``config.bias`` names, and what already trained in layers that were
     adapted before. Everything is checked before anything is changed; if a layer cannot be made, the model is
     put back and the error goes on.
@@ -74,7 +75,7 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
     plan = match_targets(model, config)
     for name, linear in plan.targets.items():
-        config.check_fits(name, *linear.weight.shape)
+        config.check_fits(name, *matrix_shape(linear))
     return plan
 
 
@@ -98,7 +99,7 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
     replaced = tuple(
         Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
         for name, layer in layers.items()
-        for n, k in [plan.targets[name].weight.shape]
+        for n, k in [matrix_shape(plan.targets[name])]
     )
     return Report(type(config).__name__, replaced, plan.skipped, trainable, total, _undo=undo)
 
@@ -128,7 +129,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             "not in target_modules" if not targeted
             else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
             else "the output head; name it in target_modules to adapt it" if everything and module is head
-            else why_not_called(module, name, above) or why_not_frozen(module)
+            else why_not_called(module, name, above) or config.why_not(module)
         )  # fmt: skip
         if reason is None:
             targets[name] = module  # type: ignore[assignment]
@@ -193,7 +194,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[Skipped]) -> str:
-    linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if isinstance(m, nn.Linear))
+    linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if is_linear(m))
     said = dict.fromkeys(f"{collapse(s.name)} ({s.reason})" for s in skipped if s.reason != "not in target_modules")
     names = ", ".join(list(linears)[:40]) or "none"
     return (
@@ -288,7 +289,8 @@ def _trained_biases(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iter
     if config.bias == "all":
         yield from (p for name, p in model.named_parameters() if f".{name}".endswith(".bias"))
     elif config.bias == "lora_only":
-        yield from (linear.bias for linear in plan.targets.values() if linear.bias is not None)
+        biases = (getattr(module, "bias", None) for module in plan.targets.values())
+        yield from (bias for bias in biases if bias is not None)
 
 
 def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:

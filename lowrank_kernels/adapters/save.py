@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..adapt import config_of
 from ..config import DoRAConfig, LoRAConfig, MultiLoRAConfig
 from ..finite import all_finite
-from ..nn.dora import DoRALinear
-from ..nn.lora import LoRALinear
+from ..nn.dora import DoRALayer
+from ..nn.lora import LoRALayer, LoRALinear
+from ..nn.matrix import is_conv1d
 from ..nn.multi_lora import MultiLoRALinear
 from ..nn.sharded import whole
 from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
@@ -53,7 +54,7 @@ def save_adapter(
         base_model_name: for PEFT's ``base_model_name_or_path``.
         task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. Not of a task for which
             PEFT wants the trained head in the file, which is not written.
-        config: for a model whose LoRALinears were put in by hand.
+        config: for a model whose LoRA layers were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
     Returns:
@@ -64,7 +65,7 @@ def save_adapter(
     a new head, is not written either: the log names it.
 
     Raises:
-        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; a
+        ValueError: no LoRA layer in the model; no config, or one that does not describe the layers there are; a
             task_type with a head; base weights that LoRA-GA's start or a chain has changed, over which alone the
             factors are right; a value that is not finite, or not at hand: on the meta device, a shard. Nothing is
             written then.
@@ -78,9 +79,9 @@ def save_adapter(
     config = config or config_of(model)  # type: ignore[assignment]
     if isinstance(config, MultiLoRAConfig):
         return _write_adapter(*_one_of_many(model, config, adapter), folder, base_model_name, task_type)
-    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {_unwrapped(name): m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
     if not layers:
-        raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
+        raise ValueError(f"save_adapter: expected a model with LoRA layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise ValueError(
             "save_adapter: this model was not adapted by lk.adapt(model, LoRAConfig(...)), or is wrapped; "
@@ -93,13 +94,14 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
-    parameters = _adapter_parameters(model, config, list(layers))
+    parameters = _adapter_parameters(model, config, layers)
     left_out = [n for n, p in model.named_parameters() if p.requires_grad and _unwrapped(n) not in parameters]
     if left_out:
         logger.warning(
             "save_adapter: these train, and are not in the file: %s; save them yourself", few(left_out)
         )  # fmt: skip
-    return _write_adapter(config, parameters, folder, base_model_name, task_type)
+    transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
+    return _write_adapter(config, parameters, folder, base_model_name, task_type, transposed)
 
 
 def _one_of_many(
@@ -126,7 +128,7 @@ def _one_of_many(
 
 def _write_adapter(
     config: LoRAConfig, parameters: Mapping[str, Tensor], folder: str | os.PathLike[str],
-    base_model_name: str | None, task_type: str | None,
+    base_model_name: str | None, task_type: str | None, transposed: bool = False,
 ) -> Path:  # fmt: skip
     from safetensors.torch import save_file
 
@@ -143,6 +145,7 @@ def _write_adapter(
             f"save_adapter: expected finite values, found NaN or Inf in {few(broken)}; nothing was written"
         )
     written = written_config(config, task_type=task_type, base_model_name=base_model_name)
+    written["fan_in_fan_out"] = transposed  # PEFT's word for weights as transformers' Conv1D keeps them
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(written, indent=2, allow_nan=False) + "\n"  # unsorted: the first pattern that matches wins
@@ -182,9 +185,9 @@ def save_lora_ga_adapter(
     # A model of nothing but the layers, twice as wide, over weights that are not there.
     skeleton, grown = nn.Module(), math.sqrt(2.0) if config.rslora else 2.0
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALayer):
             continue
-        if name not in starts:
+        if name not in starts or not isinstance(layer, LoRALinear):
             raise ValueError(f"save_lora_ga_adapter: expected the start of every layer, got none of {name}")
         why = getattr(layer, "weight_changed_by", None)
         if why and getattr(layer, "lora_ga_start", None) is None:
@@ -211,10 +214,10 @@ def save_lora_ga_adapter(
     return save_adapter(skeleton, folder, config=config, **names)
 
 
-def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
+def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
-        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
-        has += (isinstance(layer, DoRALinear),)
+        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_bias is not None)
+        has += (isinstance(layer, DoRALayer),)
         says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
         says += (config.lora_bias, isinstance(config, DoRAConfig))
         if has != says:
@@ -224,7 +227,7 @@ def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -
             )
 
 
-def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
+def _check_whole(layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         for own, p, shape in layer.correction_parameters():
             if tuple(p.shape) != shape:
@@ -239,11 +242,13 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
+def _adapter_parameters(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALayer]
+) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
-    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
-    keys += ["base_layer.bias"] * (config.bias == "lora_only")
-    wanted = {f"{layer}.{key}" for layer in layers for key in keys}
+    wanted = {f"{name}.base_layer.bias" for name in layers if config.bias == "lora_only"}
+    for name, layer in layers.items():
+        wanted |= {f"{name}.{key}" for key in layer.shapes(layer.base_layer, layer.r, layer.lora_bias is not None)}
     return {
         name: p
         for path, p in model.named_parameters(remove_duplicate=False)

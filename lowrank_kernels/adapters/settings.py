@@ -21,7 +21,7 @@ _PEFT_NAMES = {
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "fan_in_fan_out",
 }  # fmt: skip
 
 

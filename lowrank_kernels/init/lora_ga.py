@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
     def put_back_(self, layer: LoRALinear) -> None:
         """W ← W + s B₀ A₀: as it was before, to within two roundings."""
-        merge_lora_(layer.weight, self.lora_a, self.lora_b, scaling=self.scaling)
+        merge_lora_(layer.matrix, self.lora_a, self.lora_b, scaling=self.scaling)
         layer.lora_ga_start = None  # type: ignore[assignment]
 
 
@@ -218,10 +218,10 @@ def lora_ga_(
     for index, (name, layer) in enumerate(layers.items()):
         a, b = layer.lora_A.weight, layer.lora_B.weight
         gradient = gradients.get(name)
-        if gradient is None or gradient.shape != layer.weight.shape:
+        if gradient is None or gradient.shape != layer.matrix.shape:
             got = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
             raise ValueError(
-                f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.weight.shape)} for {name}, got {got}"
+                f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.matrix.shape)} for {name}, got {got}"
             )
         if layer.merged or layer.weight_shared_with or not (a.requires_grad and b.requires_grad):
             raise ValueError(
@@ -235,7 +235,7 @@ def lora_ga_(
         try:
             start_a, start_b = lora_ga_factors(
                 gradient.to(layer.weight.device), layer.r, direction=direction, scale=scale, gamma=gamma,
-                scaling=layer.scaling, weight=layer.weight, seed=seed + index,
+                scaling=layer.scaling, weight=layer.matrix, seed=seed + index,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}; layer {name}") from None
@@ -244,7 +244,7 @@ def lora_ga_(
         start_a, start_b = starts[name]
         layer.lora_A.weight.copy_(start_a)
         layer.lora_B.weight.copy_(start_b)
-        merge_lora_(layer.weight, start_a, start_b, scaling=-layer.scaling)
+        merge_lora_(layer.matrix, start_a, start_b, scaling=-layer.scaling)
         layer.lora_ga_start = Start(start_a, start_b, layer.scaling)  # type: ignore[assignment]
         layer.weight_changed_by = _CHANGE  # type: ignore[assignment]
     return starts
