@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import dora_linear, lora_linear
-from .dora import DoRALayer
+from .dora import DoRALayer, column_scale
 from .frozen import is_tracked_view, must_be_called, why_not_plain
 from .lora import LoRALayer, add_bias, start_
 from .matrix import matrix_shape
@@ -70,6 +70,19 @@ class _LoRAConv(LoRALayer):
     def lora_bias(self) -> Tensor | None:
         return self.lora_B.bias
 
+    @property
+    def kernel_size(self) -> Any:
+        """The convolution's own, as ``stride`` and ``padding``, which models (Whisper) ask their modules for."""
+        return self.base_layer.kernel_size
+
+    @property
+    def stride(self) -> Any:
+        return self.base_layer.stride
+
+    @property
+    def padding(self) -> Any:
+        return self.base_layer.padding
+
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base_layer
         if self._merged is not None:
@@ -93,18 +106,14 @@ class _DoRAConv(DoRALayer, _LoRAConv):
     def along_n(cls, base_layer: Any) -> tuple[int, ...]:
         return (1, base_layer.out_channels, *(1 for _ in base_layer.kernel_size))
 
+    def over_output(self, vector: Tensor) -> Tensor:
+        return _over_channels(vector, self.base_layer)
+
     def convolve(self, x: Tensor) -> Tensor:
-        dropout_p = self.dropout if self.training else 0.0
-        if lies_in_rows(x, self.base_layer):
-            cache = None if self.training or torch.compiler.is_compiling() else self.scale_cache
-            return _from_rows(x, dora_linear(
-                _as_rows(x, self.base_layer), self.matrix, *self.factors(), self.magnitude, self.bias,
-                scaling=self.scaling, scale_cache=cache, dropout_p=dropout_p, dropout_base=self.dropout_base,
-                detach_norm=self.detach_norm,
-            ), self.base_layer)  # fmt: skip
         return dora_conv(
-            x, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.column_scale(), self.scaling, dropout_p,
-            dropout_base=self.dropout_base,
+            x, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector,
+            scaling=self.scaling, dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
+            detach_norm=self.detach_norm,
         )  # fmt: skip
 
 
@@ -182,21 +191,34 @@ def lora_conv(
 
 
 def dora_conv(
-    x: Tensor, conv: Any, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, scaling: float, dropout_p: float,
-    *, dropout_base: bool,
+    x: Tensor, conv: Any, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, dropout_p: float,
+    dropout_base: bool, detach_norm: bool,
 ) -> Tensor:  # fmt: skip
     """g ∘ (conv(x) + s conv1(conv(drop(x), A), B)) + bias; with ``dropout_base`` and dropout, PEFT's form:
-    conv(x) + (g - 1) ∘ conv(drop(x)) + g ∘ s conv1(conv(drop(x), A), B) + bias. Without ``lies_in_rows``."""
+    conv(x) + (g - 1) ∘ conv(drop(x)) + g ∘ s conv1(conv(drop(x), A), B) + bias."""
+    weight, a, b = conv.weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1)
+    if lies_in_rows(x, conv):
+        y = dora_linear(
+            _as_rows(x, conv), weight, a, b, magnitude.flatten(), conv.bias, scaling=scaling, dropout_p=dropout_p,
+            dropout_base=dropout_base, detach_norm=detach_norm,
+        )  # fmt: skip
+        return _from_rows(x, y, conv)
+    scale = _over_channels(column_scale(weight, a, b, magnitude, scaling=scaling, detach_norm=detach_norm), conv)
     dropped = F.dropout(x, dropout_p)
     y = _convolve(x, conv, conv.weight, None)
     correction = _correction(dropped, conv, lora_a, lora_b, None, scaling)
     if dropout_base and dropout_p > 0.0:
-        scaled = y + (column_scale - 1) * _convolve(dropped, conv, conv.weight, None) + column_scale * correction
+        scaled = y + (scale - 1) * _convolve(dropped, conv, conv.weight, None) + scale * correction
     else:
-        scaled = column_scale * (y + correction)
+        scaled = scale * (y + correction)
     if conv.bias is not None:
-        scaled = scaled + conv.bias.view(-1, *(1 for _ in conv.kernel_size))
+        scaled = scaled + _over_channels(conv.bias, conv)
     return scaled.to(y.dtype)
+
+
+def _over_channels(vector: Tensor, conv: Any) -> Tensor:
+    """(N,) as (N, 1, ...)."""
+    return vector.view(-1, *(1 for _ in conv.kernel_size))
 
 
 def _convolve(x: Tensor, conv: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,23 +237,31 @@ def _correction(
 def lies_in_rows(x: Tensor, conv: Any) -> bool:
     """Whether one linear over the windows of x, one a row, computes a convolution and its correction best.
 
-    It does where windows do not overlap and so hold no more than x does; and where the library has no convolution of
-    the dtype, which takes it tens of times as long as the product, up to 1 GiB of windows.
+    It does for patches, whose windows hold no more than x does; and where the library has no convolution of the dtype,
+    which takes it tens of times as long as the product, up to 1 GiB of windows.
     """
-    size, d = conv.kernel_size, len(conv.kernel_size)
+    d = len(conv.kernel_size)
     if x.dim() not in (d + 1, d + 2):
         return False
-    if math.prod(size) > 1 and tuple(size) == tuple(conv.stride) and not any(map(sum, _padding(conv))):
+    if is_patch(conv):
         return True
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if not x.is_cpu or dtype not in (torch.bfloat16, torch.float16) or _library_convolves(dtype):
+    if library_convolves(dtype, x.device):
         return False
     places = math.prod(n // s + 1 for n, s in zip(x.shape[-d:], conv.stride, strict=True))
-    return 2 * places * math.prod(size) * math.prod(x.shape[:-d]) < _MOST_WINDOWS
+    return 2 * places * math.prod(conv.kernel_size) * math.prod(x.shape[:-d]) < _MOST_WINDOWS
 
 
-def _library_convolves(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has instructions for this half-precision dtype on this CPU."""
+def is_patch(conv: Any) -> bool:
+    """Whether the windows of a convolution are patches: of several elements, side by side, none of them padding."""
+    size = tuple(conv.kernel_size)
+    return math.prod(size) > 1 and size == tuple(conv.stride) and not any(map(sum, _padding(conv)))
+
+
+def library_convolves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library has a convolution of this dtype: for half precision on a CPU, oneDNN's instructions."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return supported is None or bool(supported())

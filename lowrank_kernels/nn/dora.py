@@ -49,9 +49,10 @@ class DoRALayer(LoRALayer):
         super().__init__(base_layer, r, **settings)
         self.dropout_base, self.detach_norm = dropout_base, detach_norm
         self.scale_cache = ScaleCache()
+        lora_a, lora_b = (factor.detach() for factor in self.factors())
         with torch.no_grad():
-            norm = self._norm().to(self.factors()[0].dtype)
-        self.lora_magnitude_vector = nn.Parameter(norm.view(self.along_n(base_layer)))
+            norm = dora_weight_norm(self.matrix.detach(), lora_a, lora_b, scaling=self.scaling)
+        self.lora_magnitude_vector = nn.Parameter(norm.to(lora_a.dtype).view(self.along_n(base_layer)))
 
     @classmethod
     def shapes(cls, base_layer: nn.Module, r: int, lora_bias: bool = False) -> dict[str, tuple[int, ...]]:
@@ -60,7 +61,7 @@ class DoRALayer(LoRALayer):
 
     @classmethod
     def along_n(cls, base_layer: nn.Module) -> tuple[int, ...]:
-        """The shape of the magnitude in a file of PEFT's, in which it scales the layer's output."""
+        """The shape of the magnitude in a file of PEFT's."""
         return (matrix_shape(base_layer)[0],)
 
     @property
@@ -68,15 +69,15 @@ class DoRALayer(LoRALayer):
         """m (N,)."""
         return self.lora_magnitude_vector.flatten()
 
-    def _norm(self) -> Tensor:
-        """‖W_i + s B_i A‖₂ (N,), a constant in backward with ``detach_norm``."""
-        lora_a, lora_b = (factor.detach() if self.detach_norm else factor for factor in self.factors())
-        return dora_weight_norm(self.matrix.detach(), lora_a, lora_b, scaling=self.scaling)
+    def over_output(self, vector: Tensor) -> Tensor:
+        """A vector (N,) in a shape that scales the layer's output."""
+        return vector
 
     def column_scale(self) -> Tensor:
-        """g = m / n in the shape of the magnitude, 0 where n is 0; for layers whose op does not compute it."""
-        norm = self._norm().view_as(self.lora_magnitude_vector)
-        return torch.where(norm == 0, 0.0, self.lora_magnitude_vector / torch.where(norm == 0, 1.0, norm))
+        """g = m / n (N,), for layers whose op does not compute it."""
+        return column_scale(
+            self.matrix, *self.factors(), self.lora_magnitude_vector, scaling=self.scaling, detach_norm=self.detach_norm
+        )
 
     def _call_submodules(self, x: Tensor) -> Tensor:
         """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), with W x = base_layer(x) - bias.
@@ -91,13 +92,13 @@ class DoRALayer(LoRALayer):
                     f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
                     f"the modules in it"
                 )
-        scale = self.column_scale()
+        scale = self.over_output(self.column_scale())
         dropped = nn.functional.dropout(x, self.dropout, self.training)
         y = self.base_layer(x)
         base = self.base_layer(dropped) if self.dropout_base and dropped is not x else y
         bias = self.bias
         if bias is not None:
-            base = base - bias.to(base.dtype).view(self.along_n(self.base_layer))
+            base = base - self.over_output(bias.to(base.dtype))
         return (y + (scale - 1) * base + scale * self._correct(dropped)).to(y.dtype)
 
     def merge_(self, keep_copy: bool = False) -> Any:
@@ -186,3 +187,17 @@ class DoRALinear(DoRALayer, LoRALinear):
             dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )  # fmt: skip
+
+
+def column_scale(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, detach_norm: bool
+) -> Tensor:
+    """g = m / n (N,), 0 where n is 0; gradients reach m, and n unless detached.
+
+    Args:
+        weight: W (N, K).  lora_a: A (R, K).  lora_b: B (N, R).  magnitude: m, N elements in any shape.
+    """
+    if detach_norm:
+        lora_a, lora_b = lora_a.detach(), lora_b.detach()
+    norm = dora_weight_norm(weight.detach(), lora_a, lora_b, scaling=scaling)
+    return torch.where(norm == 0, 0.0, magnitude.flatten() / torch.where(norm == 0, 1.0, norm))

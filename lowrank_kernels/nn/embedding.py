@@ -76,6 +76,20 @@ class LoRAEmbedding(LoRALayer):
         self.lora_embedding_A = nn.Parameter(a, requires_grad=train_a)
         self.lora_embedding_B = nn.Parameter(b, requires_grad=train_b)
 
+    @property
+    def num_embeddings(self) -> int:
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        base: Any = self.base_layer
+        index: int | None = base.padding_idx
+        return index
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A, self.lora_embedding_B
 
