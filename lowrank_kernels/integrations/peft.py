@@ -228,8 +228,8 @@ def _why_not_adapter(layer: Any, name: str) -> str | None:
 def _pays_without_dora(base: Any) -> bool:
     """Whether ordinary LoRA over this module is faster on the ops: not over convolutions that the library makes well.
 
-    Eight convolutions (3×3, 1×1, of length 3) took PEFT 0.99 to 1.13 times as long in float32; a patch embedding up to
-    1.3 times; in bfloat16 on a CPU without instructions for it 17 to 26 times (`docs/peft.md`).
+    PEFT took 0.99 to 1.13 times as long over convolutions with kernels 3×3, 1×1 and 3 in float32; up to 1.3 times over
+    patches; 17 to 26 times over those in bfloat16 on a CPU without instructions for it (docs/peft.md).
     """
     if not isinstance(base, nn.modules.conv._ConvNd):
         return True

@@ -113,10 +113,10 @@ def assert_same(ours, theirs, run):
         theirs.train(training)
         y, grads = gradients(ours, run)
         expected, expected_grads = gradients(theirs, run)
-        assert_close(y, expected, 2e-6)
+        assert_close(y, expected, 1e-6)
         assert grads.keys() == expected_grads.keys() and grads
         for name, grad in expected_grads.items():
-            assert_close(grads[name], grad, 5e-6, name)
+            assert_close(grads[name], grad, 3e-6, name)
 
 
 SETTINGS = {
