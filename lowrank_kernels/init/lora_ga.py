@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..finite import all_finite
 from ..merge import merge_lora_
+from ..nn.matrix import as_matrix, is_linear
 
 if TYPE_CHECKING:
     from ..nn import LoRALinear
@@ -57,8 +58,10 @@ def estimate_gradients(
         ValueError: no linears, no batches, a loss that is not finite or depends on none of the weights, a weight that
             got no gradient or one that is not finite.
     """
-    if not isinstance(linears, Mapping) or not all(isinstance(linear, nn.Linear) for linear in linears.values()):
-        raise TypeError("estimate_gradients: expected linears to be a dict of path to nn.Linear")
+    if not isinstance(linears, Mapping) or not all(is_linear(linear) for linear in linears.values()):
+        raise TypeError(
+            "estimate_gradients: expected linears to be a dict of path to nn.Linear (or transformers' Conv1D)"
+        )
     if not linears:
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
     sums: dict[str, Tensor] = {}
@@ -99,7 +102,7 @@ def estimate_gradients(
         if name not in sums or not all_finite(sums[name]):
             what = "got NaN or Inf" if name in sums else "the loss does not reach it"
             raise ValueError(f"estimate_gradients: expected a finite gradient of {name}, but {what}")
-    return {name: gradient.div_(count) for name, gradient in sums.items()}
+    return {name: as_matrix(linears[name], gradient.div_(count)) for name, gradient in sums.items()}
 
 
 def lora_ga_factors(

@@ -15,7 +15,14 @@ from .frozen import is_tracked_view, must_be_called, why_not_plain
 from .lora import LoRALayer, add_bias, start_
 from .matrix import matrix_shape
 
+
+def _onednn_has(dtype: str) -> bool:
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", None)
+    return supported is None or bool(supported())
+
+
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_ON_CPU = {torch.bfloat16: _onednn_has("bf16"), torch.float16: _onednn_has("fp16")}
 _MOST_WINDOWS = 1 << 30  # bytes of windows that are laid out as rows, where each element of x is in several
 
 
@@ -248,8 +255,10 @@ def lies_in_rows(x: Tensor, conv: Any) -> bool:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if library_convolves(dtype, x.device):
         return False
-    places = math.prod(n // s + 1 for n, s in zip(x.shape[-d:], conv.stride, strict=True))
-    return 2 * places * math.prod(conv.kernel_size) * math.prod(x.shape[:-d]) < _MOST_WINDOWS
+    elements = math.prod(conv.kernel_size) * math.prod(x.shape[:-d])
+    for size, step in zip(x.shape[-d:], conv.stride, strict=True):
+        elements *= size // step + 1
+    return 2 * elements < _MOST_WINDOWS
 
 
 def is_patch(conv: Any) -> bool:
@@ -260,11 +269,7 @@ def is_patch(conv: Any) -> bool:
 
 def library_convolves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the library has a convolution of this dtype: for half precision on a CPU, oneDNN's instructions."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return True
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return supported is None or bool(supported())
+    return device.type != "cpu" or _ON_CPU.get(dtype, True)
 
 
 def _padding(conv: Any) -> list[tuple[int, int]]:

@@ -79,11 +79,8 @@ class DoRALayer(LoRALayer):
             self.matrix, *self.factors(), self.lora_magnitude_vector, scaling=self.scaling, detach_norm=self.detach_norm
         )
 
-    def _call_submodules(self, x: Tensor) -> Tensor:
-        """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), with W x = base_layer(x) - bias.
-
-        With ``dropout_base`` the W x that g - 1 scales is that of drop(x). The norm reads the weights beside the calls.
-        """
+    def check_at_hand(self) -> None:
+        """Raise where the norm, which reads the weights beside the calls of the modules, would not find them."""
         weights = [("base_layer", self.weight, weight_shape(self.base_layer)), *self.correction_parameters()]
         for name, t, shape in weights:
             if t.is_meta or is_dtensor(t) or tuple(t.shape) != shape:
@@ -92,6 +89,13 @@ class DoRALayer(LoRALayer):
                     f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
                     f"the modules in it"
                 )
+
+    def _call_submodules(self, x: Tensor) -> Tensor:
+        """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), with W x = base_layer(x) - bias.
+
+        With ``dropout_base`` the W x that g - 1 scales is that of drop(x). The norm reads the weights beside the calls.
+        """
+        self.check_at_hand()
         scale = self.over_output(self.column_scale())
         dropped = nn.functional.dropout(x, self.dropout, self.training)
         y = self.base_layer(x)
@@ -102,7 +106,7 @@ class DoRALayer(LoRALayer):
         return (y + (scale - 1) * base + scale * self._correct(dropped)).to(y.dtype)
 
     def merge_(self, keep_copy: bool = False) -> Any:
-        """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the plain linear. Nothing when merged.
+        """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         Args:
             keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows

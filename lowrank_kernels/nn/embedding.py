@@ -117,6 +117,7 @@ class DoRAEmbedding(DoRALayer, LoRAEmbedding):
         rows: Any = self.base_layer(ids)
         if self._merged is not None:
             return rows
+        self.check_at_hand()
         return corrected(rows, ids, self.base_layer, *self.factors(), self.scaling, self.column_scale())
 
 

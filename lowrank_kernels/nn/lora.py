@@ -125,7 +125,7 @@ class LoRALayer(AroundBase):
         return self.scaling * self.lora_B(self.lora_A(x))
 
     def merge_(self) -> Any:
-        """W ← W + s B A, in float32, rounded once; forward is then the plain linear. Nothing when merged.
+        """W ← W + s B A, in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         The merged factors are remembered, (N + K) R elements, so that ``unmerge_`` takes out what was put in
         even when the factors have changed since. Of a weight that FSDP2 shards every rank merges its own rows; all

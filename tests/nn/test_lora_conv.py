@@ -193,8 +193,9 @@ def test_copies_pickles_single_inputs_empty_batches_and_hooks(case, dora):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("case", ["3×3", "patches"])
-def test_torch_compile(case, dora):
-    layer, x = make(case, dora)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile(case, dora, dtype):
+    layer, x = make(case, dora, dtype=dtype)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
 
@@ -329,4 +330,20 @@ def test_a_chain_restarts_over_conv1d():
     y = model(x)
     chain.merge()
     assert not model[0].lora_B.weight.any()
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_ga_starts_over_conv1d():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(12, 8)), torch.randn(6, 8)
+    config = lk.LoRAConfig(r=2)
+    targets = lk.plan_adaptation(model, config).targets
+    loss = lambda m, batch: m(batch).square().sum()  # noqa: E731
+    gradients = lk.init.estimate_gradients(model, [x], loss, targets)
+    assert gradients["0"].shape == (12, 8)
+    y = model(x)
+    report = lk.adapt(model, config)
+    lk.init.lora_ga_(model, gradients)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+    report.undo()
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)

@@ -142,6 +142,19 @@ def test_copies_pickles_empty_batches_and_hooks(kind):
     assert torch.equal(layer(ids), y) and seen
 
 
+def test_dora_refuses_an_offloaded_embedding_and_lora_calls_it():
+    for kind in KINDS:
+        layer, ids = make(kind), torch.randint(13, (4,))
+        y, weight = layer(ids).detach(), layer.base_layer.weight.detach()
+        layer.base_layer.to("meta")
+        layer.base_layer.forward = lambda ids, weight=weight: nn.functional.embedding(ids, weight)
+        if kind is LoRAEmbedding:
+            assert torch.equal(layer(ids), y)
+        else:
+            with pytest.raises(ValueError, match="DoRAEmbedding: expected the whole weight of base_layer at hand"):
+                layer(ids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_compile(kind):
     layer, ids = make(kind), torch.randint(13, (2, 5))
