@@ -1,4 +1,4 @@
-"""``adapt``: replace the targeted linears of a model, in place, and say what was done."""
+"""``adapt``: replace the targeted modules of a model, in place, and say what was done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, AdapterConfig, endings, names_match
 from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
-from .nn.frozen import why_not_frozen
+from .nn.matrix import is_linear, matrix_shape
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
 
@@ -34,6 +34,7 @@ class Plan:
     """What :func:`adapt` would do: made without touching the model."""
 
     targets: dict[str, nn.Linear]
+    """Linears, and what else the config has a layer for."""
     skipped: tuple[Skipped, ...]
     config: AdapterConfig
     whole: dict[str, nn.Module] = field(default_factory=dict)
@@ -58,9 +59,9 @@ def forget_adaptation(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
-    """Replace the linears that ``config`` targets by the config's layers, in place, and freeze everything else.
+    """Replace the modules that ``config`` targets by the config's layers, in place, and freeze everything else.
 
-    The layers share the weights of the linears they replace; outputs do not change. What trains afterwards is
+    The layers share the weights of the modules they replace; outputs do not change. What trains afterwards is
     what the layers train, the biases that ``config.bias`` names, copies of the modules that
     ``config.modules_to_save`` names, and what already trained in layers that were adapted before. Everything is checked
     before anything is changed; if a layer cannot be made, the model is put back and the error goes on.
@@ -89,10 +90,10 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     """What ``config`` targets in ``model``, and why the rest is left alone. Raises as :func:`adapt` does."""
     plan = match_targets(model, config)
     if config.target_modules == ALL_LINEAR:
-        fitted, notes = config.fitted({name: tuple(m.weight.shape) for name, m in plan.targets.items()})
+        fitted, notes = config.fitted({name: matrix_shape(m) for name, m in plan.targets.items()})
         plan = replace(plan, config=fitted, notes=notes)
     for name, linear in plan.targets.items():
-        plan.config.check_fits(name, *linear.weight.shape)
+        plan.config.check_fits(name, *matrix_shape(linear))
     return plan
 
 
@@ -116,7 +117,7 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
     replaced = tuple(
         Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
         for name, layer in layers.items()
-        for n, k in [plan.targets[name].weight.shape]
+        for n, k in [matrix_shape(plan.targets[name])]
     )
     notes = (*plan.notes, *(f"{name} trains whole, by modules_to_save" for name in plan.whole))
     return Report(type(config).__name__, replaced, plan.skipped, trainable, total, notes, _undo=undo)
@@ -155,7 +156,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             else "compiled by itself, and would go on without the layer; adapt the model, then compile"
             if name in above and COMPILED in above[name]._modules
             else _OF_A_TASK_HEAD if everything and not task_heads.isdisjoint((name, *above))
-            else why_not_called(module, name, above) or why_not_frozen(module)
+            else why_not_called(module, name, above) or config.why_not(module)
         )  # fmt: skip
         if reason is None:
             targets[name] = module  # type: ignore[assignment]
@@ -259,7 +260,7 @@ def _task_heads(model: nn.Module) -> set[str]:
 
 
 def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[Skipped]) -> str:
-    linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if isinstance(m, nn.Linear))
+    linears = dict.fromkeys(collapse(n) for n, m, _ in _outside_adapters(model) if is_linear(m))
     said = dict.fromkeys(f"{collapse(s.name)} ({s.reason})" for s in skipped if s.reason != "not in target_modules")
     names = ", ".join(list(linears)[:40]) or "none"
     return (
@@ -368,7 +369,8 @@ def _trained_biases(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iter
     if config.bias == "all":
         yield from (p for name, p in model.named_parameters() if f".{name}".endswith(".bias"))
     elif config.bias == "lora_only":
-        yield from (linear.bias for linear in plan.targets.values() if linear.bias is not None)
+        biases = (getattr(module, "bias", None) for module in plan.targets.values())
+        yield from (bias for bias in biases if bias is not None)
 
 
 def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:

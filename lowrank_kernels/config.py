@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from .init.factors import INITS
+from .nn.conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .nn.dora import DoRALinear
-from .nn.lora import LoRALinear, check_lora_settings
+from .nn.embedding import DoRAEmbedding, LoRAEmbedding
+from .nn.frozen import why_not_frozen
+from .nn.lora import LoRALayer, LoRALinear, check_lora_settings
 from .nn.multi_lora import MultiLoRALinear
 from .patterns import FilePattern
 
@@ -66,6 +69,10 @@ class AdapterConfig:
         """True if the module at path ``name`` trains as it is, and takes no adapter."""
         return False
 
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why this method has no layer for the module; None where it has one."""
+        return why_not_frozen(module)
+
     def layer(self, name: str, linear: nn.Linear) -> nn.Module:
         """The layer that replaces ``linear``, found at path ``name``. Shares its weight; has ``base_layer``."""
         raise NotImplementedError
@@ -104,6 +111,9 @@ class AdapterConfig:
 class LoRAConfig(AdapterConfig):
     """Linears become :class:`~lowrank_kernels.nn.LoRALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ.
 
+    So does transformers' Conv1D. Embeddings and convolutions that ``target_modules`` names become ``LoRAEmbedding``,
+    ``LoRAConv1d``, ``LoRAConv2d`` and ``LoRAConv3d``; "all-linear" leaves them alone.
+
     Args:
         r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``. alpha may be 0, which leaves
             the base as it is, or negative, as in PEFT.
@@ -115,6 +125,10 @@ class LoRAConfig(AdapterConfig):
     """
 
     _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias")
+    _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
+        nn.Embedding: LoRAEmbedding, nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d,
+        nn.Module: LoRALinear,
+    }  # fmt: skip
 
     r: int = 8
     alpha: float = 16.0
@@ -174,18 +188,22 @@ class LoRAConfig(AdapterConfig):
         """alpha of the module at path ``name``."""
         return _lookup(self.alpha_pattern, name, self.alpha)
 
-    def layer(self, name: str, linear: nn.Linear) -> LoRALinear:
-        return LoRALinear.from_linear(
-            linear,
-            self.rank_of(name),
-            alpha=self.alpha_of(name),
-            dropout=self.dropout,
-            rslora=self.rslora,
-            lora_bias=self.lora_bias,
-            init=self.init,
-            train=self.train,
-            dtype=self.dtype,
-        )
+    def layer_class(self, module: nn.Module) -> type[LoRALayer]:
+        """The class of the layer that replaces the module."""
+        return next(layer for kind, layer in self._layers.items() if isinstance(module, kind))
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if self.lora_bias and isinstance(module, nn.Embedding):
+            return "lora_bias, which an embedding has no place for"
+        return self.layer_class(module).why_not(module)
+
+    def layer(self, name: str, linear: nn.Module) -> LoRALayer:
+        return self.layer_class(linear)(linear, self.rank_of(name), alpha=self.alpha_of(name), **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """Of every layer, beside its rank and alpha."""
+        names = ("dropout", "rslora", "lora_bias", "init", "train", "dtype")
+        return {name: getattr(self, name) for name in names}
 
     def check_fits(self, name: str, n: int, k: int) -> None:
         _check_rank(self.rank_of(name), name, n, k, "lower r, or give it a rank of its own in rank_pattern")
@@ -227,6 +245,10 @@ class DoRAConfig(LoRAConfig):
     """
 
     _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "dropout_base", "detach_norm")
+    _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
+        nn.Embedding: DoRAEmbedding, nn.Conv1d: DoRAConv1d, nn.Conv2d: DoRAConv2d, nn.Conv3d: DoRAConv3d,
+        nn.Module: DoRALinear,
+    }  # fmt: skip
 
     dropout_base: bool = False
     detach_norm: bool = True
@@ -236,19 +258,8 @@ class DoRAConfig(LoRAConfig):
         if self.lora_bias:
             raise ValueError("DoRAConfig: expected lora_bias to be False, got True")
 
-    def layer(self, name: str, linear: nn.Linear) -> DoRALinear:
-        return DoRALinear.from_linear(  # type: ignore[return-value]
-            linear,
-            self.rank_of(name),
-            alpha=self.alpha_of(name),
-            dropout=self.dropout,
-            rslora=self.rslora,
-            init=self.init,
-            train=self.train,
-            dtype=self.dtype,
-            dropout_base=self.dropout_base,
-            detach_norm=self.detach_norm,
-        )
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"dropout_base": self.dropout_base, "detach_norm": self.detach_norm}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from .functional import stack_column_scale
 from .names import named_modules, named_parameters
 from .nn.block_sparse import BlockSparseLinear
 from .nn.frozen import has_hooks
-from .nn.lora import LoRALinear
+from .nn.lora import LoRALayer
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import is_dtensor, why_not_written
 
@@ -32,7 +32,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
     report of ``adapt`` could undo is gone, and its ``undo()`` says so.
 
     Args:
-        model: with LoRALinear, DoRALinear, BlockSparseLinear or MultiLoRALinear layers, whoever put them there. A layer
+        model: with layers of :mod:`lowrank_kernels.nn`, whoever put them there. A layer
             that is merged already stays merged with what it was merged with.
         adapter: which one, where there are MultiLoRALinears that are not merged yet.
 
@@ -86,7 +86,7 @@ def _linear_of(layer: nn.Module) -> nn.Module:
 
 def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]]) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
-    if not isinstance(layer, (LoRALinear, BlockSparseLinear, MultiLoRALinear)):
+    if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear)):
         is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
@@ -99,7 +99,7 @@ def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]
     if has_hooks(layer):
         raise ValueError("it carries hooks or a replaced forward; remove them first")
     changed: list[Any] = [base.weight]
-    if isinstance(layer, LoRALinear) and layer.lora_B.bias is not None:
+    if isinstance(layer, LoRALayer) and layer.lora_bias is not None:
         changed.append(base.bias)
     for p in changed:
         first, *others = owners.get(id(p), [""])
@@ -116,7 +116,7 @@ def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]
     return _prepared_lora(layer)
 
 
-def _prepared_lora(layer: LoRALinear) -> Callable[[], Any]:
+def _prepared_lora(layer: LoRALayer) -> Callable[[], Any]:
     if layer.merged:
         return _nothing
     state = layer.prepare_merge()

@@ -160,15 +160,11 @@ def _expected_shapes(base: Mapping[str, Tensor], config: LoRAConfig, plan: Plan)
     """Name and shape of every tensor that the file must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in plan.targets.items():
-        n, k = linear.weight.shape
-        r = config.rank_of(name)
-        shapes |= {f"{name}.lora_A.weight": (r, k), f"{name}.lora_B.weight": (n, r)}
-        if config.lora_bias:
-            shapes[f"{name}.lora_B.bias"] = (n,)
-        if isinstance(config, DoRAConfig):
-            shapes[f"{name}.lora_magnitude_vector"] = (n,)
-        if config.bias == "lora_only" and linear.bias is not None:
-            shapes[f"{name}.base_layer.bias"] = (n,)
+        own = config.layer_class(linear).shapes(linear, config.rank_of(name), config.lora_bias)
+        shapes |= {f"{name}.{key}": shape for key, shape in own.items()}
+        bias = getattr(linear, "bias", None)
+        if config.bias == "lora_only" and bias is not None:
+            shapes[f"{name}.base_layer.bias"] = tuple(bias.shape)
     if config.bias == "all":
         shapes |= {name: tuple(p.shape) for name, p in base.items() if f".{name}".endswith(".bias")}
     for path, module in plan.whole.items():

@@ -19,8 +19,9 @@ from ..adapt import TASK_HEADS, config_of, whole_modules
 from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
 from ..names import named_modules, named_parameters, unwrapped
-from ..nn.dora import DoRALinear
-from ..nn.lora import LoRALinear
+from ..nn.dora import DoRALayer
+from ..nn.lora import LoRALayer, LoRALinear
+from ..nn.matrix import is_conv1d
 from ..nn.multi_lora import MultiLoRALinear
 from ..nn.sharded import whole
 from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
@@ -49,7 +50,7 @@ def save_adapter(
         base_model_name: for PEFT's ``base_model_name_or_path``.
         task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. For "SEQ_CLS",
             "TOKEN_CLS" and "QUESTION_ANS" the model's head is written too, as PEFT expects, whether it trained or not.
-        config: for a model whose LoRALinears were put in by hand.
+        config: for a model whose LoRA layers were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
 
     Returns:
@@ -64,7 +65,7 @@ def save_adapter(
     the names of the layers.
 
     Raises:
-        ValueError: no LoRALinear in the model; no config, or one that does not describe the layers there are; an
+        ValueError: no LoRA layer in the model; no config, or one that does not describe the layers there are; an
             adapter on what is to be written whole; base weights that LoRA-GA's start or a chain has changed, over
             which alone the factors are right; a value that is not finite, or not at hand: on the meta device, a shard.
             Nothing is written then.
@@ -78,9 +79,9 @@ def save_adapter(
         return _write_adapter(
             config, tensors | _saved_whole(model, config, tensors), folder, base_model_name, task_type
         )
-    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALinear)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALayer)}
     if not layers:
-        raise ValueError(f"save_adapter: expected a model with LoRALinear layers, found none in {type(model).__name__}")
+        raise ValueError(f"save_adapter: expected a model with LoRA layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise ValueError(
             "save_adapter: this model was not adapted by lk.adapt(model, LoRAConfig(...)), or is wrapped; "
@@ -93,7 +94,7 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
-    tensors = {**_adapter_parameters(model, config, list(layers))}
+    tensors = {**_adapter_parameters(model, config, layers)}
     config = _naming_what_it_meant(_with_head(config, task_type), model, layers)
     tensors |= _saved_whole(model, config, tensors)
     written = set(map(id, tensors.values()))
@@ -103,7 +104,10 @@ def save_adapter(
             "save_adapter: these train, and are not in the file: %s; name their modules in modules_to_save, of adapt's "
             "config or of one given to save_adapter", few(left_out)
         )  # fmt: skip
-    return _write_adapter(with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type)
+    transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
+    return _write_adapter(
+        with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type, transposed
+    )
 
 
 def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
@@ -163,7 +167,7 @@ def _naming_what_it_meant(config: LoRAConfig, model: nn.Module, layers: Mapping[
 
 def _write_adapter(
     config: LoRAConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str],
-    base_model_name: str | None, task_type: str | None,
+    base_model_name: str | None, task_type: str | None, transposed: bool = False,
 ) -> Path:  # fmt: skip
     from safetensors.torch import save_file
 
@@ -180,6 +184,7 @@ def _write_adapter(
             f"save_adapter: expected finite values, found NaN or Inf in {few(broken)}; nothing was written"
         )
     written = written_config(config, task_type=task_type, base_model_name=base_model_name)
+    written["fan_in_fan_out"] = transposed  # PEFT's word for weights as transformers' Conv1D keeps them
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(written, indent=2, allow_nan=False) + "\n"
@@ -222,9 +227,9 @@ def save_lora_ga_adapter(
     for name, module in whole_modules(model, _with_head(config, names.get("task_type"))).items():
         _put_at(skeleton, name, module)
     for name, layer in named_modules(model):
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALayer):
             continue
-        if name not in starts:
+        if name not in starts or not isinstance(layer, LoRALinear):
             raise ValueError(f"save_lora_ga_adapter: expected the start of every layer, got none of {name}")
         why = getattr(layer, "weight_changed_by", None)
         if why and getattr(layer, "lora_ga_start", None) is None:
@@ -254,10 +259,10 @@ def _put_at(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
+def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
-        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_B.bias is not None)
-        has += (isinstance(layer, DoRALinear),)
+        has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_bias is not None)
+        has += (isinstance(layer, DoRALayer),)
         says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
         says += (config.lora_bias, isinstance(config, DoRAConfig))
         if has != says:
@@ -267,7 +272,7 @@ def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALinear]) -
             )
 
 
-def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
+def _check_whole(layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         for own, p, shape in layer.correction_parameters():
             if tuple(p.shape) != shape:
@@ -277,11 +282,13 @@ def _check_whole(layers: Mapping[str, LoRALinear]) -> None:
                 )
 
 
-def _adapter_parameters(model: nn.Module, config: LoRAConfig, layers: list[str]) -> dict[str, nn.Parameter]:
+def _adapter_parameters(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALayer]
+) -> dict[str, nn.Parameter]:
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
-    keys = ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"]
-    keys += ["base_layer.bias"] * (config.bias == "lora_only")
-    wanted = {f"{layer}.{key}" for layer in layers for key in keys}
+    wanted = {f"{name}.base_layer.bias" for name in layers if config.bias == "lora_only"}
+    for name, layer in layers.items():
+        wanted |= {f"{name}.{key}" for key in layer.shapes(layer.base_layer, layer.r, layer.lora_bias is not None)}
     return {
         name: p
         for name, p in named_parameters(model)

@@ -26,7 +26,7 @@ _READ = {"use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern
 # base, which init_lora_weights says.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+    "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out",
     "eva_config", "corda_config", "loftq_config", "lora_ga_config",
 }  # fmt: skip
 

@@ -125,7 +125,7 @@ class Chain:
         if master:
             for path, layer in self.layers.items():
                 if layer.weight.dtype in (torch.bfloat16, torch.float16):
-                    self.master[path] = layer.weight.detach().float()
+                    self.master[path] = layer.matrix.detach().float()
         saved = optimizer.param_groups[0].get(_KEY)  # of a chain before, where the optimizer was loaded
         if saved is not None:
             self._check_state(saved)
@@ -209,13 +209,14 @@ class Chain:
             )
         for index, (path, layer) in enumerate(self.layers.items()):
             a, b = factors[path]
-            target = self.master.get(path, layer.weight)
+            weight = layer.matrix
+            target = self.master.get(path, weight)
             merge_lora_(
                 target, a, b,
                 scaling=layer.scaling, rounding=self.rounding, seed=self._seed(index), check_finite=False,
             )  # fmt: skip
-            if target is not layer.weight:
-                layer.weight.copy_(target)
+            if target is not weight:
+                weight.copy_(target)
             (b if _sampled(layer) == "a" else a).zero_()
             _mark_changed(layer)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..merge import merge_lora_
 from ..names import named_modules
+from ..nn.matrix import as_matrix, is_linear
 
 if TYPE_CHECKING:
     from ..nn import LoRALinear
@@ -32,7 +33,7 @@ class Start(NamedTuple):
 
     def put_back_(self, layer: LoRALinear) -> None:
         """W ← W + s B₀ A₀: as it was before, to within two roundings."""
-        merge_lora_(layer.weight, self.lora_a, self.lora_b, scaling=self.scaling)
+        merge_lora_(layer.matrix, self.lora_a, self.lora_b, scaling=self.scaling)
         layer.lora_ga_start = None  # type: ignore[assignment]
 
 
@@ -58,8 +59,10 @@ def estimate_gradients(
         ValueError: no linears, no batches, a loss that is not finite or depends on none of the weights, a weight that
             got no gradient or one that is not finite.
     """
-    if not isinstance(linears, Mapping) or not all(isinstance(linear, nn.Linear) for linear in linears.values()):
-        raise TypeError("estimate_gradients: expected linears to be a dict of path to nn.Linear")
+    if not isinstance(linears, Mapping) or not all(is_linear(linear) for linear in linears.values()):
+        raise TypeError(
+            "estimate_gradients: expected linears to be a dict of path to nn.Linear (or transformers' Conv1D)"
+        )
     if not linears:
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
     sums: dict[str, Tensor] = {}
@@ -100,7 +103,7 @@ def estimate_gradients(
         if name not in sums or not all_finite(sums[name]):
             what = "got NaN or Inf" if name in sums else "the loss does not reach it"
             raise ValueError(f"estimate_gradients: expected a finite gradient of {name}, but {what}")
-    return {name: gradient.div_(count) for name, gradient in sums.items()}
+    return {name: as_matrix(linears[name], gradient.div_(count)) for name, gradient in sums.items()}
 
 
 def lora_ga_factors(
@@ -219,10 +222,10 @@ def lora_ga_(
     for index, (name, layer) in enumerate(layers.items()):
         a, b = layer.lora_A.weight, layer.lora_B.weight
         gradient = gradients.get(name)
-        if gradient is None or gradient.shape != layer.weight.shape:
+        if gradient is None or gradient.shape != layer.matrix.shape:
             got = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
             raise ValueError(
-                f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.weight.shape)} for {name}, got {got}"
+                f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.matrix.shape)} for {name}, got {got}"
             )
         if layer.merged or layer.weight_shared_with or not (a.requires_grad and b.requires_grad):
             raise ValueError(
@@ -236,7 +239,7 @@ def lora_ga_(
         try:
             start_a, start_b = lora_ga_factors(
                 gradient.to(layer.weight.device), layer.r, direction=direction, scale=scale, gamma=gamma,
-                scaling=layer.scaling, weight=layer.weight, seed=seed + index,
+                scaling=layer.scaling, weight=layer.matrix, seed=seed + index,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}; layer {name}") from None
@@ -245,7 +248,7 @@ def lora_ga_(
         start_a, start_b = starts[name]
         layer.lora_A.weight.copy_(start_a)
         layer.lora_B.weight.copy_(start_b)
-        merge_lora_(layer.weight, start_a, start_b, scaling=-layer.scaling)
+        merge_lora_(layer.matrix, start_a, start_b, scaling=-layer.scaling)
         layer.lora_ga_start = Start(start_a, start_b, layer.scaling)  # type: ignore[assignment]
         layer.weight_changed_by = _CHANGE  # type: ignore[assignment]
     return starts

@@ -5,44 +5,106 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.dora import (
+    DoraConv1dLayer,
+    DoraConv2dLayer,
+    DoraConv3dLayer,
+    DoraEmbeddingLayer,
+    DoraLinearLayer,
+)
+from peft.tuners.lora.layer import Conv1d as PeftConv1d
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Conv3d as PeftConv3d
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..functional import ScaleCache, dora_linear, lora_linear
-from ..nn.frozen import FLOAT_DTYPES, has_global_hooks, has_hooks, why_not_frozen
-from ..nn.lora import add_bias
+from ..nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d, dora_conv, is_patch, library_convolves, lora_conv
+from ..nn.dora import column_scale
+from ..nn.embedding import LoRAEmbedding, corrected
+from ..nn.frozen import has_global_hooks, has_hooks
+from ..nn.lora import LoRALinear, add_bias
+from ..nn.matrix import as_matrix, matrix_shape
 from ..report import Replaced, Report, Skipped, count_parameters
 
 _LEFT_TO_PEFT = (
     "PEFT's own forward still runs merged or disabled layers, batches with adapter_names, several active adapters "
-    "with dropout in training or with DoRA, bases that train, and layers whose submodules got hooks"
+    "with dropout in training, with DoRA or beside embeddings and convolutions, bases that train, and layers whose "
+    "submodules got hooks"
 )
 _CACHES = "_lowrank_scale_caches"  # of a layer: {adapter: ScaleCache}
+_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class AcceleratedLinear(PeftLinear):
-    """PEFT's ``lora.Linear`` with y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or
-    with a DoRA adapter as one op.
+class _Accelerated:
+    """A layer of PEFT's that runs on this package's ops whatever they can take, and the rest by PEFT's own forward.
 
     Made by :func:`accelerate`, which changes a layer's class and nothing else: parameters, names, adapters, merging
-    and saving are PEFT's. Whatever the op cannot take goes to PEFT's own forward.
+    and saving are PEFT's.
+    """
+
+    pefts: Any
+    """PEFT's class of the layer."""
+    ours: Any
+    """This package's layer of the same formula."""
+    dora: Any
+    """PEFT's classes of DoRA's variant and of its magnitude."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = [] if args or any(v is not None for v in kwargs.values()) else self._adapters_for_op()
+        if adapters:
+            return self._on_ops(x, adapters)
+        y: Tensor = self.pefts.forward(self, x, *args, **kwargs)
+        return y
+
+    def _on_ops(self, x: Tensor, adapters: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def _get_name(self) -> str:
+        return str(self.pefts.__name__)  # a model prints as PEFT prints it
+
+    def _adapters_for_op(self: Any) -> list[str]:
+        """The active adapters, if the op can take all of them as things stand now; else none."""
+        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled or has_global_hooks():
+            return []
+        base = self.base_layer
+        names = [name for name in self.active_adapters if name in _first_factors(self)]
+        if has_hooks(base) or base.weight.requires_grad or any(_why_not_adapter(self, name) for name in names):
+            return []
+        if len(names) > 1 and (self.pefts is not PeftLinear or any(name in self.lora_variant for name in names)):
+            return []
+        drops = [d for d in (self.lora_dropout[name] for name in names) if isinstance(d, nn.Dropout) and d.training]
+        return [] if drops and (len(names) > 1 or drops[0].p >= 1.0) else names
+
+    def _dropout(self: Any, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+class AcceleratedLinear(_Accelerated, PeftLinear):
+    """PEFT's ``lora.Linear`` with y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or
+    with a DoRA adapter as one op.
 
     Numbers: factors are rounded to x's dtype inside the op, which accumulates in float32. PEFT casts x to the factors'
     dtype, multiplies there, and rounds the base product and then the sum to x's dtype.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = [] if args or any(v is not None for v in kwargs.values()) else self._adapters_for_op()
-        if not adapters:
-            return super().forward(x, *args, **kwargs)
+    pefts, ours, dora = PeftLinear, LoRALinear, (DoraLinearVariant, DoraLinearLayer)
+
+    def _on_ops(self, x: Tensor, adapters: list[str]) -> Tensor:
         if adapters[0] in self.lora_variant:
             return self._dora(x, adapters[0])
         base: Any = self.base_layer
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        weight = as_matrix(base, base.weight)
         factors: list[Any] = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in adapters]
         lora_a, lora_b, scaling, gate = factors[0][0].weight, factors[0][1].weight, factors[0][2], None
         if len(factors) > 1:
@@ -55,78 +117,130 @@ class AcceleratedLinear(PeftLinear):
         bias = base.bias
         for _, b, s in factors:
             bias = add_bias(bias, b.bias, s, weight.dtype)
-        dropout = self.lora_dropout[adapters[0]]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        p = self._dropout(adapters[0])
         return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p)
 
     def _dora(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
         layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         a, b, m = (layer.weight for layer in layers)
-        dropout: Any = self.lora_dropout[name]
         cache = None
         if not self.training and not torch.compiler.is_compiling():
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
-        drops = self.training and dropout.training and isinstance(dropout, nn.Dropout)
         return dora_linear(
-            x, base.weight, a, b, m, base.bias, scaling=self.scaling[name], scale_cache=cache,
-            dropout_p=dropout.p if drops else 0.0, dropout_base=True,
+            x, as_matrix(base, base.weight), a, b, m, base.bias, scaling=self.scaling[name], scale_cache=cache,
+            dropout_p=self._dropout(name) if self.training else 0.0, dropout_base=True,
         )  # fmt: skip
 
-    def _get_name(self) -> str:
-        return "Linear"  # a model prints as PEFT prints it
 
-    def _adapters_for_op(self) -> list[str]:
-        """The active adapters, if the op can take all of them as things stand now; else none."""
-        if self.disable_adapters or self.merged or not self.cast_input_dtype_enabled or has_global_hooks():
-            return []
-        base = self.base_layer
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if has_hooks(base) or base.weight.requires_grad or any(_why_not_adapter(self, name) for name in names):
-            return []
-        if len(names) > 1 and any(name in self.lora_variant for name in names):
-            return []
-        drops = [d for d in (self.lora_dropout[name] for name in names) if isinstance(d, nn.Dropout) and d.training]
-        return [] if drops and (len(names) > 1 or drops[0].p >= 1.0) else names
+class AcceleratedEmbedding(_Accelerated, PeftEmbedding):
+    """PEFT's ``lora.Embedding``: g ∘ (E[ids] + s A[:, ids]ᵀ Bᵀ), g = 1 without DoRA. The sum is made in one pass, and
+    DoRA's norm without the dense B A."""
+
+    pefts, ours, dora = PeftEmbedding, LoRAEmbedding, (DoraEmbeddingVariant, DoraEmbeddingLayer)
+
+    def _on_ops(self, x: Tensor, adapters: list[str]) -> Tensor:
+        base: Any = self.base_layer
+        (name,), scale = adapters, None
+        a, b, scaling = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
+        if name in self.lora_variant:
+            magnitude: Any = self.lora_magnitude_vector[name]
+            matrix = as_matrix(base, base.weight)
+            scale = column_scale(matrix, a, b, magnitude.weight, scaling=scaling, detach_norm=True)
+        return corrected(base(x), x, base, a, b, scaling, scale)
+
+
+class _AcceleratedConv(_Accelerated):
+    """PEFT's ``lora.Conv1d``, ``lora.Conv2d`` or ``lora.Conv3d``, where this package's layer is faster."""
+
+    def _on_ops(self: Any, x: Tensor, adapters: list[str]) -> Tensor:
+        base, (name,) = self.base_layer, adapters
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        if name not in self.lora_variant:
+            return lora_conv(x, base, a.weight, b.weight, b.bias, scaling, self._dropout(name))
+        return dora_conv(
+            x, base, a.weight, b.weight, self.lora_magnitude_vector[name].weight, scaling=scaling,
+            dropout_p=self._dropout(name) if self.training else 0.0, dropout_base=True, detach_norm=True,
+        )  # fmt: skip
+
+
+class AcceleratedConv1d(_AcceleratedConv, PeftConv1d):
+    pefts, ours, dora = PeftConv1d, LoRAConv1d, (DoraConv1dVariant, DoraConv1dLayer)
+
+
+class AcceleratedConv2d(_AcceleratedConv, PeftConv2d):
+    pefts, ours, dora = PeftConv2d, LoRAConv2d, (DoraConv2dVariant, DoraConv2dLayer)
+
+
+class AcceleratedConv3d(_AcceleratedConv, PeftConv3d):
+    pefts, ours, dora = PeftConv3d, LoRAConv3d, (DoraConv3dVariant, DoraConv3dLayer)
+
+
+_CLASSES: dict[Any, Any] = {
+    accelerated.pefts: accelerated
+    for accelerated in (
+        AcceleratedLinear, AcceleratedEmbedding, AcceleratedConv1d, AcceleratedConv2d, AcceleratedConv3d
+    )
+}  # fmt: skip
+
+
+def _first_factors(layer: Any) -> Any:
+    """PEFT's A of each adapter."""
+    return layer.lora_embedding_A if isinstance(layer, PeftEmbedding) else layer.lora_A
 
 
 def _why_not_layer(layer: Any) -> str | None:
-    if type(layer) is AcceleratedLinear:
+    if isinstance(layer, _Accelerated):
         return "already accelerated"
-    if type(layer) is not PeftLinear:
-        return f"a lora.{type(layer).__name__}, not a lora.Linear"
+    if type(layer) not in _CLASSES:
+        return f"a lora.{type(layer).__name__}, which no op computes"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for example)"
-    base = layer.base_layer
-    if type(base) is Conv1D and base.weight.dtype in FLOAT_DTYPES:
-        return "its base carries hooks" if has_hooks(base) else None
-    return why_not_frozen(base)
+    if isinstance(layer, PeftEmbedding) and layer.input_fns:
+        return "its factors are sharded (tensor parallel)"
+    why_not: str | None = _CLASSES[type(layer)].ours.why_not(layer.base_layer)
+    return why_not
 
 
 def _why_not_adapter(layer: Any, name: str) -> str | None:
+    of_dora, magnitudes = _CLASSES[layer.pefts if isinstance(layer, _Accelerated) else type(layer)].dora
     variant = layer.lora_variant.get(name)
     if variant is not None:
-        if type(variant) is not DoraLinearVariant:
+        if type(variant) is not of_dora:
             return f"adapter {name!r} is a {type(variant).__name__}"
-        if type(layer.base_layer) is Conv1D:
-            return f"adapter {name!r} is DoRA over a Conv1D"
         magnitude = layer.lora_magnitude_vector[name]
-        if type(magnitude) is not DoraLinearLayer or has_hooks(magnitude):
-            return f"adapter {name!r} has a magnitude that is not a plain DoraLinearLayer"
+        if type(magnitude) is not magnitudes or has_hooks(magnitude):
+            return f"adapter {name!r} has a magnitude that is not a plain {magnitudes.__name__}"
+    if isinstance(layer, PeftEmbedding):
+        return None
+    base = layer.base_layer
+    if variant is None and not _pays_without_dora(base):
+        return f"adapter {name!r} takes two small convolutions, which are as fast in PEFT's own forward"
     for factor in (layer.lora_A[name], layer.lora_B[name]):
-        if type(factor) is not nn.Linear or has_hooks(factor):
-            return f"adapter {name!r} has a factor that is not a plain nn.Linear"
+        if type(factor) not in _FACTORS or has_hooks(factor):
+            return f"adapter {name!r} has a factor that is not a plain nn.{type(base).__name__}"
     dropout = layer.lora_dropout[name]
     if type(dropout) not in (nn.Identity, nn.Dropout) or has_hooks(dropout):
         return f"adapter {name!r} has a {type(dropout).__name__} for dropout"
     return None
 
 
-def accelerate(peft_model: nn.Module) -> Report:
-    """Let PEFT's LoRA and DoRA linears run on ``lowrank_kernels::lora_linear`` and ``dora_linear``, in place.
+def _pays_without_dora(base: Any) -> bool:
+    """Whether ordinary LoRA over this module is faster on the ops: not over convolutions that the library makes well.
 
-    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D that holds at least one ordinary LoRA
-    adapter, or over an nn.Linear a DoRA adapter, with any rank, alpha, rsLoRA, dropout, lora_bias, pattern and bias
+    PEFT took 0.99 to 1.13 times as long over convolutions with kernels 3×3, 1×1 and 3 in float32; up to 1.3 times over
+    patches; 17 to 26 times over those in bfloat16 on a CPU without instructions for it (docs/peft.md).
+    """
+    if not isinstance(base, nn.modules.conv._ConvNd):
+        return True
+    return is_patch(base) or not library_convolves(base.weight.dtype, base.weight.device)
+
+
+def accelerate(peft_model: nn.Module) -> Report:
+    """Let PEFT's LoRA and DoRA layers run on this package's ops, in place.
+
+    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D that holds at least one LoRA or DoRA
+    adapter, with any rank, alpha, rsLoRA, dropout, lora_bias, pattern and bias
     mode, and any number of active adapters. Adapters may be added, deleted, switched, merged, hot-swapped and saved
     afterwards through PEFT as before. Layers that PEFT makes later (an added adapter with new targets) are PEFT's:
     call again.
@@ -134,8 +248,12 @@ def accelerate(peft_model: nn.Module) -> Report:
     DoRA's column scale is computed from what W, A, B and m hold at each call; in evaluation on a CPU it is kept and
     used again where their values prove to be the same.
 
-    What it does not take runs as before and is in the report's ``skipped``: DoRA over Conv1D, the other variants,
-    quantised bases, embeddings, convolutions, layers of other classes.
+    Takes every ``lora.Embedding`` over a plain nn.Embedding, too, and of ``lora.Conv1d``, ``lora.Conv2d`` and
+    ``lora.Conv3d`` what is faster than in PEFT's forward: DoRA, patches (kernel = stride), and half precision on a CPU
+    whose library has no convolution of it. These run one active adapter at a time on the ops.
+
+    What it does not take runs as before and is in the report's ``skipped``: LoRA over other convolutions, the other
+    variants, quantised bases, layers of other classes.
 
     Args:
         peft_model: a PeftModel, or any model with PEFT's LoRA layers in it.
@@ -156,14 +274,14 @@ def accelerate(peft_model: nn.Module) -> Report:
     replaced, skipped, taken = [], [], []
     for name, layer in layers:
         reason = _why_not_layer(layer)
-        variants = [] if reason else [_why_not_adapter(layer, adapter) for adapter in layer.lora_A]
+        variants = [] if reason else [_why_not_adapter(layer, adapter) for adapter in _first_factors(layer)]
         skipped += [Skipped(name, why) for why in (reason, *variants) if why]
         if reason is None and (not variants or None in variants):
-            shape: Any = (layer.out_features, layer.in_features)
-            replaced.append(Replaced(name, "lora.Linear", shape, dict(layer.r)))
+            kind = f"lora.{type(layer).__name__}"
+            replaced.append(Replaced(name, kind, matrix_shape(layer.base_layer), dict(layer.r)))
             taken.append(layer)
     for layer in taken:
-        layer.__class__ = AcceleratedLinear
+        layer.__class__ = _CLASSES[type(layer)]
     trains, total = count_parameters(peft_model)
     return Report(
         "PEFT on lowrank_kernels", tuple(replaced), tuple(skipped), trains, total, (_LEFT_TO_PEFT,),
@@ -173,12 +291,12 @@ def accelerate(peft_model: nn.Module) -> Report:
 
 def restore(peft_model: nn.Module) -> int:
     """Give every accelerated layer of the model back to PEFT. Returns how many there were."""
-    taken = [m for m in peft_model.modules() if type(m) is AcceleratedLinear]
+    taken = [m for m in peft_model.modules() if isinstance(m, _Accelerated)]
     _give_back(taken)
     return len(taken)
 
 
 def _give_back(layers: list[Any]) -> None:
     for layer in layers:
-        layer.__class__ = PeftLinear
+        layer.__class__ = layer.pefts
         layer.__dict__.pop(_CACHES, None)

@@ -1,8 +1,25 @@
-"""Layers: a frozen linear and its correction."""
+"""Layers: a frozen linear, embedding or convolution and its correction."""
 
 from .block_sparse import BlockSparseLinear
+from .conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .dora import DoRALinear
-from .lora import LoRALinear
+from .embedding import DoRAEmbedding, LoRAEmbedding
+from .lora import LoRALayer, LoRALinear
 from .multi_lora import MultiLoRALinear, use_adapters
 
-__all__ = ["BlockSparseLinear", "DoRALinear", "LoRALinear", "MultiLoRALinear", "use_adapters"]
+__all__ = [
+    "BlockSparseLinear",
+    "DoRAConv1d",
+    "DoRAConv2d",
+    "DoRAConv3d",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "MultiLoRALinear",
+    "use_adapters",
+]

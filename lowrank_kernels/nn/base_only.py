@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .batches import Batch, Batches
-from .frozen import AroundLinear
+from .frozen import AroundBase
 
 
 class _BaseOnly(Batch):
@@ -37,7 +37,7 @@ def base_only(model: nn.Module) -> Iterator[None]:
     the context ends where it runs layers again (activation checkpointing). Contexts nest.
 
     Args:
-        model: with LoRA, DoRA, block-sparse or multi-adapter layers of this package. A model with an ``AdapterBank`` is
+        model: with layers of this package of any kind. A model with an ``AdapterBank`` is
             the base model outside of its batches already; a PeftModel has ``disable_adapter`` of its own.
 
     Raises:
@@ -48,7 +48,7 @@ def base_only(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"base_only: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, AroundLinear) and hasattr(m, "merged")}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, AroundBase) and hasattr(m, "merged")}
     if not layers:
         raise ValueError(
             f"base_only: expected a model with layers of this package, found none in {type(model).__name__}"
@@ -83,13 +83,13 @@ def base_only(model: nn.Module) -> Iterator[None]:
             _count(layers.values(), -1)
 
 
-def _count(layers: Iterable[AroundLinear], step: int) -> None:
+def _count(layers: Iterable[AroundBase], step: int) -> None:
     with _lock:
         for layer in layers:
             layer.base_only_depth = (layer.base_only_depth or 0) + step
 
 
-def runs_base_alone(layer: AroundLinear) -> bool:
+def runs_base_alone(layer: AroundBase) -> bool:
     """True in a :func:`base_only` of the layer's model, and where autograd repeats a forward that ran in one."""
     if torch.compiler.is_compiling():
         return bool(layer.base_only_depth)  # a compiled graph is guarded by it

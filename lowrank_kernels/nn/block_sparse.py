@@ -19,11 +19,11 @@ from ..functional import (
     write_blocks_,
 )
 from .base_only import runs_base_alone
-from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
+from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
 from .sharded import is_dtensor, why_not_written
 
 
-class BlockSparseLinear(AroundLinear):
+class BlockSparseLinear(AroundBase):
     """y = x Wᵀ + bias, where the blocks of W at ``block_index`` train and the rest is frozen.
 
     The blocks are inside W: forward is the plain product. Backward is dX = dY W and, for the chosen blocks alone,

@@ -1,4 +1,4 @@
-"""``DoRALinear``: a frozen nn.Linear whose direction is corrected at low rank, and whose row norms train."""
+"""``DoRALinear``: a frozen linear whose direction is corrected at low rank, and whose row norms train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear,
 from ..merge import merge_dora_, unmerge_dora_
 from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
-from .lora import LoRALinear
+from .lora import LoRALayer, LoRALinear
+from .matrix import as_matrix, matrix_shape, weight_shape, write_matrix_
 from .sharded import by_rows_like, is_dtensor, own_part, whole
 
 
@@ -28,90 +29,85 @@ class _Merged(NamedTuple):
     kept: Tensor
 
 
-class DoRALinear(LoRALinear):
-    """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂.
-
-    Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the
-    norm of W + s B A, so that the layer starts as the wrapped one, and always trains. Rows of norm 0 yield their bias.
-
-    Args:
-        dropout_base: dropout reaches the base product of the correction too, as PEFT does it; see ``lk.dora_linear``.
-        detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
-        (the others as for ``LoRALinear``; there is no ``lora_bias``)
-
-    g is computed in every forward, from the same read of W as the product where this package makes that. In evaluation
-    on a CPU it is kept, and used again where the values of W, A, B and m prove to be what they were (see
-    :class:`~lowrank_kernels.functional.ScaleCache`).
-
-    Source: Liu et al., "DoRA", arXiv 2402.09353.
-    """
+class DoRALayer(LoRALayer):
+    """A :class:`LoRALayer` with a magnitude m for each row of W besides: W becomes g ∘ (W + s B A), g = m / n,
+    n_i = ‖W_i + s B_i A‖₂. What all kinds of DoRA layers have in common; mixed into the kinds of LoRA layers."""
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: Any,
         r: int = 8,
         *,
         dropout_base: bool = False,
         detach_norm: bool = True,
         **settings: Any,
     ) -> None:
+        kind = type(self).__name__
         if settings.get("lora_bias"):
-            raise ValueError("DoRALinear: expected lora_bias to be False, got True; a bias of B's has no norm to share")
-        check_flag("DoRALinear", "dropout_base", dropout_base)
-        check_flag("DoRALinear", "detach_norm", detach_norm)
+            raise ValueError(f"{kind}: expected lora_bias to be False, got True; a bias of B's has no norm to share")
+        check_flag(kind, "dropout_base", dropout_base)
+        check_flag(kind, "detach_norm", detach_norm)
         super().__init__(base_layer, r, **settings)
         self.dropout_base, self.detach_norm = dropout_base, detach_norm
         self.scale_cache = ScaleCache()
+        lora_a, lora_b = (factor.detach() for factor in self.factors())
         with torch.no_grad():
-            norm = dora_weight_norm(
-                self.weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), scaling=self.scaling
-            )
-        self.lora_magnitude_vector = nn.Parameter(norm.to(self.lora_A.weight.dtype))
+            norm = dora_weight_norm(self.matrix.detach(), lora_a, lora_b, scaling=self.scaling)
+        self.lora_magnitude_vector = nn.Parameter(norm.to(lora_a.dtype).view(self.along_n(base_layer)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        base, lora_a, lora_b, m = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector
-        if self._merged is not None:
-            return base(x)
-        if self.base_only_depth is not None and runs_base_alone(self):
-            return self.base_forward(x)
-        if must_be_called(base, lora_a, lora_b) or is_tracked_view(base.weight):
-            return self._call_submodules(x)
-        a, b = lora_a.weight, lora_b.weight
-        return dora_linear(
-            x, base.weight, a, b, m, base.bias, scaling=self.scaling,
-            # A compiled graph keeps no state between calls: the norm is a part of it.
-            scale_cache=None if self.training or torch.compiler.is_compiling() else self.scale_cache,
-            dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
-            detach_norm=self.detach_norm,
-        )  # fmt: skip
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int, lora_bias: bool = False) -> dict[str, tuple[int, ...]]:
+        of_lora = super().shapes(base_layer, r, lora_bias)
+        return of_lora | {"lora_magnitude_vector": cls.along_n(base_layer)}
+
+    @classmethod
+    def along_n(cls, base_layer: nn.Module) -> tuple[int, ...]:
+        """The shape of the magnitude in a file of PEFT's."""
+        return (matrix_shape(base_layer)[0],)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """m (N,)."""
+        return self.lora_magnitude_vector.flatten()
+
+    def over_output(self, vector: Tensor) -> Tensor:
+        """A vector (N,) in a shape that scales the layer's output."""
+        return vector
+
+    def column_scale(self) -> Tensor:
+        """g = m / n (N,), for layers whose op does not compute it."""
+        return column_scale(
+            self.matrix, *self.factors(), self.lora_magnitude_vector, scaling=self.scaling, detach_norm=self.detach_norm
+        )
+
+    def check_at_hand(self) -> None:
+        """Raise where the norm, which reads the weights beside the calls of the modules, would not find them."""
+        weights = [("base_layer", self.weight, weight_shape(self.base_layer)), *self.correction_parameters()]
+        for name, t, shape in weights:
+            if t.is_meta or is_dtensor(t) or tuple(t.shape) != shape:
+                raise ValueError(
+                    f"{type(self).__name__}: expected the whole weight of {name} at hand, which the norm needs, got "
+                    f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
+                    f"the modules in it (preload_module_classes=['{type(self).__name__}'] of accelerate's cpu_offload)"
+                )
 
     def _call_submodules(self, x: Tensor) -> Tensor:
         """y = base_layer(x) + (g - 1) ∘ W x + g ∘ s lora_B(lora_A(drop(x))), with W x = base_layer(x) - bias.
 
         With ``dropout_base`` the W x that g - 1 scales is that of drop(x). The norm reads the weights beside the calls.
         """
-        weight, a, b = self.base_layer.weight, self.lora_A.weight, self.lora_B.weight
-        shapes = (self.out_features, self.in_features), (self.r, self.in_features), (self.out_features, self.r)
-        for name, t, shape in zip(("base_layer", "lora_A", "lora_B"), (weight, a, b), shapes, strict=True):
-            if t.is_meta or is_dtensor(t) or tuple(t.shape) != shape:
-                raise ValueError(
-                    f"DoRALinear: expected the whole weight of {name} at hand, which the norm needs, got "
-                    f"{type(t).__name__} {tuple(t.shape)} on {t.device}; shard or offload the layer as a whole, not "
-                    f"the modules in it (preload_module_classes=['{type(self).__name__}'] of accelerate's cpu_offload)"
-                )
-        if self.detach_norm:
-            a, b = a.detach(), b.detach()
-        norm = dora_weight_norm(weight.detach(), a, b, scaling=self.scaling)
-        scale = torch.where(norm == 0, 0.0, self.lora_magnitude_vector / torch.where(norm == 0, 1.0, norm))
+        self.check_at_hand()
+        scale = self.over_output(self.column_scale())
         dropped = nn.functional.dropout(x, self.dropout, self.training)
         y = self.base_layer(x)
         base = self.base_layer(dropped) if self.dropout_base and dropped is not x else y
-        if self.bias is not None:
-            base = base - self.bias.to(base.dtype)
+        bias = self.bias
+        if bias is not None:
+            base = base - self.over_output(bias.to(base.dtype))
         return (y + (scale - 1) * base + scale * self._correct(dropped)).to(y.dtype)
 
-    def merge_(self, keep_copy: bool = False) -> DoRALinear:
-        """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the plain linear. Nothing when merged.
+    def merge_(self, keep_copy: bool = False) -> Any:
+        """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         Args:
             keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows
@@ -129,19 +125,15 @@ class DoRALinear(LoRALinear):
         self._keep_copy = keep_copy
         return super().prepare_merge()
 
-    def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-        magnitude = ("lora_magnitude_vector", self.lora_magnitude_vector, (self.out_features,))
-        return [*super().correction_parameters(), magnitude]
-
     def _merge_state(self) -> _Merged:
-        weight, a = own_part(self.weight.detach()), whole(self.lora_A.weight.detach()).clone()
-        b = self._rows_of_weight(self.lora_B.weight.detach()).clone()
-        m = self._rows_of_weight(self.lora_magnitude_vector.detach())
+        weight, factors = own_part(self.matrix.detach()), self.factors()
+        a, b = whole(factors[0].detach()).clone(), self._rows_of_weight(factors[1].detach()).clone()
+        m = self._rows_of_weight(self.magnitude.detach())
         norm, scale, _ = dora_column_scale(weight, a, b, m, scaling=self.scaling)
         # All ranks agree, so that none has merged where another refuses.
         every_scale = whole(by_rows_like(self.weight, scale)) if is_dtensor(self.weight) else scale
         if not all_finite(every_scale):
-            raise ValueError("DoRALinear.merge_: expected a finite column scale m / n, found NaN or Inf")
+            raise ValueError(f"{type(self).__name__}.merge_: expected a finite column scale m / n, found NaN or Inf")
         # A merged row has norm |g n|, and so an element of at least |g n| / sqrt(K).
         least = math.inf if self._keep_copy else math.sqrt(weight.shape[1]) * torch.finfo(weight.dtype).tiny
         rows = (~((scale * norm).abs() >= least)).nonzero().squeeze(1)
@@ -149,15 +141,68 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _put_in(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
+        part = own_part(weight)
         if len(state.lora_b):
-            merge_dora_(own_part(weight), state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+            matrix = as_matrix(self.base_layer, part)
+            merge_dora_(matrix, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+            write_matrix_(part, matrix)
 
     @torch.no_grad()
     def _take_out(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:
-        weight = own_part(weight)
+        part = own_part(weight)
+        matrix = as_matrix(self.base_layer, part)
         if len(state.lora_b):
-            unmerge_dora_(weight, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
-        weight[state.rows.to(weight.device)] = state.kept.to(weight.device, weight.dtype)
+            unmerge_dora_(matrix, state.lora_a, state.lora_b, state.column_scale, scaling=state.scaling)
+        matrix[state.rows.to(matrix.device)] = state.kept.to(matrix.device, matrix.dtype)
+        write_matrix_(part, matrix)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_base={self.dropout_base}, detach_norm={self.detach_norm}"
+
+
+class DoRALinear(DoRALayer, LoRALinear):
+    """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂.
+
+    Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the
+    norm of W + s B A, so that the layer starts as the wrapped one, and always trains. Rows of norm 0 yield their bias.
+
+    Args:
+        dropout_base: dropout reaches the base product of the correction too, as PEFT does it; see ``lk.dora_linear``.
+        detach_norm: the norm is a constant in backward (the paper's choice, and PEFT's).
+        (the others as for ``LoRALinear``; there is no ``lora_bias``)
+
+    g is computed in every forward, from the same read of W as the product where this package makes that. In evaluation
+    on a CPU it is kept, and used again where the values of W, A, B and m prove to be what they were (see
+    :class:`~lowrank_kernels.functional.ScaleCache`).
+
+    Source: Liu et al., "DoRA", arXiv 2402.09353.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, lora_a, lora_b, m = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if self._merged is not None or (self.base_only_depth is not None and runs_base_alone(self)):
+            return base(x)
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(base.weight):
+            return self._call_submodules(x)
+        a, b = lora_a.weight, lora_b.weight
+        return dora_linear(
+            x, as_matrix(base, base.weight), a, b, m, base.bias, scaling=self.scaling,
+            # A compiled graph keeps no state between calls: the norm is a part of it.
+            scale_cache=None if self.training or torch.compiler.is_compiling() else self.scale_cache,
+            dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
+            detach_norm=self.detach_norm,
+        )  # fmt: skip
+
+
+def column_scale(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, detach_norm: bool
+) -> Tensor:
+    """g = m / n (N,), 0 where n is 0; gradients reach m, and n unless detached.
+
+    Args:
+        weight: W (N, K).  lora_a: A (R, K).  lora_b: B (N, R).  magnitude: m, N elements in any shape.
+    """
+    if detach_norm:
+        lora_a, lora_b = lora_a.detach(), lora_b.detach()
+    norm = dora_weight_norm(weight.detach(), lora_a, lora_b, scaling=scaling)
+    return torch.where(norm == 0, 0.0, magnitude.flatten() / torch.where(norm == 0, 1.0, norm))

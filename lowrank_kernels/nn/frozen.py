@@ -1,6 +1,8 @@
-"""Which linear layers a correction can be put on, and what all layers around one have in common."""
+"""Which modules a correction can be put on, and what all layers around one have in common."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,13 @@ from torch.nn.modules.module import _global_backward_pre_hooks as _before_all_ba
 from torch.nn.modules.module import _global_forward_hooks as _for_all_forwards
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_forwards
 
+from .matrix import as_matrix, is_conv1d, matrix_shape, weight_shape
 from .sharded import is_dtensor
 
 # Subclasses of nn.Linear that compute the same by other calls: that of transformers' Falcon adds the bias by itself.
 _SAME_FUNCTION = ("FalconLinear",)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -28,7 +32,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def must_be_called(*linears: nn.Module) -> bool:
-    """Whether calling one of these linears does more than y = x Wᵀ + bias with the weight that is in it now: it carries
+    """Whether calling one of these modules does more than its formula with the weight that is in it now: it carries
     hooks (as FSDP's and offloading's, which bring the weight), is wrapped, or there are global hooks."""
     for linear in linears:
         own = linear.__dict__  # at every forward of a layer: nothing is faster
@@ -38,15 +42,15 @@ def must_be_called(*linears: nn.Module) -> bool:
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
             or "forward" in own
-            or (type(linear) is not nn.Linear and _has_another_forward(linear))
+            or (type(linear) is not nn.Linear and not _has_plain_forward(linear))
         ):
             return True
     return has_global_hooks()
 
 
-def _has_another_forward(linear: nn.Module) -> bool:
-    kind = type(linear)
-    return kind.forward is not nn.Linear.forward and kind.__name__ not in _SAME_FUNCTION
+def _has_plain_forward(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.forward in _PLAIN_FORWARDS or is_conv1d(module) or kind.__name__ in _SAME_FUNCTION
 
 
 def has_global_hooks() -> bool:
@@ -88,19 +92,25 @@ def why_not_frozen(module: nn.Module) -> str | None:
         if kind == "OptimizedModule":
             return "it is compiled; adapt the model before torch.compile"
         return f"not an nn.Linear but a {kind}"
+    return why_not_plain(module, nn.Linear)
+
+
+def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
+    """Why ``module``, a ``kind``, is not just that with a plain frozen weight; None when it is."""
+    name, shape = type(module).__name__, weight_shape(module)
     if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by torch.nn.utils.parametrize"
     weight = module.weight
     if weight.dtype not in FLOAT_DTYPES:
-        return f"quantised ({kind}, weight of {weight.dtype})"
-    if _has_another_forward(module):
-        return f"a {kind} has a forward of its own"
+        return f"quantised ({name}, weight of {weight.dtype})"
+    if type(module).forward is not kind.forward and name not in _SAME_FUNCTION:
+        return f"a {name} has a forward of its own"
     if is_dtensor(weight) or getattr(module, "_is_fsdp_managed_module", False):
         return "its weight is sharded already (DTensor, FSDP); adapt the model before it is sharded or wrapped"
-    if type(weight) in (nn.Parameter, torch.Tensor) and weight.shape != (module.out_features, module.in_features):
+    if type(weight) in (nn.Parameter, torch.Tensor) and weight.shape != shape:
         return (
-            f"its weight has the shape {tuple(weight.shape)}, not ({module.out_features}, {module.in_features}): it is "
-            f"partitioned (DeepSpeed ZeRO-3) or sharded; adapt the model before that, or gather the weight first"
+            f"its weight has the shape {tuple(weight.shape)}, not {shape}: it is partitioned (DeepSpeed ZeRO-3) or "
+            f"sharded; adapt the model before that, or gather the weight first"
         )
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout is not torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain tensor"
@@ -116,8 +126,8 @@ def check_wrappable(op: str, module: nn.Module) -> None:
         raise TypeError(f"{op}: expected a plain nn.Linear, but this one cannot be wrapped: {reason}")
 
 
-class AroundLinear(nn.Module):
-    """A layer around ``base_layer``, an nn.Linear whose own parameters it shares, and whose sizes and bias it has."""
+class AroundBase(nn.Module):
+    """A layer around ``base_layer``, whose own parameters it shares, and whose sizes and bias it has."""
 
     base_layer: nn.Linear
     base_only_depth: int | None = None
@@ -130,12 +140,24 @@ class AroundLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base_layer.in_features
+        """K."""
+        return matrix_shape(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
-        return self.base_layer.out_features
+        """N."""
+        return matrix_shape(self.base_layer)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The wrapped module's, as that keeps it."""
+        return self.base_layer.weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """W (N, K): the weight as a matrix."""
+        return as_matrix(self.base_layer, self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)

@@ -1,10 +1,11 @@
-"""``LoRALinear``: a frozen nn.Linear and its trained low-rank correction."""
+"""``LoRALinear``: a frozen linear and its trained low-rank correction; and what it shares with layers like it."""
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from ..functional import check_flag, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
 from .base_only import runs_base_alone
-from .frozen import AroundLinear, check_wrappable, is_tracked_view, must_be_called
+from .frozen import AroundBase, is_tracked_view, must_be_called, why_not_frozen, why_not_plain
+from .matrix import as_matrix, is_conv1d, matrix_shape, write_matrix_
 from .sharded import is_dtensor, own_part, whole, why_not_written
 
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
@@ -32,42 +34,22 @@ class _Merged(NamedTuple):
     scaling: float
 
 
-class LoRALinear(AroundLinear):
-    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
+class LoRALayer(AroundBase):
+    """A frozen module with a weight W and its correction s B A: what all layers of this kind have in common.
 
-    Parameters, named as in a file of PEFT's: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the
-    ones of the wrapped layer itself, frozen and not copied; ``lora_A.weight`` (R, K); ``lora_B.weight`` (N,
-    R); with ``lora_bias`` also ``lora_B.bias`` (N,), which enters as s · bias. ``weight`` and ``bias`` read
-    the wrapped layer's.
-
-    Args:
-        base_layer: a plain nn.Linear of float32, bfloat16, float16 or float64.
-        r: rank R.
-        alpha: numerator of s.
-        dropout: probability of zeroing an element of the correction's input; active in training alone.
-        rslora: divide alpha by sqrt(R) instead of R (Kalajdzievski, arXiv 2312.03732).
-        lora_bias: give B a bias.
-        init: "kaiming" (PEFT's default), "gaussian", "orthonormal" or "zero"; see ``lowrank_kernels.init``.
-        train: "both", or only "a" or "b"; the other factor is then sampled and frozen.
-        dtype: of the factors; default float32, or float64 over a float64 weight.
-
-    x (..., K) has W's dtype, or runs under autocast. Factors are rounded to x's dtype inside the product;
-    their gradients have their own dtype. ``state_dict`` always describes the unmerged layer.
-
-    Where ``base_layer``, ``lora_A`` or ``lora_B`` carries hooks or is wrapped, the layer calls all three, as PEFT's
-    does: x is then widened to the factors' dtype, and dropout is torch's, with other masks.
-
-    Raises:
-        TypeError: a base layer that cannot be wrapped, with the reason; a dtype that is not a float.
-        ValueError: a rank below 1, an alpha that is not finite, a dropout outside [0, 1), an unknown
-            ``train``/``init``.
-
-    Source: Hu et al., arXiv 2106.09685.
+    A kind says in :meth:`why_not` which modules it wraps, in :meth:`shapes` which tensors its correction has, in
+    :meth:`make_factors` and :meth:`factors` where they are, and in ``forward`` what it computes. Merging is the same
+    for all: W ← W + s B A, where W is the weight as a matrix (``matrix``).
     """
+
+    wraps: ClassVar[str]
+    """What ``base_layer`` is, in words."""
+    lora_A: Any
+    lora_B: Any
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: Any,
         r: int = 8,
         *,
         alpha: float = 16.0,
@@ -80,7 +62,9 @@ class LoRALinear(AroundLinear):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        check_wrappable(kind, base_layer)
+        reason = self.why_not(base_layer)
+        if reason is not None:
+            raise TypeError(f"{kind}: expected a plain {self.wraps}, but this one cannot be wrapped: {reason}")
         check_lora_settings(kind, r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype, rslora=rslora, init=init)
         check_flag(kind, "lora_bias", lora_bias)
         weight = base_layer.weight
@@ -88,30 +72,33 @@ class LoRALinear(AroundLinear):
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.weight_shared_with: tuple[str, ...] = ()
         self._merged: Any = None
-
-        empty = torch.nn.utils.skip_init
-        k, n = base_layer.in_features, base_layer.out_features
-        lora_a = empty(nn.Linear, k, r, bias=False, device=weight.device, dtype=dtype)
-        lora_b = empty(nn.Linear, r, n, bias=lora_bias, device=weight.device, dtype=dtype)
-        init_factors_(lora_a.weight, lora_b.weight, init, sampled="b" if train == "a" else "a")
-        if lora_bias:
-            nn.init.zeros_(lora_b.bias)
-        lora_a.requires_grad_(TRAIN[train][0])
-        lora_b.requires_grad_(TRAIN[train][1])
-        self.base_layer = base_layer.requires_grad_(False)
-        self.lora_A = lora_a
-        self.lora_B = lora_b
+        self.base_layer = base_layer
+        self.make_factors(init, train, lora_bias, device=weight.device, dtype=dtype)
+        base_layer.requires_grad_(False)
         self.train(base_layer.training)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, r: int = 8, **settings: Any) -> LoRALinear:
-        """Wrap ``linear``, sharing and freezing its weight and bias. Settings are those of the class."""
-        return cls(linear, r, **settings)
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why this layer cannot wrap the module; None where it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int, lora_bias: bool = False) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the correction, as in a file of PEFT's, A and B first."""
+        raise NotImplementedError
+
+    def make_factors(self, init: str, train: str, lora_bias: bool, **options: Any) -> None:
+        """Give the layer the parameters that :meth:`shapes` names, on the device and of the dtype in ``options``."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, K) and B (N, R), as matrices over :attr:`matrix`."""
+        raise NotImplementedError
 
     @property
-    def weight(self) -> Tensor:
-        """W, without the correction unless it is merged."""
-        return self.base_layer.weight
+    def lora_bias(self) -> Tensor | None:
+        """B's own bias (N,), where it has one."""
+        return None
 
     @property
     def scaling(self) -> float:
@@ -122,38 +109,14 @@ class LoRALinear(AroundLinear):
         """Whether the weight holds the correction."""
         return self._merged is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
-        if self._merged is not None:
-            return base(x)
-        if self.base_only_depth is not None and runs_base_alone(self):
-            return self.base_forward(x)
-        weight = base.weight
-        if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
-            return self._call_submodules(x)
-        return lora_linear(
-            x,
-            weight,
-            lora_a.weight,
-            lora_b.weight,
-            add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype),
-            scaling=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-
     def _call_submodules(self, x: Tensor) -> Tensor:
         """y = base_layer(x) + s lora_B(lora_A(drop(x))), so that whatever is attached to the three runs."""
-        if not is_dtensor(self.lora_A.weight) and x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"LoRALinear: expected x with {self.in_features} columns, got {x.shape[-1]}; where base_layer is split "
-                f"by RowwiseParallel, lora_A has to be, too"
-            )
         y, correction = self.base_layer(x), self._correct(nn.functional.dropout(x, self.dropout, self.training))
         if y.shape != correction.shape or is_dtensor(y) != is_dtensor(correction):
             raise ValueError(
-                f"LoRALinear: expected base_layer and lora_B to be split alike, got outputs of {type(y).__name__} "
-                f"{tuple(y.shape)} and {type(correction).__name__} {tuple(correction.shape)}; where base_layer is "
-                f"split by ColwiseParallel, lora_B has to be, too"
+                f"{type(self).__name__}: expected base_layer and lora_B to be split alike, got outputs of "
+                f"{type(y).__name__} {tuple(y.shape)} and {type(correction).__name__} {tuple(correction.shape)}; where "
+                f"base_layer is split by ColwiseParallel, lora_B has to be, too"
             )
         return (y + correction).to(y.dtype)
 
@@ -163,28 +126,8 @@ class LoRALinear(AroundLinear):
             x = x.to(self.lora_A.weight.dtype)
         return self.scaling * self.lora_B(self.lora_A(x))
 
-    @torch.no_grad()
-    def resize_(self, r: int) -> LoRALinear:
-        """Give A and B the rank r, and zeros: the same parameters with other shapes, without gradients.
-
-        Their optimizer state is of the old shapes; drop it.
-
-        Raises:
-            ValueError: a rank below 1; a merged layer.
-        """
-        check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout)
-        if self.merged:
-            raise ValueError("LoRALinear.resize_: expected an unmerged layer; call unmerge_()")
-        for factor, shape in (
-            (self.lora_A.weight, (r, self.in_features)),
-            (self.lora_B.weight, (self.out_features, r)),
-        ):
-            factor.data, factor.grad = factor.new_zeros(shape), None
-        self.lora_A.out_features = self.lora_B.in_features = self.r = r
-        return self
-
-    def merge_(self) -> LoRALinear:
-        """W ← W + s B A, in float32, rounded once; forward is then the plain linear. Nothing when merged.
+    def merge_(self) -> Any:
+        """W ← W + s B A, in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         The merged factors are remembered, (N + K) R elements, so that ``unmerge_`` takes out what was put in
         even when the factors have changed since. Of a weight that FSDP2 shards every rank merges its own rows; all
@@ -207,7 +150,7 @@ class LoRALinear(AroundLinear):
                 f"{op}: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
-        if self.lora_B.bias is not None and base.bias is None:
+        if self.lora_bias is not None and self.bias is None:
             raise ValueError(f"{op}: expected a base layer with a bias to take lora_B.bias, got none")
         _check_written(op, base)
         for name, p, shape in self.correction_parameters():
@@ -215,30 +158,26 @@ class LoRALinear(AroundLinear):
                 raise ValueError(f"{op}: expected {name} of shape {shape} at hand, got {tuple(p.shape)} on {p.device}")
             if is_dtensor(base.weight) and shape[0] == self.out_features and not split_alike(base.weight, p):
                 raise ValueError(f"{op}: expected {name} to be sharded by rows as the base weight is; it is not")
-        for name, p, _ in LoRALinear.correction_parameters(self):
-            if not all_finite(whole(p.detach())):
+        for name, p, _ in self.correction_parameters():
+            if name != "lora_magnitude_vector" and not all_finite(whole(p.detach())):
                 raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
         return self._merge_state()
 
     def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
         """(name, parameter, its whole shape) of all that the correction consists of."""
-        n, k, lora_bias = self.out_features, self.in_features, self.lora_B.bias
-        found: list[tuple[str, Tensor, tuple[int, ...]]] = [
-            ("lora_A", self.lora_A.weight, (self.r, k)),
-            ("lora_B", self.lora_B.weight, (n, self.r)),
-        ]
-        return found if lora_bias is None else [*found, ("lora_B.bias", lora_bias, (n,))]
+        shapes = self.shapes(self.base_layer, self.r, self.lora_bias is not None)
+        return [(name.removesuffix(".weight"), attrgetter(name)(self), shape) for name, shape in shapes.items()]
 
     def put_in_(self, state: Any) -> None:
         """Merge what ``prepare_merge`` returned."""
-        self._put_in(self.base_layer.weight, self.base_layer.bias, state)
+        self._put_in(self.base_layer.weight, self.bias, state)
         self._merged = state
 
     def _merge_state(self) -> Any:
-        lora_bias = self.lora_B.bias
+        (lora_a, lora_b), lora_bias = self.factors(), self.lora_bias
         return _Merged(
-            whole(self.lora_A.weight.detach()).clone(),
-            self._rows_of_weight(self.lora_B.weight.detach()).clone(),
+            whole(lora_a.detach()).clone(),
+            self._rows_of_weight(lora_b.detach()).clone(),
             None if lora_bias is None else self._rows_of_weight(lora_bias.detach()).clone(),
             self.scaling,
         )
@@ -247,7 +186,7 @@ class LoRALinear(AroundLinear):
         """Of a tensor (N, ...), the rows that belong to the rows of W that are here."""
         return own_part(tensor) if is_dtensor(self.base_layer.weight) else whole(tensor)
 
-    def unmerge_(self) -> LoRALinear:
+    def unmerge_(self) -> Any:
         """Take out what ``merge_`` put in: W to within one rounding of the merged weight, which is coarser than W's own
         where the correction is larger than W. Nothing when not merged.
 
@@ -256,7 +195,7 @@ class LoRALinear(AroundLinear):
         """
         if self._merged is not None:
             _check_written(f"{type(self).__name__}.unmerge_", self.base_layer)
-            self._take_out(self.base_layer.weight, self.base_layer.bias, self._merged)
+            self._take_out(self.base_layer.weight, self.bias, self._merged)
             self._merged = None
         return self
 
@@ -266,11 +205,17 @@ class LoRALinear(AroundLinear):
     def _take_out(self, weight: Tensor, bias: Tensor | None, state: Any) -> None:
         self._add_to(weight, bias, state, -1.0)
 
-    @staticmethod
     @torch.no_grad()
-    def _add_to(weight: Tensor, bias: Tensor | None, state: _Merged, sign: float) -> None:
+    def _add_to(self, weight: Tensor, bias: Tensor | None, state: _Merged, sign: float) -> None:
         if len(state.lora_b):
-            merge_lora_(own_part(weight), state.lora_a, state.lora_b, scaling=sign * state.scaling, check_finite=False)
+            part = own_part(weight)
+            matrix, factors = as_matrix(self.base_layer, part), (state.lora_a, state.lora_b)
+            if matrix.stride(1) == 1 or not matrix.numel():
+                merge_lora_(matrix, *factors, scaling=sign * state.scaling, check_finite=False)
+            else:  # Wᵀ ← Wᵀ + s Aᵀ Bᵀ, where the rows of Wᵀ are what is adjacent
+                lora_b, lora_a = (factor.T for factor in factors)
+                merge_lora_(matrix.T, lora_a, lora_b, scaling=sign * state.scaling, check_finite=False)
+            write_matrix_(part, matrix)
         if state.bias is not None:
             bias = own_part(bias)
             wide = torch.promote_types(bias.dtype, torch.float32)
@@ -302,7 +247,127 @@ class LoRALinear(AroundLinear):
         )
 
 
-def _check_written(op: str, base: nn.Linear) -> None:
+class LoRALinear(LoRALayer):
+    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
+
+    Parameters, named as in a file of PEFT's: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the
+    ones of the wrapped layer itself, frozen and not copied; ``lora_A.weight`` (R, K); ``lora_B.weight`` (N,
+    R); with ``lora_bias`` also ``lora_B.bias`` (N,), which enters as s · bias. ``weight`` and ``bias`` read
+    the wrapped layer's.
+
+    Args:
+        base_layer: a plain nn.Linear of float32, bfloat16, float16 or float64; or transformers' Conv1D (GPT-2), whose
+            weight (K, N) is read as it lies.
+        r: rank R.
+        alpha: numerator of s.
+        dropout: probability of zeroing an element of the correction's input; active in training alone.
+        rslora: divide alpha by sqrt(R) instead of R (Kalajdzievski, arXiv 2312.03732).
+        lora_bias: give B a bias.
+        init: "kaiming" (PEFT's default), "gaussian", "orthonormal" or "zero"; see ``lowrank_kernels.init``.
+        train: "both", or only "a" or "b"; the other factor is then sampled and frozen.
+        dtype: of the factors; default float32, or float64 over a float64 weight.
+
+    x (..., K) has W's dtype, or runs under autocast. Factors are rounded to x's dtype inside the product;
+    their gradients have their own dtype. ``state_dict`` always describes the unmerged layer.
+
+    Where ``base_layer``, ``lora_A`` or ``lora_B`` carries hooks or is wrapped, the layer calls all three, as PEFT's
+    does: x is then widened to the factors' dtype, and dropout is torch's, with other masks.
+
+    Raises:
+        TypeError: a base layer that cannot be wrapped, with the reason; a dtype that is not a float.
+        ValueError: a rank below 1, an alpha that is not finite, a dropout outside [0, 1), an unknown
+            ``train``/``init``.
+
+    Source: Hu et al., arXiv 2106.09685.
+    """
+
+    wraps = "nn.Linear"
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, r: int = 8, **settings: Any) -> Any:
+        """Wrap ``linear``, sharing and freezing its weight and bias. Settings are those of the class."""
+        return cls(linear, r, **settings)
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        return why_not_plain(module, type(module)) if is_conv1d(module) else why_not_frozen(module)
+
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int, lora_bias: bool = False) -> dict[str, tuple[int, ...]]:
+        n, k = matrix_shape(base_layer)
+        found: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, k), "lora_B.weight": (n, r)}
+        return found | {"lora_B.bias": (n,)} if lora_bias else found
+
+    def make_factors(self, init: str, train: str, lora_bias: bool, **options: Any) -> None:
+        empty = torch.nn.utils.skip_init
+        self.lora_A = empty(nn.Linear, self.in_features, self.r, bias=False, **options)
+        self.lora_B = empty(nn.Linear, self.r, self.out_features, bias=lora_bias, **options)
+        start_(self, init, train)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.weight, self.lora_B.weight
+
+    @property
+    def lora_bias(self) -> Tensor | None:
+        return self.lora_B.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
+        if self._merged is not None or (self.base_only_depth is not None and runs_base_alone(self)):
+            return base(x)
+        weight = base.weight
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
+            return self._call_submodules(x)
+        return lora_linear(
+            x,
+            as_matrix(base, weight),
+            lora_a.weight,
+            lora_b.weight,
+            add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype),
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _call_submodules(self, x: Tensor) -> Tensor:
+        if not is_dtensor(self.lora_A.weight) and x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"LoRALinear: expected x with {self.in_features} columns, got {x.shape[-1]}; where base_layer is split "
+                f"by RowwiseParallel, lora_A has to be, too"
+            )
+        return super()._call_submodules(x)
+
+    @torch.no_grad()
+    def resize_(self, r: int) -> LoRALinear:
+        """Give A and B the rank r, and zeros: the same parameters with other shapes, without gradients.
+
+        Their optimizer state is of the old shapes; drop it.
+
+        Raises:
+            ValueError: a rank below 1; a merged layer.
+        """
+        check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout)
+        if self.merged:
+            raise ValueError("LoRALinear.resize_: expected an unmerged layer; call unmerge_()")
+        for factor, shape in (
+            (self.lora_A.weight, (r, self.in_features)),
+            (self.lora_B.weight, (self.out_features, r)),
+        ):
+            factor.data, factor.grad = factor.new_zeros(shape), None
+        self.lora_A.out_features = self.lora_B.in_features = self.r = r
+        return self
+
+
+def start_(layer: Any, init: str, train: str) -> None:
+    """Sample or zero the factors ``lora_A`` and ``lora_B`` of a layer, and let those train that shall."""
+    a, b = (factor.detach() for factor in layer.factors())
+    init_factors_(a, b, init, sampled="b" if train == "a" else "a")
+    if layer.lora_bias is not None:
+        nn.init.zeros_(layer.lora_bias)
+    for factor, trains in zip((layer.lora_A, layer.lora_B), TRAIN[train], strict=True):
+        factor.requires_grad_(trains)
+
+
+def _check_written(op: str, base: nn.Module) -> None:
     reason = why_not_written(base)
     if reason is not None:
         raise ValueError(f"{op}: expected a weight that can be changed in place, but {reason}")

@@ -16,7 +16,7 @@ from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
 from .base_only import runs_base_alone
 from .batches import Batch, Batches
-from .frozen import AroundLinear, check_weight_may_be_read, check_wrappable
+from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
 from .lora import check_lora_settings
 from .sharded import why_not_written
 
@@ -48,7 +48,7 @@ def use_adapters(
         yield
 
 
-class MultiLoRALinear(AroundLinear):
+class MultiLoRALinear(AroundBase):
     """y_m = g_i ∘ (W x_m + s_i B_i A_i drop_i(x_m)) + bias, i being the adapter of row m; see ``lk.multi_lora_linear``.
 
     Parameters: ``base_layer.weight`` (N, K) and ``base_layer.bias`` (N,), the wrapped layer's own, frozen and not

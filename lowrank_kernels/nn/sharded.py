@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .matrix import weight_shape
+
 
 def is_dtensor(tensor: Any) -> bool:
     """True for a DTensor. Told by its method, since torch.distributed.tensor takes half a second to import."""
@@ -29,17 +31,19 @@ def by_rows_like(weight: Any, part: Tensor) -> Any:
     )
 
 
-def why_not_written(base: nn.Linear) -> str | None:
+def why_not_written(base: Any) -> str | None:
     """Why a change of the weight of ``base`` in place would fail or be lost just now; None where it stays."""
     weight: Any = base.weight
     if weight.is_meta:
         return "its weight is on the meta device, as of a module that is offloaded; load it first"
-    if tuple(weight.shape) != (base.out_features, base.in_features):
+    if tuple(weight.shape) != weight_shape(base):
         return (
-            f"its weight has the shape {tuple(weight.shape)}, not ({base.out_features}, {base.in_features}): it is a "
-            f"shard; gather it first, under FSDP by FullyShardedDataParallel.summon_full_params"
+            f"its weight has the shape {tuple(weight.shape)}, not {weight_shape(base)}: it is a shard; gather it "
+            f"first, under FSDP by FullyShardedDataParallel.summon_full_params"
         )
     if is_dtensor(weight):
+        if not isinstance(base, nn.Linear):
+            return f"its weight is sharded, which only that of an nn.Linear may be, not of a {type(base).__name__}"
         rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
         return None if rows else f"its weight is sharded by {weight.placements}, not by rows"
     if not getattr(base, "_is_fsdp_managed_module", False):

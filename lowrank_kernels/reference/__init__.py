@@ -8,8 +8,10 @@ from .block_sparse import (
     read_blocks_ref,
     write_blocks_ref_,
 )
+from .conv import lora_conv_ref
 from .dora import dora_column_scale_ref, dora_linear_backward_ref, dora_linear_ref, dora_weight_norm_ref
 from .dropout import dropout_keep_mask_ref
+from .embedding import lora_embedding_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
@@ -24,6 +26,8 @@ __all__ = [
     "dora_linear_ref",
     "dora_weight_norm_ref",
     "dropout_keep_mask_ref",
+    "lora_conv_ref",
+    "lora_embedding_ref",
     "lora_linear_backward_ref",
     "lora_linear_ref",
     "merge_lora_ref",

@@ -23,7 +23,8 @@ from ..config import DoRAConfig
 from ..functional import dora_column_scale, multi_lora_linear
 from ..names import named_modules, place, submodule
 from ..nn.batches import Batch, Batches
-from ..nn.frozen import AroundLinear, check_weight_may_be_read
+from ..nn.frozen import AroundBase, check_weight_may_be_read
+from ..nn.matrix import as_matrix, is_linear
 from ..stack import LoRAStack
 from .fingerprint import fingerprint
 
@@ -164,7 +165,7 @@ class _Batch(Batch):
             return base(x)
         check_weight_may_be_read("BankLinear", base)
         plan = self.plan(layer, x, self.num_adapters)
-        y = multi_lora_linear(x, base.weight, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
+        y = multi_lora_linear(x, layer.matrix, served.stack, plan, base.bias, norm_and_scale=served.norm_and_scale)
         if any(i in served.biases for i in self.ids):
             key = name, y.dtype  # which autocast may change within a batch
             if key not in self.bias_tables:
@@ -175,7 +176,7 @@ class _Batch(Batch):
         return y
 
 
-class BankLinear(AroundLinear):
+class BankLinear(AroundBase):
     """A linear of a model with a bank: ``base_layer``, and in a batch of the bank each row's adapter."""
 
     row_order: str | None = None
@@ -187,10 +188,6 @@ class BankLinear(AroundLinear):
         self._batches, self.name = batches, name
         self.register_state_dict_post_hook(_describe_plain)
         self.training = base_layer.training
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self._batches.current()
@@ -216,7 +213,7 @@ class AdapterBank:
     a, sequence 1 with the base alone, sequence 2 with b. Outside of a batch the model is the base model.
 
     Args:
-        model: any module with nn.Linears, such as one of ``transformers``; changed in place: linears that an adapter
+        model: any module with linears (nn.Linear, or transformers' Conv1D); changed in place: linears that an adapter
             targets become :class:`BankLinear`, whose weight is the linear's own. ``close`` puts them back.
         budget_bytes: of adapters on the model's device; None: no limit. The least recently used ones without a batch
             are evicted to stay within it, and come back when a batch names them.
@@ -430,6 +427,12 @@ class AdapterBank:
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
                 f"a batch share; a bank cannot serve it"
             )
+        for name, module in file.plan.targets.items():
+            if not is_linear(module):
+                raise ValueError(
+                    f"load_adapter: {folder} targets {name}, a {type(module).__name__}; a bank mixes the adapters of a "
+                    f"batch in linears alone; merge this adapter into a model of its own, or train one without {name}"
+                )
         changed = [name for name, module in file.plan.whole.items() if not _holds(module, name, file.tensors)]
         if changed:
             raise ValueError(
@@ -457,8 +460,9 @@ class AdapterBank:
     def _weight(self, name: str) -> Tensor:
         """Of a linear as the model has it now, or of a part of one."""
         whole, rows = self._parts_of.get(name, (name, slice(None)))
-        weight: Any = submodule(self.model, whole).weight
-        return weight.detach()[rows]
+        module: Any = submodule(self.model, whole)
+        linear = getattr(module, "base_layer", module)
+        return as_matrix(linear, linear.weight).detach()[rows]
 
     def _follow_weights(self, adapters: Sequence[_Adapter]) -> None:
         """Compute the norms of DoRA adapters again over weights that are not what they were computed from."""
@@ -515,7 +519,7 @@ class AdapterBank:
         self._publish(parts)
 
     def _stack(self, name: str, part: _Part | _SlicedPart, slot: int) -> None:
-        weight, factors = self._wrapped[name].weight, part.factors(self._wrapped[name].weight.device)
+        weight, factors = self._wrapped[name].matrix, part.factors(self._wrapped[name].weight.device)
         slices = part.widths if isinstance(part, _SlicedPart) else None
         if name not in self._stacks:
             n, k = weight.shape

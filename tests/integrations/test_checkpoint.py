@@ -526,7 +526,10 @@ BAD_FOLDERS = {
     ),
     "layers of words": (edit_config(layers_to_transform=["a"]), "layers_to_transform to be numbers of layers"),
     "layers of a regex": (edit_config(layers_to_transform=[0], target_modules=".*"), "to be numbers of layers, beside"),
-    "layers' pattern": (edit_config(layers_to_transform=0, layers_pattern="("), "layers_pattern: expected a regular expression"),
+    "layers' pattern": (
+        edit_config(layers_to_transform=0, layers_pattern="("),
+        "layers_pattern: expected a regular expression",
+    ),
     "from the future": (edit_config(hyper_lora=3), "not supported: hyper_lora=3"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "not supported: init_lora_weights='pissa_niter_4'"),
     "no rank": (edit_config(r=None), "expected r in"),

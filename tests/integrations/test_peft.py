@@ -56,7 +56,9 @@ def test_outputs_and_gradients_are_pefts(llama, tokens, kind, training):
     names = list(ours.state_dict())
     report = accelerate(ours)
     linears = [n for n, m in theirs.named_modules() if type(m) is PeftLinear]
-    assert [r.name for r in report.replaced] == linears and linears
+    others = [r.kind for r in report.replaced if r.name not in linears]
+    assert len(report.replaced) - len(others) == len(linears) > 0
+    assert others == ["lora.Embedding"] * ("embedding" in kind)
     assert list(ours.state_dict()) == names and repr(ours) == repr(theirs)
     with op_calls() as op:
         ours(tokens)
@@ -110,15 +112,14 @@ class Embedder(nn.Module):
         return self.linear(self.conv(self.embed(ids).mT).mT)
 
 
-def test_layers_that_are_not_linear_are_listed():
+def test_a_convolution_that_peft_computes_as_fast_is_listed():
     torch.manual_seed(0)
     theirs = randomise(get_peft_model(Embedder(), LoraConfig(r=2, target_modules=["embed", "conv", "linear"])))
     ours = copy.deepcopy(theirs)
     report = accelerate(ours)
-    assert [r.name for r in report.replaced] == ["base_model.model.linear"]
+    assert [r.name for r in report.replaced] == ["base_model.model.embed", "base_model.model.linear"]
     assert {s.name.split(".")[-1]: s.reason for s in report.skipped} == {
-        "embed": "a lora.Embedding, not a lora.Linear",
-        "conv": "a lora.Conv1d, not a lora.Linear",
+        "conv": "adapter 'default' takes two small convolutions, which are as fast in PEFT's own forward"
     }
     ids = torch.arange(8).reshape(2, 4)
     torch.testing.assert_close(ours(ids), theirs(ids), rtol=2e-6, atol=2e-6)

@@ -89,6 +89,24 @@ def test_a_step_with_reference_logits_has_the_gradients_of_one_with_a_second_mod
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("kind", [lk.LoRAConfig, lk.DoRAConfig])
+def test_embeddings_and_convolutions_run_their_base(kind):
+    model = nn.Sequential(nn.Embedding(9, 16), nn.Conv1d(16, 8, 3), nn.Linear(6, 5))
+    base = copy.deepcopy(model)
+    lk.adapt(model, kind(r=2, target_modules=["0", "1", "2"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+
+    def run_all(of):
+        return of[2](of[1](of[0](torch.arange(8)[None]).mT))
+
+    with lk.base_only(model):
+        assert torch.equal(run_all(model), run_all(base))
+    assert not torch.equal(run_all(model), run_all(base))
+
+
 def test_only_the_named_model_is_meant():
     model, base = adapted("lora")
     other, _ = adapted("dora")
