@@ -16,6 +16,8 @@
 
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
 #  include <immintrin.h>
+#elif defined(__aarch64__)
+#  include <arm_neon.h>
 #endif
 
 #define LRK_FN LRK_TARGET static
@@ -38,6 +40,23 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+LRK_INLINE VecF splat(float value) { return value - VecF{}; }
+
+// a b + c, rounded once where the processor can. Which products and sums a compiler fuses by itself
+// differs from loop to loop, and a row would feel which loop it was in: these files are compiled
+// with -ffp-contract=off.
+LRK_INLINE VecF mul_add(VecF a, VecF b, VecF c) {
+#if LRK_W == 16
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LRK_W == 8
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 template <typename V, typename T>
 LRK_INLINE V load_raw(const T* p) {
@@ -329,9 +348,9 @@ LRK_INLINE void multiply_tile(const BlockProduct<float>& b, int64_t row, int64_t
     }
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const float left = l[i * b.l_stride + k];
+      const VecF left = splat(l[i * b.l_stride + k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[i][v] += left * right[v];
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = mul_add(left, right[v], acc[i][v]);
     }
   }
   float* c = b.c + row * b.c_stride + panel * kPanel;
@@ -487,7 +506,7 @@ LRK_INLINE void add_whole(T* dst, const float* src, float scale, const VecI* kee
   for (int v = 0; v < Vecs; ++v) {
     VecF correction = load(src + v * kWidth);
     if (keep) correction = (VecF)((VecI)correction & keep[v]);
-    sum[v] = load(dst + v * kWidth) + scale * correction;
+    sum[v] = mul_add(splat(scale), correction, load(dst + v * kWidth));
   }
 #pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v) store(dst + v * kWidth, sum[v]);
@@ -498,7 +517,7 @@ template <typename T>
 LRK_INLINE void add_part(T* dst, const float* src, int64_t n, float scale, const VecI* keep) {
   VecF correction = load(src);
   if (keep) correction = (VecF)((VecI)correction & *keep);
-  store_part(dst, load_part(dst, n) + scale * correction, n);
+  store_part(dst, mul_add(splat(scale), correction, load_part(dst, n)), n);
 }
 
 template <typename T>
@@ -584,7 +603,7 @@ LRK_INLINE void scale_grad_whole(T* dst, const T* src, const T* u, const float* 
 #pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v) {
     value[v] = load(src + v * kWidth);
-    if (u) product[v] = load(inner + v * kWidth) + value[v] * load(u + v * kWidth);
+    if (u) product[v] = mul_add(value[v], load(u + v * kWidth), load(inner + v * kWidth));
   }
 #pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v) {
@@ -615,7 +634,7 @@ LRK_FN void scale_grad_typed(T* dst, int64_t dst_stride, const T* src, int64_t s
       const VecF value = load_part(in + j, n);
       if (out) store_part(out + j, load_part(scale + j, n) * value, n);
       if (u) {
-        const VecF product = load_part(inner + j, n) + value * load_part(other + j, n);
+        const VecF product = mul_add(value, load_part(other + j, n), load_part(inner + j, n));
         store_part(inner + j, product, n);
       }
     }
@@ -700,13 +719,15 @@ LRK_INLINE void add_dots(VecF (&acc)[Rows][Ranks], const float* const* x, const 
       if ((k & (64 / sizeof(T) - 1)) == 0) __builtin_prefetch(at + Ranks * factor_stride, 0, 2);
       const VecF right = load(at);
 #pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) acc[i][r] += left[i] * right;
+      for (int i = 0; i < Rows; ++i) acc[i][r] = mul_add(left[i], right, acc[i][r]);
     }
   }
   if (k < cols) {
     for (int r = 0; r < Ranks; ++r) {
       const VecF right = load_part(factor + r * factor_stride + k, cols - k);
-      for (int i = 0; i < Rows; ++i) acc[i][r] += load_part(x[i] + k, cols - k) * right;
+      for (int i = 0; i < Rows; ++i) {
+        acc[i][r] = mul_add(load_part(x[i] + k, cols - k), right, acc[i][r]);
+      }
     }
   }
 }
@@ -778,9 +799,9 @@ LRK_INLINE void mix_strip(const Mix& m, int64_t i0, int64_t j0) {
     for (int v = 0; v < Vecs; ++v) right[v] = load(line + v * kWidth);
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-      const float left = p[i * m.p_stride + r];
+      const VecF left = splat(p[i * m.p_stride + r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vecs; ++v) acc[i][v] += left * right[v];
+      for (int v = 0; v < Vecs; ++v) acc[i][v] = mul_add(left, right[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 4
@@ -804,7 +825,9 @@ LRK_FN void mix_some_rows(const Mix& m, int64_t i0) {
   for (int64_t r = 0; r < m.rank; ++r) {
     const VecF right =
         load_part(static_cast<const T*>(m.factor) + r * m.factor_stride + j, m.cols - j);
-    for (int i = 0; i < Rows; ++i) acc[i] += m.p[(i0 + i) * m.p_stride + r] * right;
+    for (int i = 0; i < Rows; ++i) {
+      acc[i] = mul_add(splat(m.p[(i0 + i) * m.p_stride + r]), right, acc[i]);
+    }
   }
   for (int i = 0; i < Rows; ++i) {
     float* to = m.out + (i0 + i) * m.out_stride + j;
