@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "phi3": ("CausalLM", LLAMA),
     "olmo2": ("CausalLM", LLAMA),
     "mixtral": ("CausalLM", LLAMA | {"num_local_experts": 4}),
+    "gpt2": ("CausalLM", TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}),
     "gpt_neox": ("CausalLM", BERT),
     "falcon": ("CausalLM", BERT | {"multi_query": True}),
     "bloom": ("CausalLM", TEXT | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
@@ -84,7 +85,7 @@ def step(model: nn.Module, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_each_linear_is_told_once_and_each_layer_trains(name):
     model = build(name).train()
-    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {path for path, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     report = lk.adapt(model, lk.LoRAConfig())
     replaced = [r.name for r in report.replaced]
     told = replaced + [s.name for s in report.skipped]
@@ -116,7 +117,7 @@ def test_what_is_most_of_a_model_is_not_passed_over_in_silence(name):
     assert not untold
 
 
-@pytest.mark.parametrize("name", ["falcon", "bert", "t5"])
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "bert", "t5"])
 def test_a_trained_adapter_merges_into_a_plain_model_of_the_same_logits(name):
     model = build(name).eval()
     lk.adapt(model, lk.LoRAConfig())

@@ -111,6 +111,24 @@ def test_an_adapter_is_loaded_and_taken_off_again(wrap, expected):
 
 
 @pytest.mark.parametrize("wrap", KEPT)
+def test_modules_that_train_whole_are_found_and_written(wrap, tmp_path):
+    config = lk.LoRAConfig(r=4, target_modules=["up"], modules_to_save=["1.down"])
+    plain, wrapped = Model(), WRAPS[wrap](Model())
+    for name, model in (("plain", plain), ("wrapped", wrapped)):
+        assert "blocks.1.down trains whole, by modules_to_save" in lk.adapt(model, config).notes
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if p.requires_grad:
+                    p.fill_(0.1 if "lora" in n else 0.2)
+        lk.save_adapter(model, tmp_path / name)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("plain", "wrapped")]
+    assert keys(files[0]) == keys(files[1]) and any("blocks.1.down.weight" in key for key in keys(files[0]))
+    x, other = torch.randn(3, 16), WRAPS[wrap](Model())
+    lk.load_adapter(other, tmp_path / "plain")
+    torch.testing.assert_close(other(x), plain(x))
+
+
+@pytest.mark.parametrize("wrap", KEPT)
 def test_a_wrapped_model_is_adapted_by_the_plain_names(wrap, expected, tmp_path):
     model = WRAPS[wrap](Model())
     report = lk.adapt(model, LORA)
