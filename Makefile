@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 
-.PHONY: venv demo test nightly lint bench gpu-check clean
+.PHONY: venv demo test test-compiled test-interpreted nightly lint bench gpu-check clean
 
 venv: $(SETUP)
 
@@ -21,8 +21,14 @@ $(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: venv
 	$(BIN)/lrk demo
 
+# Two suites at once, of which the second runs on one core. Threads that wait leave the core to the other suite.
 test: venv
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=line test-compiled test-interpreted
+
+test-compiled:
 	$(BIN)/python -m pytest tests --ignore tests/interpreter
+
+test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 # A million random calls against float64; a miss is printed as a test.
