@@ -137,7 +137,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, str]]] = 
         ("--rank", "40"),
         {"": "min(N, K) = 32 for model.layers.0.self_attn.q_proj of shape (N, K) = (32, 32), got 40; lower r"},
     ),
-    "no targets": (without_targets, (), {"": "replaces nothing in this GPT2LMHeadModel; its linears: lm_head"}),
+    "no targets": (
+        without_targets,
+        (),
+        {"": "replaces nothing in this GPT2LMHeadModel; its linears: transformer.h.*.attn.c_attn, "},
+    ),
     "quantised": (quantised, (), {"": "q_proj (quantised (Linear, weight of torch.int8))"}),
     "a loss that is not finite": (
         broken,

@@ -211,10 +211,6 @@ def compiled(model):
     attention.q_proj = torch.compile(attention.q_proj)
 
 
-def layer_compiled(model):
-    model.model.layers[0] = torch.compile(model.model.layers[0])
-
-
 def missing(model):
     del model.model.layers[0].self_attn.q_proj
 
@@ -222,8 +218,7 @@ def missing(model):
 REASONS = {
     quantised: r"model\.layers\.0\.self_attn\.q_proj: quantised \(Linear, weight of torch\.int8\); .* let PEFT run it",
     hooked: r"model\.layers\.0\.self_attn\.q_proj: it carries hooks .*; remove them first",
-    compiled: r"model\.layers\.0\.self_attn\.q_proj: it is compiled; adapt the model before torch\.compile",
-    layer_compiled: r"before torch\.compile .* got model\.layers\.0\._orig_mod\..*; load the adapter first",
+    compiled: r"model\.layers\.0\.self_attn\.q_proj: compiled by itself, .*; adapt the model, then compile",
     missing: r"unexpected: base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight",
 }
 
@@ -240,17 +235,10 @@ def test_a_target_of_the_file_that_takes_no_adapter_is_named_with_the_reason(cha
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("make", "target", "reason"),
-    [
-        (llama, "embed_tokens", r"model\.embed_tokens: not an nn\.Linear but a Embedding"),
-        (mamba, "dt_proj", r"mixer\.dt_proj: its parent, MambaMixer, reads its weight instead of calling it"),
-    ],
-)
-def test_a_target_of_pefts_that_takes_no_adapter_is_named_with_the_reason(make, target, reason, tmp_path):
-    tiny = next(tiny for tiny in MODELS.values() if tiny.make is make)
-    peft.get_peft_model(
-        fresh(make), peft.LoraConfig(r=2, target_modules=[*tiny.targets, target])
-    ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(ValueError, match=rf"unexpected: .*{target}.*take no adapter: .*{reason}"):
-        lk.load_adapter(fresh(make), tmp_path)
+def test_a_target_of_pefts_that_takes_no_adapter_is_named_with_the_reason(tmp_path):
+    tiny = next(tiny for tiny in MODELS.values() if tiny.make is mamba)
+    config = peft.LoraConfig(r=2, target_modules=[*tiny.targets, "dt_proj"])
+    peft.get_peft_model(fresh(mamba), config).save_pretrained(tmp_path)
+    reason = r"mixer\.dt_proj: its parent, MambaMixer, reads its weight instead of calling it"
+    with pytest.raises(ValueError, match=rf"unexpected: .*dt_proj.*take no adapter: .*{reason}"):
+        lk.load_adapter(fresh(mamba), tmp_path)
