@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from ..adapters.folder import CONFIG_FILE
@@ -28,6 +28,31 @@ class _Body(BaseModel):
     """What a request may say; anything else is refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+# Settings that clients send with the value that asks for nothing; null asks for nothing too.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,),
+    "best_of": (1,), "suffix": ("",), "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none",),
+    "function_call": ("none",), "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
+    "stream_options": (), "store": (False,), "metadata": ({},), "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+}  # fmt: skip
+# What an answer of this server, or of OpenAI's, carries beside its text when it is sent back.
+_OF_AN_ANSWER = ("refusal", "tool_calls", "function_call", "audio", "annotations", "name", "reasoning_content")
+
+
+def _without_neutral(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+
+    def says_nothing(key: str, value: Any) -> bool:
+        return value is None or any(
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            for neutral in _NEUTRAL.get(key, ())
+        )
+
+    return {key: value for key, value in given.items() if not says_nothing(key, value)}
 
 
 class _Sampling(_Body):
@@ -45,6 +70,11 @@ class _Sampling(_Body):
     stream: Literal[False] = False
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, given: Any) -> Any:
+        return _without_neutral(given)
+
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -61,9 +91,26 @@ class CompletionBody(_Sampling):
     )
 
 
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Body):
+    """``content`` may be parts that are texts, which are put together; a developer is the system."""
+
     role: Literal["system", "user", "assistant"]
     content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        said = {key: value for key, value in given.items() if key not in _OF_AN_ANSWER or value not in (None, [], "")}
+        if isinstance(said.get("content"), list):
+            said["content"] = "".join(TextPart.model_validate(part).text for part in said["content"])
+        return said | ({"role": "system"} if said.get("role") == "developer" else {})
 
 
 class ChatBody(_Sampling):

@@ -128,6 +128,49 @@ def test_chat(client, greedy):
     assert client.post("/v1/chat/completions", {**asked, "messages": []}).status_code == 422
 
 
+NEUTRAL = {
+    "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": None, "echo": False, "best_of": 1, "suffix": None,
+    "logit_bias": {}, "seed": None, "stop": None, "user": None, "top_p": 1, "stream_options": None, "temperature": 0,
+}  # fmt: skip
+
+
+def test_what_asks_for_nothing_is_taken(client):
+    """As clients send it: null, and each setting's own neutral value."""
+    for model in ("lora", "tiny"):
+        plain = client.post("/v1/completions", body(model, 1)).json()
+        asked = client.post("/v1/completions", body(model, 1, **NEUTRAL)).json()
+        assert asked["choices"] == plain["choices"]
+    everything = {"max_tokens": None, "temperature": None, "n": None, "stream": None}
+    assert client.post("/v1/completions", body("lora", 1, **everything)).status_code == 200
+
+
+def test_messages_as_clients_send_them(client):
+    plain = [
+        {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "Who?"},
+    ]  # fmt: skip
+    sent = [
+        {"role": "developer", "content": "Be kind.", "name": None},
+        {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None, "audio": None, "annotations": []},
+        {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]},
+    ]
+    options = {"model": "lora", "temperature": 0, "max_tokens": 5}
+    of_chat = {"tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False}
+    replies = [
+        client.post("/v1/chat/completions", {**options, **more, "messages": messages})
+        for messages, more in ((plain, {}), (sent, of_chat))
+    ]
+    assert replies[1].json()["choices"] == replies[0].json()["choices"]
+    for message, said in (
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "type"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "more": 1}]}, "more"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls"),
+        ({"role": "tool", "content": "x"}, "role"),
+    ):
+        refused = client.post("/v1/chat/completions", {**options, "messages": [message]})
+        assert refused.status_code == 422 and said in refused.text
+
+
 def test_stop(client, greedy):
     whole = make_tokenizer().decode(greedy("lora", prompt_of(2), 12))
     stop = whole[4:6]
@@ -191,7 +234,11 @@ REFUSED = [
     (422, "stop", {"stop": ""}),
     (422, "stream", {"stream": True}),
     (422, "n: ", {"n": 2}),
-    (422, "logit_bias: Extra inputs", {"logit_bias": {}}),
+    (422, "logit_bias: Extra inputs", {"logit_bias": {"5": 1}}),
+    (422, "presence_penalty: Extra inputs", {"presence_penalty": 0.5}),
+    (422, "echo: Extra inputs", {"echo": True}),
+    (422, "best_of: Extra inputs", {"best_of": 2}),
+    (422, "logprobs: Extra inputs", {"logprobs": 0}),
     (422, "prompt", {"prompt": []}),
     (422, "prompt", {"prompt": [True]}),
     (413, "at most 5000 bytes", {"prompt": "a" * 6000}),
