@@ -321,7 +321,7 @@ def _copy_whole(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) ->
         if parent._modules[child] is module:  # not yet, by another path
             undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
             parent._modules[child] = copied = copy.deepcopy(module)
-            copied.trains_whole = True  # type: ignore[assignment]
+            copied.trains_whole = {key: tuple(p.shape) for key, p in copied.named_parameters()}  # type: ignore[assignment]
             copies.append(copied)
     return copies
 

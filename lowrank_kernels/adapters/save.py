@@ -21,7 +21,7 @@ from ..finite import all_finite
 from ..names import named_modules, named_parameters, unwrapped
 from ..nn.dora import DoRALayer
 from ..nn.lora import LoRALayer, LoRALinear
-from ..nn.matrix import is_conv1d
+from ..nn.matrix import is_conv1d, weight_shape
 from ..nn.multi_lora import MultiLoRALinear
 from ..nn.sharded import whole
 from .folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, few, write_aside
@@ -125,6 +125,7 @@ def _saved_whole(model: nn.Module, config: LoRAConfig, tensors: Mapping[str, Ten
             f"with the head of task_type, got {few(adapted)}; leave task_type out, or adapt the model without that "
             f"layer"
         )
+    _check_no_shards(modules)
     return {
         unwrapped(f"{path}.{key}"): t
         for path, module in modules.items()
@@ -275,11 +276,24 @@ def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) ->
 def _check_whole(layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         for own, p, shape in layer.correction_parameters():
-            if tuple(p.shape) != shape:
-                raise ValueError(
-                    f"save_adapter: expected {own} of {name} to have the shape {shape}, got {tuple(p.shape)}, a shard; "
-                    f"call it in FullyShardedDataParallel.summon_full_params(model); nothing was written"
-                )
+            _check_shape(f"{own} of {name}", p, shape)
+
+
+def _check_no_shards(modules: Mapping[str, nn.Module]) -> None:
+    """Check the shapes of modules that are saved whole: against those that they had, or that their attributes say."""
+    for path, module in modules.items():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            _check_shape(f"the weight of {path}", module.weight, weight_shape(module))
+        for key, shape in getattr(module, "trains_whole", {}).items():
+            _check_shape(f"{key} of {path}", module.get_parameter(key), shape)
+
+
+def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"save_adapter: expected {what} to have the shape {shape}, got {tuple(tensor.shape)}, a "
+            f"shard; call it in FullyShardedDataParallel.summon_full_params(model); nothing was written"
+        )
 
 
 def _adapter_parameters(

@@ -242,3 +242,14 @@ def test_a_target_of_pefts_that_takes_no_adapter_is_named_with_the_reason(tmp_pa
     reason = r"mixer\.dt_proj: its parent, MambaMixer, reads its weight instead of calling it"
     with pytest.raises(ValueError, match=rf"unexpected: .*dt_proj.*take no adapter: .*{reason}"):
         lk.load_adapter(fresh(mamba), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "embed_tokens", "norm"])
+def test_a_shard_of_what_trains_whole_is_not_written(part, tmp_path):
+    model = fresh(llama)
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=("q_proj",), modules_to_save=(f"model.{part}", part)))
+    module = next(m for name, m in model.named_modules() if name.endswith(part))
+    module.weight = nn.Parameter(module.weight.detach().flatten()[:5].clone())
+    with pytest.raises(ValueError, match=rf"weight of .*{part} .* got \(5,\), a shard; .*nothing was written"):
+        lk.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
