@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,8 +55,9 @@ def trained_before(model: nn.Module) -> frozenset[str] | None:
 
 def forget_adaptation(model: nn.Module) -> None:
     """Let a model whose layers were turned back by hand be adapted again."""
-    for attribute in (_CONFIG_ATTRIBUTE, _TRAINED_ATTRIBUTE, "save_pretrained"):
-        model.__dict__.pop(attribute, None)
+    for module in (model, submodule(model, "")):  # torch.compile's wrapper hands on what is set on it
+        for attribute in (_CONFIG_ATTRIBUTE, _TRAINED_ATTRIBUTE, "save_pretrained"):
+            module.__dict__.pop(attribute, None)
 
 
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
@@ -104,6 +106,7 @@ def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
             "adapt: expected a model before DistributedDataParallel, got one that it holds already: it would not "
             "synchronise the layers' parameters, so that the ranks would drift apart; adapt the model, then wrap it"
         )
+    model = held(model)
     undo: list[Callable[[], None]] = []
     try:
         layers = _replace(model, config, plan, undo)
@@ -133,11 +136,10 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
         )
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
+    model = held(model)
     wanted, head = config.target_modules, _output_head(model)
     whole, task_heads = whole_modules(model, config), _task_heads(model)
-    for name, module in whole.items():
-        if why := _why_not_trained(module):
-            raise ValueError(f"adapt: expected modules_to_save to name modules that can train, got {name}: {why}")
+    check_can_train_whole(model, whole)
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
@@ -184,6 +186,16 @@ def whole_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modul
 
     walk("", held(model))
     return found
+
+
+def check_can_train_whole(model: nn.Module, whole: dict[str, nn.Module]) -> None:
+    """Raise ValueError where one of these modules cannot train whole."""
+    for name, module in whole.items():
+        why = _why_not_trained(module)
+        if place(model, name)[1] == COMPILED:
+            why = "it is compiled by itself, and would go on without the copy; adapt the model, then compile"
+        if why:
+            raise ValueError(f"adapt: expected modules_to_save to name modules that can train, got {name}: {why}")
 
 
 def _why_not_trained(module: nn.Module) -> str | None:
@@ -285,7 +297,8 @@ def _replace(
     biases = {id(p) for p in _trained_biases(model, config, plan)}
     values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
     undo.append(lambda: _restore_values(values))
-    kept = {id(p) for m in model.modules() if hasattr(m, "base_layer") for p in m.parameters() if p.requires_grad}
+    adapted = [m for m in model.modules() if hasattr(m, "base_layer") or _CONFIG_ATTRIBUTE in vars(m)]
+    kept = {id(p) for m in adapted for p in m.parameters() if p.requires_grad}
     owners = weight_owners(model)
     layers = {name: config.layer(name, linear) for name, linear in plan.targets.items()}
 
@@ -375,6 +388,8 @@ def _trained_biases(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iter
 
 def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
     layer = parent._modules[child]
+    if layer is not None and getattr(layer, "trains_whole", None) is not None:
+        _follow(module, layer)
     if layer is not module and layer is not None:
         if hasattr(layer, "unmerge_"):
             layer.unmerge_()  # type: ignore[operator]
@@ -382,6 +397,15 @@ def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
             layer.lora_ga_start.put_back_(layer)  # type: ignore[operator, union-attr]
         module.train(layer.training)
     parent._modules[child] = module
+
+
+@torch.no_grad()
+def _follow(module: nn.Module, copied: nn.Module) -> None:
+    """Move a module's tensors to where, and to what dtypes, those of its copy were moved."""
+    there = dict(itertools.chain(copied.named_parameters(), copied.named_buffers()))
+    for name, t in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if name in there:
+            t.data = t.data.to(there[name].device, there[name].dtype)
 
 
 def _restore_requires_grad(states: list[tuple[nn.Module, str, bool]]) -> None:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .nn.matrix import is_linear
+
 _BEFORE_THE_FIRST_CALL = ("init", "reset", "tie")  # methods whose names begin so
 _NOT_ITS_VALUES = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 
@@ -35,7 +37,7 @@ def why_not_called(module: nn.Module, path: str, above: dict[str, nn.Module]) ->
         path: of the module.
         above: {path: module} of the modules that it is in, the outermost first.
     """
-    if not isinstance(module, nn.Linear):
+    if not (is_linear(module) or isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))):
         return None
     for prefix, reader in reversed(above.items()):
         below = path[len(prefix) + 1 :] if prefix else path

@@ -75,7 +75,9 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
         if trained is not None:
             for name, p in named_parameters(module):
                 p.requires_grad_(name in trained)
+    for module in list(model.modules()):
         forget_adaptation(module)
+        module.__dict__.pop("trains_whole", None)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapt import Plan, carry_out, match_targets, whole_modules
+from ..adapt import Plan, carry_out, check_can_train_whole, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
 from ..names import held, named_buffers, named_parameters, unwrapped
 from ..report import Report, count_parameters
@@ -110,6 +110,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
     if resized:
         config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(resized)))
         plan = replace(plan, whole=whole_modules(model, config))
+        check_can_train_whole(model, plan.whole)
     return AdapterFile(config, plan, tensors)
 
 

@@ -271,6 +271,11 @@ def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) ->
                 f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, dora) = {says} by its "
                 f"config, got {has}; pass the config= that describes the layers"
             )
+        if config.target_modules != ALL_LINEAR and not names_match(config.target_modules, name):
+            raise ValueError(
+                f"save_adapter: expected target_modules of the config to name {name}, got "
+                f"{str(config.target_modules)[:200]}; pass the config= that describes the layers"
+            )
 
 
 def _check_whole(layers: Mapping[str, LoRALayer]) -> None:

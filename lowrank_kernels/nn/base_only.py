@@ -34,7 +34,8 @@ def base_only(model: nn.Module) -> Iterator[None]:
     without the blocks is a copy that lasts as long as a layer's product.
 
     It holds for its thread, for threads started in it, and for the backward of what ran in it, which must run before
-    the context ends where it runs layers again (activation checkpointing). Contexts nest.
+    the context ends where it runs layers again (activation checkpointing). Contexts nest. A compiled model sees it in
+    every thread.
 
     Args:
         model: with layers of this package of any kind. A model with an ``AdapterBank`` is
@@ -61,6 +62,16 @@ def base_only(model: nn.Module) -> Iterator[None]:
             raise ValueError(
                 f"base_only: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
+    configs = [vars(m).get("_lowrank_config") for m in model.modules()]
+    of_all = any(getattr(config, "bias", "none") == "all" for config in configs)
+    of_layers = any(getattr(config, "bias", "none") == "lora_only" for config in configs)
+    if (of_all and any(f".{name}".endswith(".bias") for name, _ in model.named_parameters())) or (
+        of_layers and any(layer.bias is not None for layer in layers.values())
+    ):
+        raise ValueError(
+            "base_only: expected the base's own biases, got those of the adapter, which holds them whole; adapt the "
+            "model with bias='none'"
+        )
     trained = [name for name, layer in layers.items() if layer.bias is not None and layer.bias.requires_grad]
     if trained:
         raise ValueError(

@@ -133,6 +133,10 @@ class AroundBase(nn.Module):
     base_only_depth: int | None = None
     """How many :func:`lowrank_kernels.base_only` of it are open; None: there has been none."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are in no context."""
+        return {key: value for key, value in self.__dict__.items() if key != "base_only_depth"}
+
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer computes without its correction, unmerged."""
         y: Tensor = self.base_layer(x)

@@ -219,7 +219,7 @@ class AdapterBank:
             are evicted to stay within it, and come back when a batch names them.
         host_bytes: of copies on the host, from which evicted adapters come back; None: no limit. Beyond it the least
             recently used copies are dropped, and such an adapter is read from its folder again.
-        fused: linears that are several in one, by the last part of their path: the parts' names and widths in order,
+        fused: nn.Linears that are several in one, by the last part of their path: the parts' names and widths in order,
             ``{"qkv_proj": {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}}``. Adapters may then target the whole, or
             parts by these names beside it, as if they were there; one base product serves both kinds.
 

@@ -212,3 +212,22 @@ def test_a_linear_compiled_by_itself_is_refused_by_name(expected):
         lk.load_adapter(model, expected[2])
     report = lk.adapt(model, LORA)
     assert any(s.name == "blocks.1.up" and "compiled by itself" in s.reason for s in report.skipped)
+
+
+def test_a_module_to_save_that_is_compiled_by_itself_is_refused(tmp_path):
+    config = lk.LoRAConfig(r=4, target_modules=["0.up"], modules_to_save=["1.up"])
+    model = Model()
+    lk.adapt(model, config)
+    lk.save_adapter(model, tmp_path)
+    for call in (lambda m: lk.adapt(m, config), lambda m: lk.load_adapter(m, tmp_path)):
+        with pytest.raises(ValueError, match=r"got blocks\.1\.up: it is compiled by itself"):
+            call(one_linear(compiled)(Model()))
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_model_can_be_adapted_again_after_undo(wrap):
+    model = WRAPS[wrap](Model())
+    for _ in range(2):
+        report = lk.adapt(model, LORA)
+        assert not any(getattr(m, "weight_shared_with", ()) for m in model.modules())
+        report.undo()

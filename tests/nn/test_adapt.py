@@ -468,3 +468,28 @@ def test_all_linear_is_written_as_the_names_that_it_meant(tmp_path):
     # Not "proj" and "gate", which a LayerNorm and another linear are called, too.
     assert written["target_modules"] == ["trunk.gate", "trunk.proj"]
     assert written["exclude_modules"] is None
+
+
+def test_undo_after_a_cast_puts_back_what_trained_whole_in_that_dtype():
+    model = Uneven()
+    report = adapt(model, LoRAConfig(target_modules=["trunk.proj"], modules_to_save=["other.gate"]))
+    model.to(torch.bfloat16)
+    report.undo()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model(torch.randn(2, 16, dtype=torch.bfloat16))
+
+
+def test_adapting_the_rest_of_a_model_keeps_what_trains_in_an_adapted_part():
+    model = Uneven()
+    adapt(model.trunk, LoRAConfig(target_modules=["proj"], modules_to_save=["gate"], bias="all"))
+    trained = {n for n, p in model.trunk.named_parameters() if p.requires_grad}
+    adapt(model, LoRAConfig(target_modules=["other.gate"]))
+    assert {n for n, p in model.trunk.named_parameters() if p.requires_grad} == trained
+
+
+def test_a_config_that_does_not_name_a_layer_is_not_written(tmp_path):
+    model = Uneven()
+    model.trunk["proj"] = LoRALinear(model.trunk["proj"], 4, alpha=16)
+    with pytest.raises(ValueError, match=r"expected target_modules of the config to name trunk\.proj"):
+        save_adapter(model, tmp_path, config=LoRAConfig(r=4, target_modules=["gate"]))
+    assert not list(tmp_path.iterdir())

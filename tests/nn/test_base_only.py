@@ -217,7 +217,7 @@ def test_what_has_no_base_at_hand_is_refused():
         pass
     other = Net()
     lk.adapt(other, lk.LoRAConfig(bias="all"))
-    with pytest.raises(ValueError, match="frozen biases"), lk.base_only(other):
+    with pytest.raises(ValueError, match="base's own biases"), lk.base_only(other):
         pass
 
 
@@ -226,3 +226,34 @@ def test_modules_to_save_are_refused():
     lk.adapt(model, lk.LoRAConfig(target_modules=["up"], modules_to_save=["down"]))
     with pytest.raises(ValueError, match="modules_to_save, got down"), lk.base_only(model):
         pass
+
+
+def test_biases_of_the_adapter_are_refused_loaded_and_frozen_too(tmp_path):
+    model = Net()
+    lk.adapt(model, lk.LoRAConfig(target_modules=["up"], bias="all"))
+    lk.save_adapter(model, tmp_path)
+    loaded = Net()
+    lk.load_adapter(loaded, tmp_path)
+    for m in (model, loaded, nn.Sequential(loaded)):
+        with pytest.raises(ValueError, match="base's own biases"), lk.base_only(m):
+            pass
+
+
+def test_a_copy_made_in_the_context_is_in_none():
+    model, base = adapted("lora")
+    model.eval()
+    x = torch.randn(2, 16)
+    with lk.base_only(model):
+        inside = copy.deepcopy(model)
+    assert not torch.equal(inside(x), base(x))
+    torch.testing.assert_close(torch.compile(inside, backend="eager")(x), model(x))
+
+
+def test_what_was_merged_is_the_base_of_the_next_adapter():
+    model = Net()
+    lk.adapt(model, lk.LoRAConfig(target_modules=["up"], modules_to_save=["down"]))
+    lk.merge_and_unload(model)
+    base = copy.deepcopy(model)
+    lk.adapt(model, lk.LoRAConfig(target_modules=["up"]))
+    with lk.base_only(model):
+        assert torch.equal(model(torch.ones(1, 16)), base(torch.ones(1, 16)))

@@ -140,3 +140,19 @@ def test_a_setting_of_the_instance_decides():
     model = SwitchedOff()
     model.switch = True
     assert [s.name for s in lk.adapt(model, lk.LoRAConfig(r=2)).skipped] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "convolution"])
+def test_other_modules_whose_weight_is_read_are_refused_too(kind):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.conv = nn.Embedding(9, 8), nn.Conv1d(8, 8, 1)
+
+        def forward(self, ids):
+            h = self.wte(ids) + self.conv.weight.sum()
+            return nn.functional.linear(h, self.wte.weight)
+
+    target = {"embedding": "wte", "convolution": "conv"}[kind]
+    with pytest.raises(ValueError, match=rf"{target} \(its parent, Tied, reads its weight instead of calling it\)"):
+        lk.adapt(Tied(), lk.LoRAConfig(r=2, target_modules=[target]))

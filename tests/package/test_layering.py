@@ -35,7 +35,7 @@ ALLOWED = {
     "patterns": (set(), set()),
     "config": ({"nn", "init", "patterns"}, {"torch"}),
     "names": (set(), {"torch"}),
-    "read_weights": (set(), {"torch"}),
+    "read_weights": ({"nn"}, {"torch"}),
     "adapt": ({"names", "config", "nn", "read_weights", "report"}, {"torch"}),
     "unload": ({"names", "adapt", "finite", "functional", "nn"}, {"torch"}),
     "adapters": ({"names", "adapt", "config", "finite", "nn", "patterns", "report"}, {"torch", "safetensors"}),
