@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, AdapterConfig, endings, names_match
 from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
@@ -210,7 +211,7 @@ def _stacked(model: nn.Module) -> Iterator[str]:
     for path, module in named_modules(model):
         if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
             for name, p in module._parameters.items():
-                if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point():
+                if p is not None and not is_lazy(p) and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point():
                     yield f"{path}.{name}" if path else name
 
 
@@ -316,7 +317,7 @@ def _replace(
     trains = kept | biases | {id(p) for module in copies for p in module.parameters()}
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}
     for p in model.parameters():
-        p.requires_grad_(id(p) in trains)
+        p.requires_grad = id(p) in trains  # of a lazy one too, which has no method yet
     undo.append(lambda: forget_adaptation(model))
     setattr(model, _CONFIG_ATTRIBUTE, config)
     setattr(model, _TRAINED_ATTRIBUTE, trained)
@@ -412,7 +413,7 @@ def _restore_requires_grad(states: list[tuple[nn.Module, str, bool]]) -> None:
     for module, key, requires_grad in states:
         p = module._parameters.get(key)  # not where a wrapper has taken it away
         if p is not None:
-            p.requires_grad_(requires_grad)
+            p.requires_grad = requires_grad
 
 
 @torch.no_grad()

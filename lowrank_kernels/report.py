@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -92,7 +93,7 @@ def collapse(name: str) -> str:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) elements of the model's parameters, each counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if not is_lazy(p)]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 

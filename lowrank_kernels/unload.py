@@ -74,7 +74,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
         trained = trained_before(module)
         if trained is not None:
             for name, p in named_parameters(module):
-                p.requires_grad_(name in trained)
+                p.requires_grad = name in trained
     for module in list(model.modules()):
         forget_adaptation(module)
         module.__dict__.pop("trains_whole", None)

@@ -59,7 +59,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
             for name, t in tensors.items():
                 places[name].copy_(t)
         if not trainable:
-            model.requires_grad_(False)
+            for p in model.parameters():
+                p.requires_grad = False
     except BaseException:
         report.undo()
         raise

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _global_backward_hooks as _for_all_backwards
 from torch.nn.modules.module import _global_backward_pre_hooks as _before_all_backwards
 from torch.nn.modules.module import _global_forward_hooks as _for_all_forwards
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_forwards
+from torch.nn.parameter import is_lazy
 
 from .matrix import as_matrix, is_conv1d, matrix_shape, weight_shape
 from .sharded import is_dtensor
@@ -98,6 +99,8 @@ def why_not_frozen(module: nn.Module) -> str | None:
 def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
     """Why ``module``, a ``kind``, is not just that with a plain frozen weight; None when it is."""
     name, shape = type(module).__name__, weight_shape(module)
+    if is_lazy(module._parameters.get("weight")):
+        return f"a {name} has no weight before its first call; run the model once, then adapt it"
     if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
         return "its weight is computed by torch.nn.utils.parametrize"
     weight = module.weight

@@ -493,3 +493,22 @@ def test_a_config_that_does_not_name_a_layer_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"expected target_modules of the config to name trunk\.proj"):
         save_adapter(model, tmp_path, config=LoRAConfig(r=4, target_modules=["gate"]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("0", "1", "2")])
+def test_lazy_modules_are_skipped_by_name(targets, tmp_path):
+    def lazy():
+        return nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4), nn.LazyConv1d(4, 3))
+
+    model = lazy()
+    report = adapt(model, LoRAConfig(r=2, target_modules=targets))
+    assert [r.name for r in report.replaced] == ["0"]
+    assert "1: a LazyLinear has no weight before its first call; run the model once" in str(report)
+    save_adapter(model, tmp_path, config=LoRAConfig(r=2, target_modules=("0",)))
+    other = lazy()
+    load_adapter(other, tmp_path).undo()
+    assert type(other[0]) is nn.Linear
+    model[1](model[0](torch.ones(1, 8)))
+    assert not model[1].weight.requires_grad and model[0].lora_A.weight.requires_grad
+    report.undo()
+    assert model[1].weight.requires_grad
