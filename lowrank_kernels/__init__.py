@@ -3,6 +3,7 @@
 from . import chain, federated, init, integrations, nn, optim, serving, smt
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
+from .base_only import base_only
 from .config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
 from .functional import (
     BatchPlan,
@@ -17,7 +18,6 @@ from .functional import (
     stack_column_scale,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
-from .nn.base_only import base_only
 from .report import Report
 from .smt import SMTConfig
 from .stack import LoRAStack

@@ -43,9 +43,9 @@ def save_adapter(
     """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
 
     Args:
-        model: adapted by :func:`adapt`, compiled or with modules that torch has wrapped, too; of DDP's wrapper give
-            ``model.module``. Where FSDP2 shards it, every rank has to call this: each gathers the factors and writes
-            the files. Under FSDP1 call it in ``FullyShardedDataParallel.summon_full_params(model)``.
+        model: adapted by :func:`adapt`, compiled or wrapped, as a whole or in parts. Where FSDP2 shards it, every rank
+            has to call this: each gathers the factors and writes the files. Under FSDP1 call it in
+            ``FullyShardedDataParallel.summon_full_params(model)``.
         folder: made if missing. Files are written aside and renamed, so that neither is ever half there.
         base_model_name: for PEFT's ``base_model_name_or_path``.
         task_type: for PEFT's ``task_type``, such as "CAUSAL_LM"; PEFT's Auto classes need it. For "SEQ_CLS",
@@ -84,8 +84,8 @@ def save_adapter(
         raise ValueError(f"save_adapter: expected a model with LoRA layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise ValueError(
-            "save_adapter: this model was not adapted by lk.adapt(model, LoRAConfig(...)), or is wrapped; "
-            "pass config=, or the inner model"
+            "save_adapter: expected a model that lk.adapt(model, LoRAConfig(...)) has adapted; pass config=, or the "
+            "part that was adapted"
         )
     _check_layers_follow(config, layers)
     _check_whole(layers)

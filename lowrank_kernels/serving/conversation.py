@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..adapters.folder import inside
+from ..adapters.folder import inside, read_json
 
 _MOST_BYTES = {"chat_template.jinja": 1 << 20, "tokenizer_config.json": 8 << 20, "tokenizer.json": 64 << 20}
 
@@ -17,7 +16,7 @@ def chat_template(folder: Path) -> str | None:
     Raises:
         ValueError: a file that is too large, leaves the folder, or does not hold what it should.
     """
-    text = _text(folder, "chat_template.jinja")
+    text = _template_file(folder)
     if text is not None:
         return text
     given = _json(folder, "tokenizer_config.json").get("chat_template")
@@ -44,7 +43,8 @@ def unused_tokenizer(folder: Path, tokenizer: Any) -> str | None:
     return f"its tokenizer has {differ} tokens that differ from the model's; the model's is used" if differ else None
 
 
-def _text(folder: Path, name: str) -> str | None:
+def _template_file(folder: Path) -> str | None:
+    name = "chat_template.jinja"
     if not (folder / name).exists():
         return None
     path = inside(folder, name)
@@ -57,11 +57,4 @@ def _text(folder: Path, name: str) -> str | None:
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
-    text = _text(folder, name)
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected {name} to hold JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"expected {name} to hold a JSON object, got {type(found).__name__}")
-    return found
+    return read_json(inside(folder, name), limit=_MOST_BYTES[name]) if (folder / name).exists() else {}

@@ -37,6 +37,7 @@ ALLOWED = {
     "names": (set(), {"torch"}),
     "read_weights": ({"nn"}, {"torch"}),
     "adapt": ({"names", "config", "nn", "read_weights", "report"}, {"torch"}),
+    "base_only": ({"adapt", "names", "nn"}, {"torch"}),
     "unload": ({"names", "adapt", "finite", "functional", "nn"}, {"torch"}),
     "adapters": ({"names", "adapt", "config", "finite", "nn", "patterns", "report"}, {"torch", "safetensors"}),
     "smt": (
