@@ -257,3 +257,16 @@ def test_what_was_merged_is_the_base_of_the_next_adapter():
     lk.adapt(model, lk.LoRAConfig(target_modules=["up"]))
     with lk.base_only(model):
         assert torch.equal(model(torch.ones(1, 16)), base(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_of_another_model_in_the_context_trains_it(reentrant):
+    model, _ = adapted("lora")
+    other, _ = adapted("dora")
+    x = torch.randn(2, 16, requires_grad=True)
+    other(x).square().sum().backward()
+    expected = other.up.lora_A.weight.grad.clone()
+    other.zero_grad()
+    with lk.base_only(model):
+        checkpoint(other, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(other.up.lora_A.weight.grad, expected)
