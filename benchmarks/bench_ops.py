@@ -30,8 +30,9 @@ CASES = [
     for op, bench in OPS.items()
     for shape in bench.shapes
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-    for mode, training in (("inference", False), ("training", True)) if bench.trained or not training
-]  # fmt: skip
+    for mode, training in (("inference", False), ("training", True))
+    if bench.trained or not training
+]
 
 
 @pytest.fixture(scope="session")

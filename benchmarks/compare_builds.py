@@ -79,9 +79,14 @@ class Build:
     def __init__(self, tree: Path, threads: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(tree), "THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"], cwd=tree, env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, __file__, "--worker"],
+            cwd=tree,
+            env=environment,
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def ask(self, **request: Any) -> Any:
         assert self.process.stdin and self.process.stdout
@@ -112,10 +117,17 @@ def compare(then: Build, now: Build, row: list[Any], seconds: float) -> dict[str
     ratio, spread = Sample(tuple(times[1])).over(Sample(tuple(times[0])))
     same = first["bits"] == second["bits"]
     result = {
-        "op": row[0], "shape": _words(row[1]), "dtype": row[2],
-        "mode": "training" if row[3] else "inference", "then_us": Sample(tuple(times[0])).median * 1e6,
-        "ratio": ratio, "spread": spread, "same_bits": same, "errors_then": "", "errors_now": "",
-    }  # fmt: skip
+        "op": row[0],
+        "shape": _words(row[1]),
+        "dtype": row[2],
+        "mode": "training" if row[3] else "inference",
+        "then_us": Sample(tuple(times[0])).median * 1e6,
+        "ratio": ratio,
+        "spread": spread,
+        "same_bits": same,
+        "errors_then": "",
+        "errors_now": "",
+    }
     if not same:
         for name, build in (("errors_then", then), ("errors_now", now)):
             result[name] = " ".join(f"{e:.2f}" for e in build.ask(errors=True))

@@ -182,9 +182,7 @@ def main() -> int:
     for path in args.wheels:
         package, version, texts = sources(path)
         module = load(package, texts)
-        reference, cases = {
-            "vllm": (vllm_reference, vllm_cases), "sglang": (sglang_reference, sglang_cases),
-        }[package]  # fmt: skip
+        reference, cases = {"vllm": (vllm_reference, vllm_cases), "sglang": (sglang_reference, sglang_cases)}[package]
         torch.manual_seed(0)
         rows: dict[tuple[str, ...], list[tuple[float, float, float, bool]]] = defaultdict(list)
         for case in cases():
@@ -196,10 +194,22 @@ def main() -> int:
             ours, theirs, apart = (max(f[i] for f in figures) for i in range(3))
             wrong = sum(not agreed for *_, agreed in figures)
             failed += wrong
-            table.append({"shapes": shapes, "function": name, "dtype": dtype, "cases": len(figures), "apart": wrong,
-                          "our_error": ours, "their_error": theirs, "largest_difference": apart})  # fmt: skip
-            print(f"  {shapes:18} {name:12} {dtype:9} {len(figures) - wrong} of {len(figures)} agree; largest error "
-                  f"{ours:.1e}, theirs {theirs:.1e}, apart {apart:.1e}")  # fmt: skip
+            table.append(
+                {
+                    "shapes": shapes,
+                    "function": name,
+                    "dtype": dtype,
+                    "cases": len(figures),
+                    "apart": wrong,
+                    "our_error": ours,
+                    "their_error": theirs,
+                    "largest_difference": apart,
+                }
+            )
+            print(
+                f"  {shapes:18} {name:12} {dtype:9} {len(figures) - wrong} of {len(figures)} agree; largest error "
+                f"{ours:.1e}, theirs {theirs:.1e}, apart {apart:.1e}"
+            )
         found["packages"][package] = {"version": version, "rows": table}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -100,11 +100,16 @@ def measure(
         samples = interleaved({"frozen": baseline, name: run(call)}, seconds, torch.device("cpu"))
         pairs[name] = samples["frozen"].median, samples[name].median
     return {
-        "tokens": tokens, "K": size, "N": size, "R": rank, "dtype": str(dtype).removeprefix("torch."),
-        "mode": "training" if training else "inference", "dropout_p": dropout_p,
+        "tokens": tokens,
+        "K": size,
+        "N": size,
+        "R": rank,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": "training" if training else "inference",
+        "dropout_p": dropout_p,
         "frozen_us": statistics.median(frozen for frozen, _ in pairs.values()) * 1e6,
         "over_frozen": {name: value / frozen for name, (frozen, value) in pairs.items()},
-    }  # fmt: skip
+    }
 
 
 def conditions() -> dict[str, str]:
@@ -115,9 +120,11 @@ def conditions() -> dict[str, str]:
     return {
         "device": f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads",
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(), "torch": torch.__version__,
-        "commit": command("git", "rev-parse", "--short", "HEAD"), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": command("git", "rev-parse", "--short", "HEAD"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def main() -> None:

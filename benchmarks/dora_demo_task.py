@@ -44,11 +44,16 @@ def main() -> None:
     print(f"held-out loss {before:.4f} -> ours {after[0]:.6f}, PEFT {after[1]:.6f}; curves differ by {difference:.1e}")
     if args.json:
         result = {
-            "conditions": conditions(), "steps": args.steps, "batch_size": args.batch_size, "rank": args.rank,
-            "before": before, "after": {run.name: loss for run, loss in zip(runs, after, strict=True)},
-            "curve_difference": difference, "losses": {run.name: run.losses for run in runs},
+            "conditions": conditions(),
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "rank": args.rank,
+            "before": before,
+            "after": {run.name: loss for run, loss in zip(runs, after, strict=True)},
+            "curve_difference": difference,
+            "losses": {run.name: run.losses for run in runs},
             "seconds_per_step": {run.name: run.median_seconds() for run in runs},
-        }  # fmt: skip
+        }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

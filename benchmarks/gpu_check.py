@@ -29,8 +29,15 @@ from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
 
 STRATEGIES = ("fused", "two_kernel", "library")
-CHECKED = {"M": (1, 70, 2048), "K": (4096, 1000, 2048), "N": (4096, 1352, 4096), "R": (16, 7, 256), "G": (1, 5, 64),
-           "blocks": (3, 7, 41), "size": (64, 16, 128)}  # fmt: skip
+CHECKED = {
+    "M": (1, 70, 2048),
+    "K": (4096, 1000, 2048),
+    "N": (4096, 1352, 4096),
+    "R": (16, 7, 256),
+    "G": (1, 5, 64),
+    "blocks": (3, 7, 41),
+    "size": (64, 16, 128),
+}
 """The sizes of three problems: one token, odd widths, a large one."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

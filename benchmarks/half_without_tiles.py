@@ -47,8 +47,9 @@ def measure(isa: str) -> list[dict[str, Any]]:
                 found = interleaved(calls, 1.0, torch.device("cpu"))
                 ratio, spread = found["ours"].over(found["plain"])
                 times = {f"{name}_us": sample.median * 1e6 for name, sample in found.items()}
-                rows.append({"isa": isa, "dtype": dtype, **shape, "mode": mode, "over_plain": ratio, "spread": spread,
-                             **times})  # fmt: skip
+                rows.append(
+                    {"isa": isa, "dtype": dtype, **shape, "mode": mode, "over_plain": ratio, "spread": spread, **times}
+                )
     return rows
 
 
@@ -66,8 +67,10 @@ def main() -> None:
         command = [sys.executable, __file__, "--isa", isa]
         rows += json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
     for row in rows:
-        print(f"{row['isa']} {row['dtype']} M={row['M']} K={row['K']} N={row['N']} {row['mode']}: "
-              f"plain {row['plain_us']:.0f} us, ours {row['ours_us']:.0f} us")  # fmt: skip
+        print(
+            f"{row['isa']} {row['dtype']} M={row['M']} K={row['K']} N={row['N']} {row['mode']}: "
+            f"plain {row['plain_us']:.0f} us, ours {row['ours_us']:.0f} us"
+        )
     if args.json:
         args.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
 

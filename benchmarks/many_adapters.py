@@ -194,11 +194,18 @@ def main() -> None:
                         base, own = medians([calls["base"], calls[candidate]], args.seconds, flush)
                         over[candidate] = own / base
                         alone.append(base)
-                found.append({
-                    "dtype": str(dtype).removeprefix("torch."), "population": name, "rows": rows,
-                    "K": args.size, "N": args.size, "R": args.rank, "base_us": statistics.median(alone) * 1e6,
-                    "over_base": over,
-                })  # fmt: skip
+                found.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "population": name,
+                        "rows": rows,
+                        "K": args.size,
+                        "N": args.size,
+                        "R": args.rank,
+                        "base_us": statistics.median(alone) * 1e6,
+                        "over_base": over,
+                    }
+                )
                 cells = " ".join(f"{over[c]:6.2f}" if c in over else " " * 6 for c in CANDIDATES)
                 print(f"{found[-1]['dtype']:9} {name:10} {rows:4} {found[-1]['base_us']:8.0f} {cells}", flush=True)
     if args.json:

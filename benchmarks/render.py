@@ -73,10 +73,15 @@ def demo() -> str:
         "Losses in nats a target token on held-out functions; memory is the most one forward and backward allocates.",
     ]
     rows = [
-        (run["name"], f"{run['held_out_before']:.3f}", f"{run['held_out_after']:.3f}", f"{run['seconds_per_step']:.2f}",
-         f"{run['peak_bytes'] / 2**20:.0f}")
+        (
+            run["name"],
+            f"{run['held_out_before']:.3f}",
+            f"{run['held_out_after']:.3f}",
+            f"{run['seconds_per_step']:.2f}",
+            f"{run['peak_bytes'] / 2**20:.0f}",
+        )
         for run in found["runs"]
-    ]  # fmt: skip
+    ]
     logits = f"logits within {found['logit_difference']:.0e}" if found["logit_difference"] else "the same logits"
     end = (
         f"The two LoRA loss curves differ by at most {found['curve_difference']:.0e}; PEFT, loading our adapter, gives "
@@ -120,9 +125,15 @@ def smt_training() -> str:
     def cells(row: dict[str, Any]) -> list[str]:
         optimizer, peak, resident = (row[f"{name}_bytes"] / 2**20 for name in ("optimizer", "peak", "resident"))
         return [
-            row["method"], f"{row['trainable']:,}", f"{optimizer:.1f}", f"{peak:.0f}", f"{row['peak_over_full']:.2f}",
-            f"{resident:.0f}", f"{row['resident_over_full']:.2f}", step.get(row["method"], ""),
-        ]  # fmt: skip
+            row["method"],
+            f"{row['trainable']:,}",
+            f"{optimizer:.1f}",
+            f"{peak:.0f}",
+            f"{row['peak_over_full']:.2f}",
+            f"{resident:.0f}",
+            f"{row['resident_over_full']:.2f}",
+            step.get(row["method"], ""),
+        ]
 
     heads = " | trainable | optimizer MiB | peak MiB | of full | resident MiB | of full | s a step"
     return table(words, heads, map(cells, memory["rows"]))
@@ -143,10 +154,15 @@ def smt_demo_task() -> str:
         f"{s['warmup_steps']} --held-out {s['held_out']} --seeds {s['seeds']}`.",
     ]
     rows = [
-        (row["method"], f"{row['trainable']:,}", f"{row['rate']:g}",
-         f"{row['mean']:.3f} ± {row['standard_deviation']:.3f}", ", ".join(f"{loss:.3f}" for loss in row["losses"]))
+        (
+            row["method"],
+            f"{row['trainable']:,}",
+            f"{row['rate']:g}",
+            f"{row['mean']:.3f} ± {row['standard_deviation']:.3f}",
+            ", ".join(f"{loss:.3f}" for loss in row["losses"]),
+        )
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     return table(words, " | trainable | rate | held-out loss | each seed", rows)
 
 
@@ -164,8 +180,9 @@ def many_adapters() -> str:
     names = ("ours", "bmm", "loop", "peft")
     cells = [
         (f"{row['dtype']}, {row['population']}", *(f"{row['over_base'][name]:.2f}" for name in names))
-        for row in rows if row["rows"] == most
-    ]  # fmt: skip
+        for row in rows
+        if row["rows"] == most
+    ]
     written = table(words, "dtype, population | ours | gathered `bmm` | loop | PEFT's mixed batch", cells)
     return written + "\n\n![all batch sizes](images/many_adapters.png)"
 
@@ -180,10 +197,15 @@ def train_many_adapters() -> str:
         f"{conditions(found['conditions'])} Repeat: `python benchmarks/train_many_adapters.py`.",
     ]
     cells = [
-        (f"{row['tokens']}", f"{row['seconds']['together']:.2f}", f"{row['seconds']['apart']:.2f}",
-         f"{row['ratio']:.2f}", f"{row['largest_relative_loss_difference']:.0e}")
+        (
+            f"{row['tokens']}",
+            f"{row['seconds']['together']:.2f}",
+            f"{row['seconds']['apart']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['largest_relative_loss_difference']:.0e}",
+        )
         for row in sorted(rows, key=lambda row: row["tokens"])
-    ]  # fmt: skip
+    ]
     return table(words, "tokens an adapter | in one batch | one after another | ratio | losses differ by", cells)
 
 
@@ -195,11 +217,18 @@ def compare_serving_references() -> str:
         conditions(found["conditions"]),
     ]
     cells = [
-        (f"{package} {result['version']}, `{row['function']}`", row["shapes"], row["dtype"],
-         f"{row['cases'] - row['apart']} of {row['cases']}", f"{row['our_error']:.0e}", f"{row['their_error']:.0e}",
-         f"{row['largest_difference']:.0e}")
-        for package, result in found["packages"].items() for row in result["rows"]
-    ]  # fmt: skip
+        (
+            f"{package} {result['version']}, `{row['function']}`",
+            row["shapes"],
+            row["dtype"],
+            f"{row['cases'] - row['apart']} of {row['cases']}",
+            f"{row['our_error']:.0e}",
+            f"{row['their_error']:.0e}",
+            f"{row['largest_difference']:.0e}",
+        )
+        for package, result in found["packages"].items()
+        for row in result["rows"]
+    ]
     return table(words, "reference | shapes | dtype | agree | our error | theirs | apart", cells)
 
 
@@ -287,10 +316,15 @@ def resume() -> str:
     found = results("methods/resume")
     words = [f"{conditions(found['conditions'])} Repeat: `python benchmarks/methods/resume.py`, and `rac-lora --kill`."]
     rows = [
-        (f"`{row['method']}`", f"`{row['stopped by']}`", f"{row['held_out_before']:.3f}",
-         f"{row['held_out_after']:.3f}", ", ".join(row["differ"]) or "nothing")
+        (
+            f"`{row['method']}`",
+            f"`{row['stopped by']}`",
+            f"{row['held_out_before']:.3f}",
+            f"{row['held_out_after']:.3f}",
+            ", ".join(row["differ"]) or "nothing",
+        )
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     return table(words, "method | stopped by | held-out loss before | after | what differs", rows)
 
 
@@ -318,10 +352,15 @@ def bench() -> str:
     for row in rows:
         cases.setdefault((row.op, row.shape, row.dtype, row.mode), {})[row.provider] = row
     cells = [
-        (f"`{op}` {shape}", dtype, mode, f"{found['floor'].median_us:.0f}" if "floor" in found else "",
-         *(_ratio_and_spread(found[name]) if name in found else "" for name in others))
+        (
+            f"`{op}` {shape}",
+            dtype,
+            mode,
+            f"{found['floor'].median_us:.0f}" if "floor" in found else "",
+            *(_ratio_and_spread(found[name]) if name in found else "" for name in others),
+        )
         for (op, shape, dtype, mode), found in cases.items()
-    ]  # fmt: skip
+    ]
     return table(words, " | ".join(["op, shape", "dtype", "mode", "floor, µs", *others]), cells)
 
 
@@ -346,10 +385,17 @@ def predictions() -> str:
                 over = f"{time / seconds(target, [floor]):.2f}"
             row = measured.get((op, words))
             cells.append(
-                (f"`{op}` {words}", choice, f"{len(launches)}", f"{sum(w.nbytes for w in launches) / 1e6:.1f}",
-                 f"{sum(w.flops for w in launches) / 1e9:.1f}", f"{time * 1e6:.1f}", over,
-                 f"{row.median_us:.1f}" if row and row.median_us else "")
-            )  # fmt: skip
+                (
+                    f"`{op}` {words}",
+                    choice,
+                    f"{len(launches)}",
+                    f"{sum(w.nbytes for w in launches) / 1e6:.1f}",
+                    f"{sum(w.flops for w in launches) / 1e9:.1f}",
+                    f"{time * 1e6:.1f}",
+                    over,
+                    f"{row.median_us:.1f}" if row and row.median_us else "",
+                )
+            )
     peaks = f"{target.copy_bytes_per_s / 1e12:.1f} TB/s copied and {target.matrix_flops_per_s / 1e12:.0f} TFLOP/s"
     seen = f"Measured: {conditions(c)}" if measured else "The last column is empty: no GPU has run this yet."
     text = [
@@ -370,10 +416,12 @@ def half_without_tiles() -> str:
     ]
     pairs = zip(found["rows"][::2], found["rows"][1::2], strict=True)
     cells = [
-        (f"{row['isa']}, {row['dtype']}, {row['M']} tokens, K = N = {row['K']}",
-         *(f"{mode['plain_us']:.0f} | {mode['ours_us']:.0f}" for mode in (row, step)))
+        (
+            f"{row['isa']}, {row['dtype']}, {row['M']} tokens, K = N = {row['K']}",
+            *(f"{mode['plain_us']:.0f} | {mode['ours_us']:.0f}" for mode in (row, step)),
+        )
         for row, step in pairs
-    ]  # fmt: skip
+    ]
     return table(words, " | plain, forward | ours | plain, step | ours", cells)
 
 
@@ -387,11 +435,14 @@ def tuned() -> str:
         f"of shapes, {len(entries)} of them settled unlike the rule (`benchmarks/results/cpu_tune.json`).",
     ]
     cells = [
-        (f"`{key.split()[0]}` {' '.join(key.split()[1:])}", entry["choice"].replace("_", " "),
-         f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
-         "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}")
+        (
+            f"`{key.split()[0]}` {' '.join(key.split()[1:])}",
+            entry["choice"].replace("_", " "),
+            f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
+            "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}",
+        )
         for key, entry in entries.items()
-    ]  # fmt: skip
+    ]
     return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
 
 
@@ -399,20 +450,37 @@ def tuned_small_layers() -> str:
     """Every class of the table of small layers."""
     part = results("cpu_tune_small_layers")["cpu"]
     cells = [
-        (f"`{key.split()[0]}` {' '.join(key.split()[1:])}", (entry["choice"] or "the rule's").replace("_", " "),
-         f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
-         "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}")
+        (
+            f"`{key.split()[0]}` {' '.join(key.split()[1:])}",
+            (entry["choice"] or "the rule's").replace("_", " "),
+            f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
+            "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}",
+        )
         for key, entry in part["entries"].items()
-    ]  # fmt: skip
+    ]
     words = ["The same for layers whose products take microseconds (`benchmarks/results/cpu_tune_small_layers.json`)."]
     return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
 
 
 TABLES = (
-    cost_over_frozen, demo, bench, predictions, dora_demo_task, smt_gradient, smt_training, smt_demo_task,
-    many_adapters, train_many_adapters, compare_serving_references, soak_serving, optimizer_steps, resume,
-    half_without_tiles, tuned, tuned_small_layers,
-)  # fmt: skip
+    cost_over_frozen,
+    demo,
+    bench,
+    predictions,
+    dora_demo_task,
+    smt_gradient,
+    smt_training,
+    smt_demo_task,
+    many_adapters,
+    train_many_adapters,
+    compare_serving_references,
+    soak_serving,
+    optimizer_steps,
+    resume,
+    half_without_tiles,
+    tuned,
+    tuned_small_layers,
+)
 FIGURES = {render.__name__: render for render in TABLES}
 FIGURES |= {f"cost of {method}": partial(method_cost, method) for method in COSTLY}
 

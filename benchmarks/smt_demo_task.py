@@ -82,13 +82,26 @@ def main() -> None:
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         trainable = next(r["trainable"] for r in runs if r["method"] == method)
         rows.append(
-            {"method": method, "rate": RATES[method], "trainable": trainable, "losses": losses,
-             "mean": statistics.mean(losses), "standard_deviation": spread}
-        )  # fmt: skip
+            {
+                "method": method,
+                "rate": RATES[method],
+                "trainable": trainable,
+                "losses": losses,
+                "mean": statistics.mean(losses),
+                "standard_deviation": spread,
+            }
+        )
         print(f"{method:5} {trainable:>10} {statistics.mean(losses):.4f} ± {spread:.4f}")
     if args.json:
-        settings = {"steps": args.steps, "batch_size": args.batch_size, "rank": args.rank, "held_out": args.held_out,
-                    "block_size": args.block_size, "warmup_steps": args.warmup_steps, "seeds": args.seeds}  # fmt: skip
+        settings = {
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "rank": args.rank,
+            "held_out": args.held_out,
+            "block_size": args.block_size,
+            "warmup_steps": args.warmup_steps,
+            "seeds": args.seeds,
+        }
         result = {"conditions": conditions(), "settings": settings, "before": before, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -43,9 +43,15 @@ def measure(dtype: torch.dtype, tokens: int, size: int, block: int, share: float
     medians = {name: sample.median for name, sample in samples.items()}
     dense = medians.pop("dense")
     return {
-        "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "K": size, "N": size, "block": block,
-        "blocks": len(index), "dense_ms": 1e3 * dense, "over_dense": {name: t / dense for name, t in medians.items()},
-    }  # fmt: skip
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "K": size,
+        "N": size,
+        "block": block,
+        "blocks": len(index),
+        "dense_ms": 1e3 * dense,
+        "over_dense": {name: t / dense for name, t in medians.items()},
+    }
 
 
 def main() -> None:

@@ -56,9 +56,12 @@ def base_model() -> Any:
 def select(path: Path) -> None:
     """The selection, to a file."""
     scores = lk.smt.warm_up(
-        base_model(), [batch_of(s) for s in (1, 2)], lambda m, b: answer_loss(m, **b),
-        block_size=BLOCK, target_modules=TARGETS,
-    )  # fmt: skip
+        base_model(),
+        [batch_of(s) for s in (1, 2)],
+        lambda m, b: answer_loss(m, **b),
+        block_size=BLOCK,
+        target_modules=TARGETS,
+    )
     save_file(dict(scores.select(BUDGET, of="parameters").blocks), path)
 
 
@@ -102,9 +105,14 @@ def one_memory(method: str, path: Path) -> dict[str, Any]:
     extra = peak_allocated(lambda: step(model, optimizer, batch), torch.device("cpu"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
-        "method": method, "trainable": trainable, "model_bytes": held, "optimizer_bytes": state, "step_bytes": extra,
-        "peak_bytes": held + state + extra, "resident_bytes": highest,
-    }  # fmt: skip
+        "method": method,
+        "trainable": trainable,
+        "model_bytes": held,
+        "optimizer_bytes": state,
+        "step_bytes": extra,
+        "peak_bytes": held + state + extra,
+        "resident_bytes": highest,
+    }
 
 
 def memory(path: Path) -> list[dict[str, Any]]:
@@ -112,8 +120,10 @@ def memory(path: Path) -> list[dict[str, Any]]:
     for method in METHODS:
         found = subprocess.run(
             [sys.executable, __file__, "one", "--method", method, "--selection", str(path)],
-            check=True, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         rows.append(json.loads(found.stdout.splitlines()[-1]))
     full = rows[0]
     for row in rows:

@@ -51,9 +51,17 @@ def make_model() -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -81,9 +89,13 @@ def continued(model: Any, seed: int) -> tuple[list[int], list[int]]:
     while True:
         prompt = [draw.randrange(1, 256) for _ in range(draw.randrange(1, 12))]
         made = model.generate(
-            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         first, second = torch.stack(made.logits)[:, 0].topk(2).values.unbind(1)
         if float((first - second).min()) > MARGIN:
             return prompt, made.sequences[0, len(prompt) :].tolist()
@@ -214,12 +226,18 @@ class Soak:
         quarter = max(1, len(memory) // 4)
         early, late = (statistics.median(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
         found = {
-            "seconds": seconds, "adapters": len(self.names), "budget_bytes": self.bank.budget_bytes,
-            "adapter_bytes": self.bank.nbytes, "batches": self.batcher.batches, "rows": self.batcher.rows,
-            "counts": dict(sorted(self.counts.items())), "unaccounted": self.counts["asked"] - ends,
+            "seconds": seconds,
+            "adapters": len(self.names),
+            "budget_bytes": self.bank.budget_bytes,
+            "adapter_bytes": self.bank.nbytes,
+            "batches": self.batcher.batches,
+            "rows": self.batcher.rows,
+            "counts": dict(sorted(self.counts.items())),
+            "unaccounted": self.counts["asked"] - ends,
             "memory": {"second_quarter": early, "last_quarter": late, "growth": late / early - 1},
-            "stuck": sum(thread.is_alive() for thread in threads), "faults": self.faults,
-        }  # fmt: skip
+            "stuck": sum(thread.is_alive() for thread in threads),
+            "faults": self.faults,
+        }
         self.bank.close()
         return found
 

@@ -108,10 +108,16 @@ def main() -> None:
             apart_now = losses["apart"]
             difference = max(difference, *(abs(a - b) / b for a, b in zip(losses["together"], apart_now, strict=True)))
         seconds = {name: statistics.median(values) for name, values in times.items()}
-        found.append({
-            "tokens": count, "adapters": args.adapters, "R": args.rank, "seconds": seconds,
-            "ratio": seconds["together"] / seconds["apart"], "largest_relative_loss_difference": difference,
-        })  # fmt: skip
+        found.append(
+            {
+                "tokens": count,
+                "adapters": args.adapters,
+                "R": args.rank,
+                "seconds": seconds,
+                "ratio": seconds["together"] / seconds["apart"],
+                "largest_relative_loss_difference": difference,
+            }
+        )
         print(
             f"{args.adapters} adapters x {count} tokens: together {seconds['together']:.3f} s, "
             f"apart {seconds['apart']:.3f} s, ratio {found[-1]['ratio']:.2f}, losses within {difference:.1e}",

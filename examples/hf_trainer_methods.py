@@ -31,10 +31,14 @@ def base_model(name: str | None) -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
             num_key_value_heads=2,
         )
-    )  # fmt: skip
+    )
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -81,12 +85,19 @@ def train(method: str, model_name: str | None = None, steps: int = 40) -> tuple[
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=8, per_device_eval_batch_size=8, max_steps=steps, logging_steps=10,
-            report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            max_steps=steps,
+            logging_steps=10,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
         trainer = Trainer(
             model, arguments, train_dataset=data, eval_dataset=Sequences(32), optimizers=(optimizer, schedule)
-        )  # fmt: skip
+        )
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         return before, trainer.evaluate()["eval_loss"]

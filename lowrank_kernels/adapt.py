@@ -141,26 +141,34 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     wanted, head = config.target_modules, _output_head(model)
     whole, task_heads = whole_modules(model, config), _task_heads(model)
     check_can_train_whole(model, whole)
+    everything = wanted == ALL_LINEAR
+
+    def why_skipped(name: str, module: nn.Module, above: dict[str, nn.Module], targeted: bool) -> str | None:
+        """The first reason, in this order, to leave a module as it is; None for a target."""
+        if not targeted:
+            return "not in target_modules"
+        if config.exclude_modules and names_match(config.exclude_modules, name):
+            return "in exclude_modules"
+        if not whole.keys().isdisjoint((name, *above)):
+            return "in modules_to_save, which trains it whole"
+        if everything and module is head:
+            return "the output head; name it in target_modules to adapt it"
+        if name in above and COMPILED in above[name]._modules:
+            return "compiled by itself, and would go on without the layer; adapt the model, then compile"
+        if everything and not task_heads.isdisjoint((name, *above)):
+            return _OF_A_TASK_HEAD
+        return why_not_called(module, name, above) or config.why_not(module)
+
     targets: dict[str, nn.Linear] = {}
     skipped: list[Skipped] = []
     unmatched = set() if isinstance(wanted, str) else set(wanted)
     for name, module, above in _outside_adapters(model):
         unmatched.difference_update(endings(name))
         linear_like = _looks_linear(module)
-        everything = wanted == ALL_LINEAR
         targeted = linear_like if everything else names_match(wanted, name)
         if not targeted and not linear_like:
             continue
-        reason = (
-            "not in target_modules" if not targeted
-            else "in exclude_modules" if config.exclude_modules and names_match(config.exclude_modules, name)
-            else "in modules_to_save, which trains it whole" if not whole.keys().isdisjoint((name, *above))
-            else "the output head; name it in target_modules to adapt it" if everything and module is head
-            else "compiled by itself, and would go on without the layer; adapt the model, then compile"
-            if name in above and COMPILED in above[name]._modules
-            else _OF_A_TASK_HEAD if everything and not task_heads.isdisjoint((name, *above))
-            else why_not_called(module, name, above) or config.why_not(module)
-        )  # fmt: skip
+        reason = why_skipped(name, module, above, targeted)
         if reason is None:
             targets[name] = module  # type: ignore[assignment]
         else:

@@ -126,9 +126,12 @@ class LoRAConfig(AdapterConfig):
 
     _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias")
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
-        nn.Embedding: LoRAEmbedding, nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d,
+        nn.Embedding: LoRAEmbedding,
+        nn.Conv1d: LoRAConv1d,
+        nn.Conv2d: LoRAConv2d,
+        nn.Conv3d: LoRAConv3d,
         nn.Module: LoRALinear,
-    }  # fmt: skip
+    }
 
     r: int = 8
     alpha: float = 16.0
@@ -164,9 +167,14 @@ class LoRAConfig(AdapterConfig):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{kind}: expected {option} to be True or False, got {getattr(self, option)!r}")
         check_lora_settings(
-            kind, r=self.r, alpha=self.alpha, dropout=self.dropout, train=self.train, dtype=self.dtype,
+            kind,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            train=self.train,
+            dtype=self.dtype,
             rslora=self.rslora,
-        )  # fmt: skip
+        )
         for pattern, r in self.rank_pattern.items():
             check_lora_settings(f"{kind}: rank_pattern[{pattern!r}]", r=r, alpha=0.0, dropout=0.0)
         for pattern, alpha in self.alpha_pattern.items():
@@ -246,9 +254,12 @@ class DoRAConfig(LoRAConfig):
 
     _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "dropout_base", "detach_norm")
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
-        nn.Embedding: DoRAEmbedding, nn.Conv1d: DoRAConv1d, nn.Conv2d: DoRAConv2d, nn.Conv3d: DoRAConv3d,
+        nn.Embedding: DoRAEmbedding,
+        nn.Conv1d: DoRAConv1d,
+        nn.Conv2d: DoRAConv2d,
+        nn.Conv3d: DoRAConv3d,
         nn.Module: DoRALinear,
-    }  # fmt: skip
+    }
 
     dropout_base: bool = False
     detach_norm: bool = True
@@ -302,9 +313,15 @@ class MultiLoRAConfig(AdapterConfig):
         dropout = self.dropout if isinstance(self.dropout, (int, float)) else self.dropout[adapter]
         kind = DoRAConfig if self.dora else LoRAConfig
         return kind(
-            target_modules=self.target_modules, exclude_modules=self.exclude_modules, r=self.ranks[adapter],
-            alpha=self.alpha, dropout=dropout, rslora=self.rslora, init=self.init, dtype=self.dtype,
-        )  # fmt: skip
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            r=self.ranks[adapter],
+            alpha=self.alpha,
+            dropout=dropout,
+            rslora=self.rslora,
+            init=self.init,
+            dtype=self.dtype,
+        )
 
     def rank_of(self, name: str) -> int:
         return sum(self.ranks)
@@ -314,9 +331,15 @@ class MultiLoRAConfig(AdapterConfig):
 
     def layer(self, name: str, linear: nn.Linear) -> MultiLoRALinear:
         return MultiLoRALinear.from_linear(
-            linear, self.ranks, alpha=self.alpha, rslora=self.rslora, dora=self.dora,
-            dropout=self.dropout, init=self.init, dtype=self.dtype,
-        )  # fmt: skip
+            linear,
+            self.ranks,
+            alpha=self.alpha,
+            rslora=self.rslora,
+            dora=self.dora,
+            dropout=self.dropout,
+            init=self.init,
+            dtype=self.dtype,
+        )
 
 
 def names_match(wanted: str | Sequence[str], name: str) -> bool:

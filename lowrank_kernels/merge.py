@@ -139,9 +139,15 @@ _ROWS = 1024  # of a weight that are looked at at once
 
 
 def _merge(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    before: Tensor | None, after: Tensor | None, seed: Tensor | None, backend: str,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    before: Tensor | None,
+    after: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     before, after = (None if t is None else t.to(weight.device, wide).contiguous() for t in (before, after))
     lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)

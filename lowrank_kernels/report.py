@@ -139,8 +139,10 @@ class FirstBackward:
             logger.warning(
                 "adapt: %d of the replaced layers got no gradient in the first backward: %s%s; either this batch does "
                 "not reach them, or the model never calls them and their correction has no effect",
-                len(names), ", ".join(names[:8]), ", ..." if len(names) > 8 else "",
-            )  # fmt: skip
+                len(names),
+                ", ".join(names[:8]),
+                ", ..." if len(names) > 8 else "",
+            )
         self.stop()
 
     def stop(self) -> None:

@@ -115,9 +115,12 @@ class LoRAStack:
             dora += magnitude is not None
         magnitudes = [m.to(dtype) for *_, m in given if m is not None]
         return cls(
-            torch.cat([a.to(dtype) for a, *_ in given], dim=-2), torch.cat([b.to(dtype) for _, b, *_ in given]), places,
-            torch.stack(magnitudes) if magnitudes else None, slices=slices,
-        )  # fmt: skip
+            torch.cat([a.to(dtype) for a, *_ in given], dim=-2),
+            torch.cat([b.to(dtype) for _, b, *_ in given]),
+            places,
+            torch.stack(magnitudes) if magnitudes else None,
+            slices=slices,
+        )
 
     @classmethod
     def empty(

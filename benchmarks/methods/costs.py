@@ -37,10 +37,14 @@ class Trainee:
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+                vocab_size=1024,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=4,
+                num_attention_heads=9,
                 num_key_value_heads=3,
             )
-        )  # fmt: skip
+        )
         row = METHODS[method]
         lk.adapt(self.model, lk.LoRAConfig(r=R, alpha=2 * R, target_modules=TARGETS, **row.settings))
         self.optimizer = row.optimizer(self.model, 1e-5)
@@ -83,10 +87,14 @@ def main() -> None:
     for method, trainee in trainees.items():
         peak = peak_allocated(trainee.forward_backward, torch.device("cpu"))
         trainee.optimizer.zero_grad()
-        rows.append({
-            "method": method, "step over LoRA": f"{fastest[method] / fastest['lora']:.2f}",
-            "peak MiB": f"{peak / 2**20:.0f}", "optimizer state MiB": f"{trainee.state_bytes() / 2**20:.1f}",
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "step over LoRA": f"{fastest[method] / fastest['lora']:.2f}",
+                "peak MiB": f"{peak / 2**20:.0f}",
+                "optimizer state MiB": f"{trainee.state_bytes() / 2**20:.1f}",
+            }
+        )
     extras = {}
     for method in ("rac-lora", "cola"):
         chain = trainees[method].chain

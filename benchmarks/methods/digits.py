@@ -61,10 +61,13 @@ def tune(method: str, base: nn.Module, seed: int, epochs: int = EPOCHS) -> float
         lk.adapt(
             model,
             lk.LoRAConfig(
-                r=1, alpha=1, target_modules=("0", "2"), train="b" if one_sided else "both",
+                r=1,
+                alpha=1,
+                target_modules=("0", "2"),
+                train="b" if one_sided else "both",
                 init="orthonormal" if one_sided else "kaiming",
             ),
-        )  # fmt: skip
+        )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if method in ("cola", "rac-lora"):
         steps = epochs // LINKS * -(-len(y) // BATCH)

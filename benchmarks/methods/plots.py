@@ -10,9 +10,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "methods"
 
 
 def lines_with_spread(
-    curves: Mapping[str, Sequence[Sequence[float]]], path: Path, x: str, y: str, title: str, *, log: bool = False,
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    path: Path,
+    x: str,
+    y: str,
+    title: str,
+    *,
+    log: bool = False,
     first: int = 1,
-) -> None:  # fmt: skip
+) -> None:
     """A line a method, the mean of its seeds, and a band from its lowest seed to its highest."""
     import matplotlib
 

@@ -77,9 +77,14 @@ def three_by_three() -> None:
         print(f"3×3 quadratic, 3000 steps: {method:16} " + ", ".join(f"{values[-1]:.1e}" for values in seeds))
     floor = {m: [[max(v, 1e-30) for v in values] for values in seeds] for m, seeds in curves.items()}
     lines_with_spread(
-        floor, RESULTS / "quadratic_3x3.png", "step (and link)", "f - f*",
-        "3×3 quadratic, R = 1, SGD at 1/L (COLA at 0.2/L), 3 seeds", log=True, first=0,
-    )  # fmt: skip
+        floor,
+        RESULTS / "quadratic_3x3.png",
+        "step (and link)",
+        "f - f*",
+        "3×3 quadratic, R = 1, SGD at 1/L (COLA at 0.2/L), 3 seeds",
+        log=True,
+        first=0,
+    )
 
 
 def isotropic() -> None:
@@ -98,9 +103,14 @@ def isotropic() -> None:
     mean = sum(values[-1] for values in runs) / len(runs)
     print(f"isotropic quadratic, n = {n}, R = {r}: {mean:.3e} after {links} links, theory {theory[-1]:.3e}")
     lines_with_spread(
-        curves, RESULTS / "quadratic_isotropic.png", "link", "error over the first",
-        f"Isotropic quadratic, n = {n}, R = {r}", log=True, first=0,
-    )  # fmt: skip
+        curves,
+        RESULTS / "quadratic_isotropic.png",
+        "link",
+        "error over the first",
+        f"Isotropic quadratic, n = {n}, R = {r}",
+        log=True,
+        first=0,
+    )
 
 
 if __name__ == "__main__":

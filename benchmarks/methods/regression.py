@@ -66,9 +66,13 @@ def main() -> None:
             finals = [losses[-1] for losses in seeds]
             print(f"{problem:9} {name:26} {statistics.fmean(finals):.3e} ± {statistics.stdev(finals):.1e}", flush=True)
         lines_with_spread(
-            curves, RESULTS / f"regression_{problem}.png", "step", "training loss",
-            f"{problem.capitalize()} regression, W (20, 40), R = {R}, links of {LINK} steps, 5 seeds", log=True,
-        )  # fmt: skip
+            curves,
+            RESULTS / f"regression_{problem}.png",
+            "step",
+            "training loss",
+            f"{problem.capitalize()} regression, W (20, 40), R = {R}, links of {LINK} steps, 5 seeds",
+            log=True,
+        )
 
 
 if __name__ == "__main__":

@@ -24,9 +24,15 @@ from lowrank_kernels.cli.methods import METHODS, ignored_options
 
 STEPS, HALF = 8, 4
 SIZES = {
-    "steps": STEPS, "batch-size": 4, "held-out": 16, "dropout": 0.1, "steps-per-link": 3, "link-warmup": 1,
-    "gradient-batches": 2, "warmup-steps": 2,
-}  # fmt: skip
+    "steps": STEPS,
+    "batch-size": 4,
+    "held-out": 16,
+    "dropout": 0.1,
+    "steps-per-link": 3,
+    "link-warmup": 1,
+    "gradient-batches": 2,
+    "warmup-steps": 2,
+}
 LRK = [sys.executable, "-c", "import sys; from lowrank_kernels.cli import main; sys.exit(main())"]
 
 
@@ -59,8 +65,13 @@ def compare(method: str, kill: bool, folder: Path) -> dict[str, object]:
         if not all(path.exists() for path in pair) or pair[0].read_bytes() != pair[1].read_bytes():
             differ.append(name)
     seen = {key: whole[key] for key in ("links", "held_out_before", "held_out_after")}
-    return {"method": method, "stopped by": "SIGKILL" if kill else "--stop-after", **seen, "files": names,
-            "differ": differ}  # fmt: skip
+    return {
+        "method": method,
+        "stopped by": "SIGKILL" if kill else "--stop-after",
+        **seen,
+        "files": names,
+        "differ": differ,
+    }
 
 
 def main() -> int:

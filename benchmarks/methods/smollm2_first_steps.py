@@ -139,9 +139,13 @@ def main() -> None:
         differences = [[o - t for o, t in zip(ours, lora, strict=True)] for ours, lora in pairs]
         curves[f"{method}, lr {lr:g}"] = [running_mean(d) for d in differences]
     lines_with_spread(
-        curves, RESULTS / "smollm2_first_steps.png", "optimizer step", "training loss beyond LoRA's (nats a token)",
-        f"SmolLM2-135M, R = {args.rank}, same batches; means of {WINDOW} steps; {args.seeds} seed(s)", first=WINDOW,
-    )  # fmt: skip
+        curves,
+        RESULTS / "smollm2_first_steps.png",
+        "optimizer step",
+        "training loss beyond LoRA's (nats a token)",
+        f"SmolLM2-135M, R = {args.rank}, same batches; means of {WINDOW} steps; {args.seeds} seed(s)",
+        first=WINDOW,
+    )
 
 
 if __name__ == "__main__":

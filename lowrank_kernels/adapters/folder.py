@@ -164,9 +164,11 @@ def read_header(path: Path, tensors: int, op: str = "load_adapter") -> dict[str,
 
 _ENTRY = ("dtype", "shape", "data_offsets")
 _ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-}  # fmt: skip
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
@@ -228,7 +230,7 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 def _check_replaceable(
     path: Path, key: str, shape: tuple[int, ...], own: Tensor, replaceable: Collection[str], off: str = ""
-) -> None:  # fmt: skip
+) -> None:
     if key.removeprefix(PREFIX) not in replaceable:
         raise ValueError(
             f"load_adapter: expected {key} to be the model's own value, got another{off} in {path}; changed base "

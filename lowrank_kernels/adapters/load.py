@@ -103,10 +103,13 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
     shapes = _expected_shapes(base, config, plan)
     embeddings = _embeddings(model) - plan.targets.keys()
     tensors = read_tensors(
-        inside(folder, WEIGHTS_FILE), shapes, base, plan.skipped,
+        inside(folder, WEIGHTS_FILE),
+        shapes,
+        base,
+        plan.skipped,
         replaceable={f"{name}.{key}" for name in embeddings for key in ("weight", "bias")},
         ignored=_second_copies(config, plan),
-    )  # fmt: skip
+    )
     resized = tuple(name for name in embeddings - plan.whole.keys() if f"{name}.weight" in tensors)
     if resized:
         config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(resized)))

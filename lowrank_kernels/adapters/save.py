@@ -102,8 +102,9 @@ def save_adapter(
     if left_out:
         logger.warning(
             "save_adapter: these train, and are not in the file: %s; name their modules in modules_to_save, of adapt's "
-            "config or of one given to save_adapter", few(left_out)
-        )  # fmt: skip
+            "config or of one given to save_adapter",
+            few(left_out),
+        )
     transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
     return _write_adapter(
         with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type, transposed
@@ -167,9 +168,13 @@ def _naming_what_it_meant(config: LoRAConfig, model: nn.Module, layers: Mapping[
 
 
 def _write_adapter(
-    config: LoRAConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str],
-    base_model_name: str | None, task_type: str | None, transposed: bool = False,
-) -> Path:  # fmt: skip
+    config: LoRAConfig,
+    tensors: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    base_model_name: str | None,
+    task_type: str | None,
+    transposed: bool = False,
+) -> Path:
     from safetensors.torch import save_file
 
     absent = [name for name, t in tensors.items() if t.is_meta]
@@ -238,16 +243,18 @@ def save_lora_ga_adapter(
         absent = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         wide = LoRALinear.from_linear(
             absent, 2 * layer.r, alpha=grown * layer.alpha, dropout=layer.dropout, rslora=layer.rslora, init="zero"
-        )  # fmt: skip
+        )
         a, b = (start.to(layer.weight.device) for start in starts[name])
         wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
         wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
         _put_at(skeleton, name, wide)
     config = replace(
-        config, r=2 * config.r, alpha=grown * config.alpha,
+        config,
+        r=2 * config.r,
+        alpha=grown * config.alpha,
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
-    )  # fmt: skip
+    )
     return save_adapter(skeleton, folder, config=config, **names)
 
 

@@ -16,19 +16,39 @@ from .matching import bounded_pattern_list, bounded_patterns
 
 # PEFT's names for our settings.
 _PEFT_NAMES = {
-    "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules",
-    "exclude_modules": "exclude_modules", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
-    "use_rslora": "rslora", "lora_bias": "lora_bias", "bias": "bias", "modules_to_save": "modules_to_save",
-}  # fmt: skip
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora",
+    "lora_bias": "lora_bias",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+}
 # Settings that are read in ways of their own.
 _READ = {"use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern"}
 # Settings that say nothing about the function of a trained adapter. The settings of a start matter where it changed the
 # base, which init_lora_weights says.
 _INERT = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out",
-    "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-}  # fmt: skip
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+}
 
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -118,7 +138,12 @@ def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name
             dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
         )
     return written | {
-        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model_name,
-        "inference_mode": True, "init_lora_weights": True, "use_dora": isinstance(config, DoRAConfig),
-        "exclude_modules": written["exclude_modules"] or None, "modules_to_save": written["modules_to_save"] or None,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_dora": isinstance(config, DoRAConfig),
+        "exclude_modules": written["exclude_modules"] or None,
+        "modules_to_save": written["modules_to_save"] or None,
+    }

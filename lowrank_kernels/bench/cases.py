@@ -82,7 +82,7 @@ def _lora_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         "weight": _normal(N, K, dtype=dtype, device=device, scale=K**-0.5),
         "lora_a": _normal(R, K, dtype=dtype, device=device, scale=K**-0.5),
         "lora_b": _normal(N, R, dtype=dtype, device=device, scale=R**-0.5),
-    }  # fmt: skip
+    }
 
 
 def _lora_plain(i: Inputs) -> Tensor:
@@ -188,8 +188,12 @@ def _block_bytes(s: Shape, size: int) -> float:
 def _block_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     M, K, N, size = (s[k] for k in ("M", "K", "N", "size"))
     index = _chosen_blocks(s).to(device)
-    return {"x": _normal(M, K, dtype=dtype, device=device), "grad_y": _normal(M, N, dtype=dtype, device=device),
-            "block_index": index, "size": size}  # fmt: skip
+    return {
+        "x": _normal(M, K, dtype=dtype, device=device),
+        "grad_y": _normal(M, N, dtype=dtype, device=device),
+        "block_index": index,
+        "size": size,
+    }
 
 
 def _block_gathered(i: Inputs) -> Tensor:
@@ -216,10 +220,13 @@ def _multi_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     all_a = _normal(G, R, K, dtype=dtype, device=device, scale=K**-0.5)
     all_b = _normal(G, N, R, dtype=dtype, device=device, scale=R**-0.5)
     return {
-        "x": one["x"], "weight": one["weight"], "ids": torch.arange(M, device=device) % G,
-        "all_a": all_a, "all_b": all_b,
+        "x": one["x"],
+        "weight": one["weight"],
+        "ids": torch.arange(M, device=device) % G,
+        "all_a": all_a,
+        "all_b": all_b,
         "stack": lk.LoRAStack.from_factors([(a, b, 2.0) for a, b in zip(all_a, all_b, strict=True)]),
-    }  # fmt: skip
+    }
 
 
 def _multi_gathered(i: Inputs) -> Tensor:
@@ -290,70 +297,131 @@ OPS: dict[str, Bench] = {
     bench.name: bench
     for bench in (
         Bench(
-            "lora_linear", _CPU_LINEAR, _GPU_LINEAR, _lora_inputs,
-            {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _lora_plain, "peft": _lora_peft,
-             "ours": lambda i, backend="auto": lk.lora_linear(
-                i["x"], i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
-            _lora_plain, _lora_bytes, _lora_flops, _lora_launches, trained=("x", "lora_a", "lora_b"),
+            name="lora_linear",
+            shapes=_CPU_LINEAR,
+            gpu_shapes=_GPU_LINEAR,
+            make=_lora_inputs,
+            providers={
+                "floor": lambda i: linear(i["x"], i["weight"]),
+                "plain": _lora_plain,
+                "peft": _lora_peft,
+                "ours": lambda i, backend="auto": lk.lora_linear(
+                    i["x"], i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend
+                ),
+            },
+            exact=_lora_plain,
+            nbytes=_lora_bytes,
+            flops=_lora_flops,
+            launches=_lora_launches,
+            trained=("x", "lora_a", "lora_b"),
         ),
         Bench(
-            "dora_linear", _CPU_LINEAR, _GPU_LINEAR, _dora_inputs,
-            {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _dora_plain, "peft": _dora_peft,
-             "ours": _dora_ours},
-            _dora_exact, lambda s, size: _lora_bytes(s, size) + 4 * s["N"], _lora_flops, _dora_launches,
+            name="dora_linear",
+            shapes=_CPU_LINEAR,
+            gpu_shapes=_GPU_LINEAR,
+            make=_dora_inputs,
+            providers={
+                "floor": lambda i: linear(i["x"], i["weight"]),
+                "plain": _dora_plain,
+                "peft": _dora_peft,
+                "ours": _dora_ours,
+            },
+            exact=_dora_exact,
+            nbytes=lambda s, size: _lora_bytes(s, size) + 4 * s["N"],
+            flops=_lora_flops,
+            launches=_dora_launches,
             trained=("x", "lora_a", "lora_b", "magnitude"),
         ),
         Bench(
-            "dora_weight_norm",
-            _shapes((2048, 2048, 16), (4096, 1024, 64), (1024, 4096, 384), (2048, 2048, 512), names="K N R"),
-            _shapes(*((k, n, r) for k, n in _WIDTHS for r in (8, 16, 64, 256, 384, 512)), names="K N R"),
-            lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
-            {"plain": _factored_norm, "peft": _dense_norm,
-             "ours": lambda i, backend="auto": lk.dora_weight_norm(
-                i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
-            lambda i: dora_weight_norm_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
-            _norm_bytes, lambda s: 2.0 * s["N"] * s["R"] * (s["K"] + s["R"]) + 2.0 * s["N"] * s["K"],
-            lambda t, s, dtype: ("", roofline.dora_weight_norm(s["K"], s["N"], s["R"], dtype.itemsize)),
+            name="dora_weight_norm",
+            shapes=_shapes((2048, 2048, 16), (4096, 1024, 64), (1024, 4096, 384), (2048, 2048, 512), names="K N R"),
+            gpu_shapes=_shapes(*((k, n, r) for k, n in _WIDTHS for r in (8, 16, 64, 256, 384, 512)), names="K N R"),
+            make=lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
+            providers={
+                "plain": _factored_norm,
+                "peft": _dense_norm,
+                "ours": lambda i, backend="auto": lk.dora_weight_norm(
+                    i["weight"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend
+                ),
+            },
+            exact=lambda i: dora_weight_norm_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
+            nbytes=_norm_bytes,
+            flops=lambda s: 2.0 * s["N"] * s["R"] * (s["K"] + s["R"]) + 2.0 * s["N"] * s["K"],
+            launches=lambda t, s, dtype: ("", roofline.dora_weight_norm(s["K"], s["N"], s["R"], dtype.itemsize)),
         ),
         Bench(
-            "merge_lora_",
-            _shapes((2048, 2048, 16), (4096, 1024, 64), (1024, 4096, 8), (2049, 1000, 7), names="K N R"),
-            _shapes(*((k, n, r) for k, n in _WIDTHS for r in (16, 64)), names="K N R"),
-            lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
-            {"plain": lambda i: i["weight"].clone().add_((2.0 * (i["lora_b"].float() @ i["lora_a"].float())).to(
-                i["weight"].dtype)),
-             "ours": lambda i, backend="auto": lk.merge_lora_(
-                i["weight"].clone(), i["lora_a"], i["lora_b"], scaling=2.0, backend=backend)},
-            lambda i: merge_lora_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
-            lambda s, size: size * (2 * s["N"] * s["K"] + s["R"] * (s["K"] + s["N"])),
-            lambda s: 2.0 * s["N"] * s["K"] * s["R"],
-            lambda t, s, dtype: ("", roofline.merge_lora(s["K"], s["N"], s["R"], dtype.itemsize)),
+            name="merge_lora_",
+            shapes=_shapes((2048, 2048, 16), (4096, 1024, 64), (1024, 4096, 8), (2049, 1000, 7), names="K N R"),
+            gpu_shapes=_shapes(*((k, n, r) for k, n in _WIDTHS for r in (16, 64)), names="K N R"),
+            make=lambda s, dtype, device: _lora_inputs({"M": 1, **s}, dtype, device),
+            providers={
+                "plain": lambda i: (
+                    i["weight"].clone().add_((2.0 * (i["lora_b"].float() @ i["lora_a"].float())).to(i["weight"].dtype))
+                ),
+                "ours": lambda i, backend="auto": lk.merge_lora_(
+                    i["weight"].clone(), i["lora_a"], i["lora_b"], scaling=2.0, backend=backend
+                ),
+            },
+            exact=lambda i: merge_lora_ref(i["weight"], i["lora_a"], i["lora_b"], scaling=2.0),
+            nbytes=lambda s, size: size * (2 * s["N"] * s["K"] + s["R"] * (s["K"] + s["N"])),
+            flops=lambda s: 2.0 * s["N"] * s["K"] * s["R"],
+            launches=lambda t, s, dtype: ("", roofline.merge_lora(s["K"], s["N"], s["R"], dtype.itemsize)),
         ),
         Bench(
-            "block_sparse_weight_grad",
-            _shapes((1024, 4096, 4096, 41, 64), (1024, 2048, 2048, 10, 64), (512, 576, 1536, 12, 32),
-                    (256, 4096, 1024, 4, 256), names="M K N blocks size"),
-            _shapes((8192, 4096, 4096, 41, 64), (8192, 4096, 4096, 3, 256), (8192, 4096, 14336, 144, 64),
-                    (2048, 8192, 28672, 31, 256), names="M K N blocks size"),
-            _block_inputs,
-            {"floor": _block_dense, "plain": _block_gathered,
-             "ours": lambda i, backend="auto": lk.block_sparse_weight_grad(
-                i["x"], i["grad_y"], i["block_index"], i["size"], backend=backend)},
-            lambda i: block_sparse_weight_grad_ref(i["x"], i["grad_y"], i["block_index"], (i["size"], i["size"])),
-            _block_bytes,
-            lambda s: 2.0 * s["M"] * s["blocks"] * s["size"] ** 2, _block_launches,
+            name="block_sparse_weight_grad",
+            shapes=_shapes(
+                (1024, 4096, 4096, 41, 64),
+                (1024, 2048, 2048, 10, 64),
+                (512, 576, 1536, 12, 32),
+                (256, 4096, 1024, 4, 256),
+                names="M K N blocks size",
+            ),
+            gpu_shapes=_shapes(
+                (8192, 4096, 4096, 41, 64),
+                (8192, 4096, 4096, 3, 256),
+                (8192, 4096, 14336, 144, 64),
+                (2048, 8192, 28672, 31, 256),
+                names="M K N blocks size",
+            ),
+            make=_block_inputs,
+            providers={
+                "floor": _block_dense,
+                "plain": _block_gathered,
+                "ours": lambda i, backend="auto": lk.block_sparse_weight_grad(
+                    i["x"], i["grad_y"], i["block_index"], i["size"], backend=backend
+                ),
+            },
+            exact=lambda i: block_sparse_weight_grad_ref(i["x"], i["grad_y"], i["block_index"], (i["size"], i["size"])),
+            nbytes=_block_bytes,
+            flops=lambda s: 2.0 * s["M"] * s["blocks"] * s["size"] ** 2,
+            launches=_block_launches,
         ),
         Bench(
-            "multi_lora_linear",
-            _shapes((64, 2048, 2048, 16, 64), (64, 2048, 2048, 16, 8), (16, 2048, 2048, 64, 16),
-                    (256, 1024, 2049, 8, 4), names="M K N R G"),
-            _shapes(*((m, k, n, 16, g) for k, n in _WIDTHS[:4] for m, g in ((1, 1), (16, 16), (64, 64), (2048, 8))),
-                    names="M K N R G"),
-            _multi_inputs,
-            {"floor": lambda i: linear(i["x"], i["weight"]), "plain": _multi_gathered, "peft": _multi_loop,
-             "ours": lambda i, backend="auto": lk.multi_lora_linear(
-                i["x"], i["weight"], i["stack"], i["ids"], backend=backend)},
-            _multi_gathered, _multi_bytes, _lora_flops, _multi_launches,
+            name="multi_lora_linear",
+            shapes=_shapes(
+                (64, 2048, 2048, 16, 64),
+                (64, 2048, 2048, 16, 8),
+                (16, 2048, 2048, 64, 16),
+                (256, 1024, 2049, 8, 4),
+                names="M K N R G",
+            ),
+            gpu_shapes=_shapes(
+                *((m, k, n, 16, g) for k, n in _WIDTHS[:4] for m, g in ((1, 1), (16, 16), (64, 64), (2048, 8))),
+                names="M K N R G",
+            ),
+            make=_multi_inputs,
+            providers={
+                "floor": lambda i: linear(i["x"], i["weight"]),
+                "plain": _multi_gathered,
+                "peft": _multi_loop,
+                "ours": lambda i, backend="auto": lk.multi_lora_linear(
+                    i["x"], i["weight"], i["stack"], i["ids"], backend=backend
+                ),
+            },
+            exact=_multi_gathered,
+            nbytes=_multi_bytes,
+            flops=_lora_flops,
+            launches=_multi_launches,
         ),
     )
-}  # fmt: skip
+}

@@ -102,9 +102,16 @@ def draw_sweeps(path: Path, rows: Sequence[Row], where: Mapping[str, str]) -> bo
             ratios = [(r.over_floor or 0.0) if name != "G" else (r.median_us or 0.0) for _, r in mine]
             spreads = [ratio * (r.spread or 0.0) for ratio, (_, r) in zip(ratios, mine, strict=True)]
             axes.errorbar(
-                [size for size, _ in mine], ratios, spreads, fmt="o-", markersize=3, linewidth=1, capsize=2,
-                label=provider, color=_COLOURS[provider],
-            )  # fmt: skip
+                [size for size, _ in mine],
+                ratios,
+                spreads,
+                fmt="o-",
+                markersize=3,
+                linewidth=1,
+                capsize=2,
+                label=provider,
+                color=_COLOURS[provider],
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(_AXES[name])
@@ -140,9 +147,14 @@ def draw(path: Path, rows: Sequence[Row], where: Mapping[str, str]) -> bool:
             places = [i + (offset + 0.5) / len(names) * 0.8 - 0.4 for i, g in enumerate(groups) if g in mine]
             values = [(mine[g].over_floor or 0.0, mine[g].spread or 0.0) for g in groups if g in mine]
             axes.barh(
-                places, [ratio for ratio, _ in values], 0.8 / len(names), label=name, color=_COLOURS[name],
-                xerr=[ratio * spread for ratio, spread in values], error_kw={"linewidth": 0.8},
-            )  # fmt: skip
+                places,
+                [ratio for ratio, _ in values],
+                0.8 / len(names),
+                label=name,
+                color=_COLOURS[name],
+                xerr=[ratio * spread for ratio, spread in values],
+                error_kw={"linewidth": 0.8},
+            )
         axes.set_yticks(range(len(groups)), [f"{shape}\n{dtype}" for shape, dtype in groups], fontsize=7)
         axes.invert_yaxis()
         ratios = [r.over_floor for r in some if r.over_floor is not None]

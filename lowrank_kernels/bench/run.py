@@ -96,9 +96,13 @@ def _reason(error: BaseException) -> str:
 
 
 def measure(
-    bench: Bench, problem: Problem, names: Iterable[str], seconds: float, device: torch.device,
+    bench: Bench,
+    problem: Problem,
+    names: Iterable[str],
+    seconds: float,
+    device: torch.device,
     roofs: Roofs | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """A row a provider. What fails, or is wrong, is a row with its reason and no figure.
 
     A result is wrong where its error is above 3 times that of "plain" plus 8 units of rounding of the largest value.
@@ -141,8 +145,9 @@ def measure(
     base = "floor" if "floor" in calls else "plain"
     pairs = {
         name: interleaved({name: call, base: calls.get(base, call)}, seconds, device)
-        for name, call in calls.items() if name != base or len(calls) == 1
-    }  # fmt: skip
+        for name, call in calls.items()
+        if name != base or len(calls) == 1
+    }
     if base in calls:
         pairs[base] = {base: min((pair[base] for pair in pairs.values()), key=lambda sample: sample.median)}
     least = None
@@ -162,9 +167,11 @@ def _figures(sample: Sample, base: Sample | None, least: float | None) -> dict[s
         (1.0, sample.spread) if base is sample else (None, sample.spread) if base is None else sample.over(base)
     )
     return {
-        "median_us": sample.median * 1e6, "spread": spread, "over_floor": ratio,
+        "median_us": sample.median * 1e6,
+        "spread": spread,
+        "over_floor": ratio,
         "over_roof": None if least is None else sample.median / least,
-    }  # fmt: skip
+    }
 
 
 def conditions(device: torch.device, command: str) -> dict[str, str]:
@@ -185,11 +192,15 @@ def conditions(device: torch.device, command: str) -> dict[str, str]:
     if commit and output("git", "-C", package, "status", "--porcelain", "--", ".", "../csrc"):
         commit += "-dirty"  # the code, that is: a figure may be written beside others that are not committed yet
     return {
-        "device": name, "driver": driver, "python": platform.python_version(), "torch": torch.__version__,
+        "device": name,
+        "driver": driver,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "triton": metadata.version("triton"),
         "commit": commit,
-        "date": time.strftime("%Y-%m-%d"), "command": command,
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+    }
 
 
 def write_csv(path: Path, rows: Iterable[Row], where: dict[str, str], append: bool = False) -> None:

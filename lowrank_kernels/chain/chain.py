@@ -64,10 +64,20 @@ class Chain:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_link: int, *, init: str = "orthonormal",
-        seed: int = 0, warmup: int = 0, ranks: Sequence[int] | None = None, rounding: str = "nearest",
-        master: bool = False, one_sided: bool | None = None, name: str = "Chain",
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps_per_link: int,
+        *,
+        init: str = "orthonormal",
+        seed: int = 0,
+        warmup: int = 0,
+        ranks: Sequence[int] | None = None,
+        rounding: str = "nearest",
+        master: bool = False,
+        one_sided: bool | None = None,
+        name: str = "Chain",
+    ) -> None:
         self._name = name
         for option, value, least in (("steps_per_link", steps_per_link, 1), ("warmup", warmup, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -212,9 +222,14 @@ class Chain:
             weight = layer.matrix
             target = self.master.get(path, weight)
             merge_lora_(
-                target, a, b,
-                scaling=layer.scaling, rounding=self.rounding, seed=self._seed(index), check_finite=False,
-            )  # fmt: skip
+                target,
+                a,
+                b,
+                scaling=layer.scaling,
+                rounding=self.rounding,
+                seed=self._seed(index),
+                check_finite=False,
+            )
             if target is not weight:
                 weight.copy_(target)
             (b if _sampled(layer) == "a" else a).zero_()
@@ -368,20 +383,27 @@ def _chained_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
                     f"{type(module).__name__} in {path}; adapt the model with lk.adapt"
                 )
             continue
-        reason = (
-            f"its weight of {module.weight.dtype} is quantised" if not module.weight.is_floating_point()
-            else f"its weight is also that of {', '.join(module.weight_shared_with)}" if module.weight_shared_with
-            else "it is merged; call unmerge_()" if module.merged
-            else "its weight is sharded or not at hand; gather the model first"
-            if is_dtensor(module.weight) or why_not_written(module.base_layer)
-            else "B has a bias" if module.lora_B.bias is not None
-            else "none of its factors trains"
-            if not (module.lora_A.weight.requires_grad or module.lora_B.weight.requires_grad)
-            else None
-        )  # fmt: skip
+        reason = _why_not_chained(module)
         if reason:
             raise ValueError(f"{name}: expected layers that can be merged and restarted, but {path} cannot: {reason}")
         layers[path] = module
     if not layers:
         raise ValueError(f"{name}: expected a model with LoRALinear layers, found none in {type(model).__name__}")
     return layers
+
+
+def _why_not_chained(layer: LoRALinear) -> str | None:
+    """Why a layer cannot be merged and restarted; None if it can."""
+    if not layer.weight.is_floating_point():
+        return f"its weight of {layer.weight.dtype} is quantised"
+    if layer.weight_shared_with:
+        return f"its weight is also that of {', '.join(layer.weight_shared_with)}"
+    if layer.merged:
+        return "it is merged; call unmerge_()"
+    if is_dtensor(layer.weight) or why_not_written(layer.base_layer):
+        return "its weight is sharded or not at hand; gather the model first"
+    if layer.lora_B.bias is not None:
+        return "B has a bias"
+    if not (layer.lora_A.weight.requires_grad or layer.lora_B.weight.requires_grad):
+        return "none of its factors trains"
+    return None

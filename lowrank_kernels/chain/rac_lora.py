@@ -17,7 +17,7 @@ def rac_lora(
     *,
     init: str = "orthonormal",
     **settings: Any,
-) -> Chain:  # fmt: skip
+) -> Chain:
     """Randomized Asymmetric Chain of LoRA.
 
     Link t samples one factor and freezes it, trains the other from zero, and merges. With A sampled orthonormal, one

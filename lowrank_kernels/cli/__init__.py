@@ -45,9 +45,10 @@ class Parser(argparse.ArgumentParser):
 def _parser(chosen: Command | None) -> argparse.ArgumentParser:
     """The parser of all subcommands, with the options of the chosen one."""
     parser = Parser(
-        prog="lrk", description="Kernels for frozen weights with small trained corrections.",
+        prog="lrk",
+        description="Kernels for frozen weights with small trained corrections.",
         epilog="lrk COMMAND --help tells a command's options.",
-    )  # fmt: skip
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:

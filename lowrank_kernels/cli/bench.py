@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
             for dtype in dtypes:
                 problems += [
                     (bench, Problem(shape, dtype, mode == "training"))
-                    for mode in modes if mode == "inference" or bench.trained
-                ]  # fmt: skip
+                    for mode in modes
+                    if mode == "inference" or bench.trained
+                ]
     start = time.monotonic()
     roofs = {dtype: measure_roofs(dtype, device) for dtype in dtypes}
     for dtype, roof in roofs.items():

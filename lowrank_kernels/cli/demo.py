@@ -32,9 +32,14 @@ def peft_twin(model: Any, ours: Any, args: argparse.Namespace, dora: bool = Fals
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, use_rslora=args.rslora,
-        target_modules=list(TARGETS), task_type="CAUSAL_LM", use_dora=dora,
-    )  # fmt: skip
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        lora_dropout=args.dropout,
+        use_rslora=args.rslora,
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+        use_dora=dora,
+    )
     twin = get_peft_model(model, config)
     mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     theirs = {name: p for name, p in twin.named_parameters() if p.requires_grad}
@@ -161,13 +166,26 @@ def run(args: argparse.Namespace) -> int:
         peak = loop.peak_allocated(partial(run.forward_backward, batch), device)
         run.optimizer.zero_grad(set_to_none=True)
         rows.append(
-            (run.name, f"{before:.4f}", f"{after[run.name]:.4f}", f"{run.trainable}", f"{run.median_seconds():.3f}",
-             f"{peak / 2**20:.0f}")
-        )  # fmt: skip
+            (
+                run.name,
+                f"{before:.4f}",
+                f"{after[run.name]:.4f}",
+                f"{run.trainable}",
+                f"{run.median_seconds():.3f}",
+                f"{peak / 2**20:.0f}",
+            )
+        )
         results.append(
-            {"name": run.name, "held_out_before": before, "held_out_after": after[run.name], "losses": run.losses,
-             "trainable_parameters": run.trainable, "seconds_per_step": run.median_seconds(), "peak_bytes": peak}
-        )  # fmt: skip
+            {
+                "name": run.name,
+                "held_out_before": before,
+                "held_out_after": after[run.name],
+                "losses": run.losses,
+                "trainable_parameters": run.trainable,
+                "seconds_per_step": run.median_seconds(),
+                "peak_bytes": peak,
+            }
+        )
     texts_after = loop.write_docstrings(ours, tokenizer, shown, device)
 
     curve_difference = max(abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
@@ -186,13 +204,15 @@ def run(args: argparse.Namespace) -> int:
     _plot(args.output / "loss.png", runs, before, after)
     result = {
         "settings": {key: str(value) for key, value in vars(args).items() if not callable(value)},
-        "runs": results, "curve_difference": curve_difference, "logit_difference": logit_difference,
+        "runs": results,
+        "curve_difference": curve_difference,
+        "logit_difference": logit_difference,
         "generations": [
             {"prompt": e.prompt, "before": old, "after": new}
             for e, old, new in zip(shown, texts_before, texts_after, strict=True)
         ],
         "environment": loop.environment(),
-    }  # fmt: skip
+    }
     (args.output / "demo.json").write_text(json.dumps(result, indent=1))
     print(f"\nloss curve: {args.output / 'loss.png'}; SMT's blocks: {picture}; JSON: {args.output / 'demo.json'}")
     return 0

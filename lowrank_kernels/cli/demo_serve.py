@@ -83,10 +83,13 @@ def run(args: argparse.Namespace) -> int:
     report = lk.adapt(
         model,
         lk.MultiLoRAConfig(
-            ranks=[args.rank] * len(LIBRARIES), alpha=2 * args.rank, dropout=args.dropout, rslora=args.rslora,
+            ranks=[args.rank] * len(LIBRARIES),
+            alpha=2 * args.rank,
+            dropout=args.dropout,
+            rslora=args.rslora,
             target_modules=TARGETS,
         ),
-    )  # fmt: skip
+    )
     before = [loop.held_out_loss(model, tokenizer, of_library, args.batch_size, device) for of_library in evaluated]
     trained = _train(model, tokenizer, training, args, device)
     after = []
@@ -138,11 +141,14 @@ def run(args: argparse.Namespace) -> int:
     )
     result = {
         "held_out": {n: {"before": b, "after": a} for n, b, a in zip(LIBRARIES, before, after, strict=True)},
-        "rows": [{"model": n, "prompt": e.prompt, "text": t, "same": s}
-                 for n, e, t, s in zip(names, shown, texts, same, strict=True)],
-        "logit_difference": difference, "seconds_per_step": trained.median_seconds(),
+        "rows": [
+            {"model": n, "prompt": e.prompt, "text": t, "same": s}
+            for n, e, t, s in zip(names, shown, texts, same, strict=True)
+        ],
+        "logit_difference": difference,
+        "seconds_per_step": trained.median_seconds(),
         "environment": loop.environment(),
-    }  # fmt: skip
+    }
     (args.output / "demo.json").write_text(json.dumps(result, indent=1))
     print(f"adapters and JSON in {args.output}; lrk serve --adapters {args.output / 'adapters'} serves them")
     return 0 if difference <= TOLERANCE[base.dtype] else 1

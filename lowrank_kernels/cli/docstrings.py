@@ -15,17 +15,36 @@ from dataclasses import dataclass
 MODULES = {
     "numpy": ("numpy", "numpy.linalg", "numpy.fft", "numpy.random", "numpy.ma", "numpy.polynomial.polynomial"),
     "scipy": (
-        "scipy.linalg", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.special", "scipy.sparse",
-        "scipy.sparse.linalg", "scipy.ndimage", "scipy.interpolate", "scipy.integrate", "scipy.spatial.distance",
-        "scipy.fft", "scipy.cluster.hierarchy",
+        "scipy.linalg",
+        "scipy.stats",
+        "scipy.signal",
+        "scipy.optimize",
+        "scipy.special",
+        "scipy.sparse",
+        "scipy.sparse.linalg",
+        "scipy.ndimage",
+        "scipy.interpolate",
+        "scipy.integrate",
+        "scipy.spatial.distance",
+        "scipy.fft",
+        "scipy.cluster.hierarchy",
     ),
     "sklearn": (
-        "sklearn.metrics", "sklearn.preprocessing", "sklearn.datasets", "sklearn.model_selection", "sklearn.utils",
-        "sklearn.metrics.pairwise", "sklearn.linear_model", "sklearn.cluster", "sklearn.decomposition",
-        "sklearn.ensemble", "sklearn.feature_selection", "sklearn.covariance",
+        "sklearn.metrics",
+        "sklearn.preprocessing",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "sklearn.utils",
+        "sklearn.metrics.pairwise",
+        "sklearn.linear_model",
+        "sklearn.cluster",
+        "sklearn.decomposition",
+        "sklearn.ensemble",
+        "sklearn.feature_selection",
+        "sklearn.covariance",
     ),
     "torch": ("torch", "torch.nn", "torch.nn.functional", "torch.linalg", "torch.special", "torch.fft", "torch.Tensor"),
-}  # fmt: skip
+}
 
 _SIGNATURE_LINE = re.compile(r"^[\w.]+\((?P<arguments>.*)\)\s*(->.*)?$")
 _MAX_SIGNATURE = 120

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ..inspect.compile import Compiled
     from ..inspect.registry import OpFamily
 
-_HEADER = (
-    "case", "tile", "w", "st", "regs", "spill", "KiB", "occ", "matrix", "TMA", "cp.async", "MB", "GFLOP", "µs",
-)  # fmt: skip
+_HEADER = ("case", "tile", "w", "st", "regs", "spill", "KiB", "occ", "matrix", "TMA", "cp.async", "MB", "GFLOP", "µs")
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "inspect", help=__doc__, description=__doc__,
+        "inspect",
+        help=__doc__,
+        description=__doc__,
         epilog="docs/inspect.md explains the columns. Exit code 1: a variant is refused, spills or does not fit.",
-    )  # fmt: skip
+    )
     parser.add_argument("--op", action="append", metavar="FAMILY", help="this op family (repeatable; default: all)")
     parser.add_argument("--arch", action="append", help="this target, as sm_90 or gfx942 (repeatable; default: all)")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
@@ -64,13 +64,24 @@ def _cells(family: OpFamily, compiled: Compiled) -> tuple[str, ...]:
         figures: tuple[str, ...] = ("-",) * 7
     else:
         figures = (
-            str(compiled.registers), str(compiled.spills), f"{compiled.shared_bytes / 1024:.0f}",
-            f"{compiled.occupancy:.2f}", compiled.matrix, str(compiled.count("TMA")), str(compiled.count("cp.async")),
-        )  # fmt: skip
+            str(compiled.registers),
+            str(compiled.spills),
+            f"{compiled.shared_bytes / 1024:.0f}",
+            f"{compiled.occupancy:.2f}",
+            compiled.matrix,
+            str(compiled.count("TMA")),
+            str(compiled.count("cp.async")),
+        )
     return (
-        launch.case, launch.tile, str(options.get("num_warps", "")), str(options.get("num_stages", "")), *figures,
-        f"{prediction.nbytes / 1e6:.1f}", f"{prediction.flops / 1e9:.2f}", f"{prediction.seconds * 1e6:.1f}",
-    )  # fmt: skip
+        launch.case,
+        launch.tile,
+        str(options.get("num_warps", "")),
+        str(options.get("num_stages", "")),
+        *figures,
+        f"{prediction.nbytes / 1e6:.1f}",
+        f"{prediction.flops / 1e9:.2f}",
+        f"{prediction.seconds * 1e6:.1f}",
+    )
 
 
 def _print_table(rows: list[tuple[str, ...]], widths: list[int]) -> None:
@@ -104,12 +115,24 @@ def json_entries(results: Iterable[tuple[OpFamily, Compiled]]) -> Iterator[dict[
         launch, prediction = compiled.launch, predict(family, compiled.launch)
         yield {
             "name": launch.name,
-            "op": family.name, "arch": launch.arch, "kernel": launch.kernel, "case": launch.case, "tile": launch.tile,
-            "grid": list(launch.grid), "options": dict(launch.options), "registers": compiled.registers,
-            "spills": compiled.spills, "shared_bytes": compiled.shared_bytes, "tensor_memory": compiled.tensor_memory,
-            "occupancy": compiled.occupancy, "instructions": compiled.instructions, "bytes": prediction.nbytes,
-            "flops": prediction.flops, "roofline_seconds": prediction.seconds, "error": compiled.error,
-        }  # fmt: skip
+            "op": family.name,
+            "arch": launch.arch,
+            "kernel": launch.kernel,
+            "case": launch.case,
+            "tile": launch.tile,
+            "grid": list(launch.grid),
+            "options": dict(launch.options),
+            "registers": compiled.registers,
+            "spills": compiled.spills,
+            "shared_bytes": compiled.shared_bytes,
+            "tensor_memory": compiled.tensor_memory,
+            "occupancy": compiled.occupancy,
+            "instructions": compiled.instructions,
+            "bytes": prediction.nbytes,
+            "flops": prediction.flops,
+            "roofline_seconds": prediction.seconds,
+            "error": compiled.error,
+        }
 
 
 def _save_binaries(folder: Path, results: Iterable[tuple[OpFamily, Compiled]]) -> None:
@@ -141,9 +164,11 @@ def run(args: argparse.Namespace) -> int:
     found: list[str] = []
     for arch in archs:
         launches = [
-            (f, launch) for f in families for launch in recorded_launches(f, arch)
+            (f, launch)
+            for f in families
+            for launch in recorded_launches(f, arch)
             if not args.kernel or args.kernel in launch.kernel
-        ]  # fmt: skip
+        ]
         compiled = compile_launches([launch for _, launch in launches], args.workers, _progress(arch))
         results = [(f, result) for (f, _), result in zip(launches, compiled, strict=True)]
         if results:

@@ -68,9 +68,13 @@ def adapter_config(method: str, args: argparse.Namespace) -> lk.LoRAConfig:
     """What `lk.adapt` is given for a method."""
     row = METHODS[method]
     return row.config(
-        r=args.rank, alpha=2 * args.rank, dropout=args.dropout, target_modules=TARGETS, rslora=args.rslora,
+        r=args.rank,
+        alpha=2 * args.rank,
+        dropout=args.dropout,
+        target_modules=TARGETS,
+        rslora=args.rslora,
         **row.settings,
-    )  # fmt: skip
+    )
 
 
 def ignored_options(method: str) -> list[str]:
@@ -100,9 +104,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--link-warmup", type=arguments.whole(0), default=3, help=f"{chains}: warm-up steps of a link (default 3)"
     )
     parser.add_argument(
-        "--link-ranks", type=arguments.count, nargs="+", metavar="R",
+        "--link-ranks",
+        type=arguments.count,
+        nargs="+",
+        metavar="R",
         help=f"{chains}: ranks of the links, the last one's also of all that follow (default: --rank for all)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--rounding", choices=ROUNDINGS, default="nearest", help=f"{chains}: nearest (default) or stochastic (bfloat16)"
     )
@@ -146,9 +153,15 @@ def start_chain(
     if chain is None:
         return None
     return chain(
-        model, optimizer, args.steps_per_link,
-        seed=args.seed, warmup=args.link_warmup, ranks=args.link_ranks, rounding=args.rounding, master=args.master,
-    )  # fmt: skip
+        model,
+        optimizer,
+        args.steps_per_link,
+        seed=args.seed,
+        warmup=args.link_warmup,
+        ranks=args.link_ranks,
+        rounding=args.rounding,
+        master=args.master,
+    )
 
 
 def save(method: str, model: Any, tokenizer: Any, report: lk.Report, start: Any, folder: Path) -> str:

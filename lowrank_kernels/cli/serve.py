@@ -57,9 +57,13 @@ def run(args: argparse.Namespace) -> int:
     name = Path(args.model).name
     with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
         batcher = Batcher(
-            bank, tokenizer, max_batch=args.max_batch, wait_seconds=args.wait_ms / 1000,
-            max_queue=args.max_queue, max_length=args.max_length,
-        )  # fmt: skip
+            bank,
+            tokenizer,
+            max_batch=args.max_batch,
+            wait_seconds=args.wait_ms / 1000,
+            max_queue=args.max_queue,
+            max_length=args.max_length,
+        )
         try:
             for folder, reason in load_all(batcher, args.adapters, name).items():
                 print(f"{folder} not loaded: {reason}", file=sys.stderr)

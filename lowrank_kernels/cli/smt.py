@@ -23,9 +23,11 @@ def add_smt_arguments(parser: argparse.ArgumentParser, warmup_steps: int) -> Non
         help="smt: rows and columns of a block (default 64)",
     )
     parser.add_argument(
-        "--warmup-steps", type=arguments.count, default=warmup_steps,
+        "--warmup-steps",
+        type=arguments.count,
+        default=warmup_steps,
         help=f"smt: batches whose gradients choose the blocks, without updates (default {warmup_steps})",
-    )  # fmt: skip
+    )
 
 
 def select_blocks(
@@ -35,9 +37,13 @@ def select_blocks(
     was_training = model.training
     model.train()
     scores = lk.smt.warm_up(
-        model, list(islice(batches, args.warmup_steps)), lambda m, batch: answer_loss(m, **batch),
-        block_size=args.block_size, target_modules=targets, progress=True,
-    )  # fmt: skip
+        model,
+        list(islice(batches, args.warmup_steps)),
+        lambda m, batch: answer_loss(m, **batch),
+        block_size=args.block_size,
+        target_modules=targets,
+        progress=True,
+    )
     model.train(was_training)
     selection = scores.select(args.budget, of="parameters") if blocks is None else scores.select(blocks)
     print(selection, file=sys.stderr)

@@ -99,9 +99,12 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
     report, start = methods.adapt(
-        args.method, model, args, lambda size: loop.batches(tokenizer, examples, size, args.seed + 1, args.device),
+        args.method,
+        model,
+        args,
+        lambda size: loop.batches(tokenizer, examples, size, args.seed + 1, args.device),
         checkpoint and checkpoint["start"],
-    )  # fmt: skip
+    )
     print(f"{len(report.replaced)} modules adapted, {len(report.skipped)} skipped", file=sys.stderr)
     training = loop.Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
     chain = methods.start_chain(args.method, model, training.optimizer, args)
@@ -133,11 +136,20 @@ def run(args: argparse.Namespace) -> int:
         return 0
     after = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     result = {
-        "method": args.method, "model": args.model, "rank": args.rank, "steps": args.steps, "seed": args.seed,
-        "learning_rate": args.learning_rate, "links": chain.link if chain else 0,
-        "trainable_parameters": training.trainable, "held_out_before": before, "held_out_after": after,
-        "seconds_per_step": training.median_seconds(), "losses": training.losses, "environment": loop.environment(),
-    }  # fmt: skip
+        "method": args.method,
+        "model": args.model,
+        "rank": args.rank,
+        "steps": args.steps,
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "links": chain.link if chain else 0,
+        "trainable_parameters": training.trainable,
+        "held_out_before": before,
+        "held_out_after": after,
+        "seconds_per_step": training.median_seconds(),
+        "losses": training.losses,
+        "environment": loop.environment(),
+    }
     print(
         f"held-out loss {before:.4f} -> {after:.4f} nats a token; {training.trainable} trainable parameters; "
         f"{training.median_seconds():.2f} s a step (median)"

@@ -136,9 +136,13 @@ class Run:
         }
         random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
         return {
-            "parameters": kept, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "losses": self.losses, "seconds": self.seconds, "random": random,
-        }  # fmt: skip
+            "parameters": kept,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "random": random,
+        }
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:

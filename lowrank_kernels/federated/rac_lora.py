@@ -14,9 +14,15 @@ from ..merge import merge_lora_
 
 @torch.no_grad()
 def fed_rac_lora_(
-    weight: Tensor, shared: Tensor, trained: Sequence[Tensor], *, scaling: float = 1.0,
-    client_weights: Sequence[float] | None = None, sampled: str = "a", **merging: Any,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    shared: Tensor,
+    trained: Sequence[Tensor],
+    *,
+    scaling: float = 1.0,
+    client_weights: Sequence[float] | None = None,
+    sampled: str = "a",
+    **merging: Any,
+) -> Tensor:
     """End a round: W ← W + s (Σ_i c_i B_i) A, in place, which is Σ_i c_i (W + s B_i A): the factor A was shared.
 
     Args:

@@ -107,9 +107,16 @@ def estimate_gradients(
 
 
 def lora_ga_factors(
-    gradient: Tensor, r: int, *, direction: str = "ArB2r", scale: str = "stable", gamma: float = 16.0,
-    scaling: float = 1.0, weight: Tensor | None = None, seed: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    r: int,
+    *,
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    gamma: float = 16.0,
+    scaling: float = 1.0,
+    weight: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
     """A (R, K) and B (N, R) from the leading 2 R singular vectors of G = U S Vᵀ.
 
     - ``ArB2r``: A = V[:, :R]ᵀ, B = U[:, R:2R];  ``A2rBr``: A = V[:, R:2R]ᵀ, B = U[:, :R];
@@ -164,9 +171,11 @@ def lora_ga_factors(
         order = torch.randperm(2 * r, device=g.device)
     first, second = torch.arange(r, device=g.device), torch.arange(r, 2 * r, device=g.device)
     for_a, for_b = {
-        "ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (2 * first + 1, 2 * first),
+        "ArB2r": (first, second),
+        "A2rBr": (second, first),
+        "ArBr": (2 * first + 1, 2 * first),
         "random": (order[:r], order[r:]),
-    }[direction]  # fmt: skip
+    }[direction]
     if scale == "stable":
         factor = n**0.25 / gamma**0.5
     elif scale == "gd":
@@ -182,9 +191,14 @@ def lora_ga_factors(
 
 @torch.no_grad()
 def lora_ga_(
-    model: nn.Module, gradients: Mapping[str, Tensor], *, direction: str = "ArB2r", scale: str = "stable",
-    gamma: float = 16.0, seed: int = 0,
-) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    *,
+    direction: str = "ArB2r",
+    scale: str = "stable",
+    gamma: float = 16.0,
+    seed: int = 0,
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Start an adapted model's LoRA layers from gradients: A, B as :func:`lora_ga_factors`, and W ← W - s B A.
 
     Training starts at the pretrained function. It is plain LoRA from there on. What was taken out of W stays known to
@@ -238,9 +252,15 @@ def lora_ga_(
             )
         try:
             start_a, start_b = lora_ga_factors(
-                gradient.to(layer.weight.device), layer.r, direction=direction, scale=scale, gamma=gamma,
-                scaling=layer.scaling, weight=layer.matrix, seed=seed + index,
-            )  # fmt: skip
+                gradient.to(layer.weight.device),
+                layer.r,
+                direction=direction,
+                scale=scale,
+                gamma=gamma,
+                scaling=layer.scaling,
+                weight=layer.matrix,
+                seed=seed + index,
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}; layer {name}") from None
         starts[name] = (start_a.to(a.dtype), start_b.to(b.dtype))

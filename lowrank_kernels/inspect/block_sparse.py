@@ -41,9 +41,20 @@ def _adamw(size: int, blocks: torch.dtype, weight: torch.dtype, stochastic: bool
         first, second = (_empty(41, size, size, of=_F32) for _ in range(2))
         seed = _empty(of=torch.int64) if stochastic else None
         launchers.block_adamw_(
-            packed, packed, first, second, _empty(4096, 4096, of=weight), _empty(41, 2, of=torch.int32),
-            1e-3, 0.9, 0.95, 1e-8, 0.0, 3, seed,
-        )  # fmt: skip
+            packed,
+            packed,
+            first,
+            second,
+            _empty(4096, 4096, of=weight),
+            _empty(41, 2, of=torch.int32),
+            1e-3,
+            0.9,
+            0.95,
+            1e-8,
+            0.0,
+            3,
+            seed,
+        )
 
     words = f"block adamw {size} {_WORDS[blocks]}/{_WORDS[weight]}" + (" stochastic" if stochastic else "")
     return LaunchCase(words, run)
@@ -109,7 +120,8 @@ FAMILY = OpFamily(
         "_block_grad_kernel": KernelWork(_grad_flops),
         "_block_adamw_kernel": KernelWork(
             lambda a: 12.0 * a["blocks_ptr"].shape[0] * a["BM"] * a["BN"],
-            in_place=("blocks_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), matrix=False,
+            in_place=("blocks_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"),
+            matrix=False,
         ),
         "_write_blocks_kernel": KernelWork(lambda a: 0.0, matrix=False),
         "_ordered_sum_kernel": LORA.work["_ordered_sum_kernel"],
@@ -118,4 +130,4 @@ FAMILY = OpFamily(
         Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),
         Traced("bias, float32 blocks, chosen columns", _with_columns, _traced_tensors(_BF16, _F32)),
     ),
-)  # fmt: skip
+)

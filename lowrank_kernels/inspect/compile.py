@@ -72,10 +72,15 @@ def compile_launch(launch: Launch) -> Compiled:
     shared = binary.metadata.shared
     tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
     return Compiled(
-        launch, facts.registers, facts.spills, shared, tensor_memory,
+        launch,
+        facts.registers,
+        facts.spills,
+        shared,
+        tensor_memory,
         occupancy(launch.arch, binary.metadata.num_warps, facts.registers, shared, tensor_memory),
-        facts.instructions, code,
-    )  # fmt: skip
+        facts.instructions,
+        code,
+    )
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -97,9 +97,18 @@ def _with_everything(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor, seed: Tensor
 ) -> Tensor:
     return functional.dora_linear(
-        x, weight, lora_a, lora_b, magnitude, bias,
-        scaling=2.0, dropout_p=0.1, dropout_seed=seed, dropout_base=True, detach_norm=False,
-    )  # fmt: skip
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        magnitude,
+        bias,
+        scaling=2.0,
+        dropout_p=0.1,
+        dropout_seed=seed,
+        dropout_base=True,
+        detach_norm=False,
+    )
 
 
 FAMILY = OpFamily(

@@ -74,9 +74,8 @@ def recorded_launches(family: OpFamily, arch: str) -> list[Launch]:
         taken: set[str] = set()
 
         def keep(
-            kernel: Any, grid: Any, args: Any, kwargs: Any, request: Any,
-            case: str = case.name, taken: set[str] = taken,
-        ) -> None:  # fmt: skip
+            kernel: Any, grid: Any, args: Any, kwargs: Any, request: Any, case: str = case.name, taken: set[str] = taken
+        ) -> None:
             parameters = kernel.arg_names
             bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
             name = f"{arch} {kernel.__name__} {case}"
@@ -84,10 +83,16 @@ def recorded_launches(family: OpFamily, arch: str) -> list[Launch]:
                 name = next(f"{name} #{i}" for i in range(2, 100) if f"{name} #{i}" not in taken)
             taken.add(name)
             launch = Launch(
-                name, arch, kernel.__module__, kernel.__name__, case, tuple(grid),
+                name,
+                arch,
+                kernel.__module__,
+                kernel.__name__,
+                case,
+                tuple(grid),
                 {k: _plain(v) for k, v in bound.arguments.items()},
-                options={k: v for k, v in kwargs.items() if k not in parameters}, **request,
-            )  # fmt: skip
+                options={k: v for k, v in kwargs.items() if k not in parameters},
+                **request,
+            )
             launches.setdefault(launch.variant, launch)
 
         with intercepted_launches(gpu_target(arch), keep):

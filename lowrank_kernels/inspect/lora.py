@@ -20,9 +20,17 @@ _EVERYTHING = (True, True, True)
 
 
 def _case(
-    strategy: Strategy, M: int, R: int, dtypes: str, dropout_p: float = 0.0, *, width: int = 4096,
-    extras: bool = False, store_p: bool = True, needs: tuple[bool, bool, bool] = _EVERYTHING,
-) -> LaunchCase:  # fmt: skip
+    strategy: Strategy,
+    M: int,
+    R: int,
+    dtypes: str,
+    dropout_p: float = 0.0,
+    *,
+    width: int = 4096,
+    extras: bool = False,
+    store_p: bool = True,
+    needs: tuple[bool, bool, bool] = _EVERYTHING,
+) -> LaunchCase:
     """Forward, and backward for ``needs`` of (x, A, B); ``extras``: with a bias and a gate."""
     dtype, factor_dtype = _DTYPES[dtypes]
 
@@ -43,10 +51,16 @@ def _case(
             )
 
     words = [
-        strategy, f"M={M}", f"R={R}", dtypes, *(["dropout"] if dropout_p else []), *(["bias gate"] if extras else []),
-        *([f"width={width}"] if width != 4096 else []), *([] if store_p else ["no P"]),
+        strategy,
+        f"M={M}",
+        f"R={R}",
+        dtypes,
+        *(["dropout"] if dropout_p else []),
+        *(["bias gate"] if extras else []),
+        *([f"width={width}"] if width != 4096 else []),
+        *([] if store_p else ["no P"]),
         *([] if needs == _EVERYTHING else ["for " + "".join(n for n, need in zip("xAB", needs, strict=True) if need)]),
-    ]  # fmt: skip
+    ]
     return LaunchCase(" ".join(words).removesuffix(" for "), run)
 
 

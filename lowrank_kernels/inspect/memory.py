@@ -148,8 +148,14 @@ class _KernelWatch:
 
 
 _FREE = (
-    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense", "is_same_size",
-)  # fmt: skip
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "_local_scalar_dense",
+    "is_same_size",
+)
 
 _UNREAD = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zero_", "fill_")
 

@@ -24,9 +24,7 @@ def _case(R: int, dtype: torch.dtype, kind: str = "", width: int = 4096) -> Laun
 
         before, after = (empty(4096) if kind == k else None for k in ("unscaled", "scaled"))
         seed = empty(of=torch.int64) if kind == "stochastic" else None
-        merge_lora_(
-            empty(4096, width, of=dtype), empty(R, width), empty(4096, R), 0.5, before, after, seed, target
-        )  # fmt: skip
+        merge_lora_(empty(4096, width, of=dtype), empty(R, width), empty(4096, R), 0.5, before, after, seed, target)
 
     words = ["merge", f"R={R}", "f32" if dtype == _F32 else "bf16/f32", kind, "" if width == 4096 else f"width={width}"]
     return LaunchCase(" ".join(w for w in words if w), run)
@@ -54,9 +52,11 @@ def _merged_product(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -
 def _traced_tensors(device: str) -> tuple[Tensor, ...]:
     x = torch.randn(24, 64, dtype=_BF16, device=device, requires_grad=True)
     return (
-        x, torch.randn(48, 64, dtype=_BF16, device=device),
-        torch.randn(8, 64, device=device), torch.randn(48, 8, device=device),
-    )  # fmt: skip
+        x,
+        torch.randn(48, 64, dtype=_BF16, device=device),
+        torch.randn(8, 64, device=device),
+        torch.randn(48, 8, device=device),
+    )
 
 
 FAMILY = OpFamily(

@@ -47,11 +47,22 @@ def _case(
         down = launchers.multi_lora_down(x, factor, table, R, order, tiles, p, seed, choice)
         launchers.multi_lora_up_(
             x, down, factor, table, scalings, order, tiles, weights, p, seed, scale, bias, out, choice
-        )  # fmt: skip
+        )
         launchers.multi_lora_linear_fwd(
-            x, empty(width, width), down, factor, table, scalings, empty(M, of=i32), weights, scale,
-            bias, empty(M, width), out, multi_lora_main_tiles(target, M, dtype),
-        )  # fmt: skip
+            x,
+            empty(width, width),
+            down,
+            factor,
+            table,
+            scalings,
+            empty(M, of=i32),
+            weights,
+            scale,
+            bias,
+            empty(M, width),
+            out,
+            multi_lora_main_tiles(target, M, dtype),
+        )
         grad = replace(choice, splits=1)
         launchers.multi_lora_grad(
             x, down[0], table, scalings, order, bounds, weights, p, seed, factor.shape[0], factor_dtype, grad

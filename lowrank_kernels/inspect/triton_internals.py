@@ -148,9 +148,11 @@ def watched_interpreter(
 
     # Loads and stores of every kind, descriptors included, come down to the two masked ones.
     patches = {
-        "create_masked_load": masked_load, "create_masked_store": masked_store,
-        "create_atomic_rmw": atomic, "create_atomic_cas": atomic,
-    }  # fmt: skip
+        "create_masked_load": masked_load,
+        "create_masked_store": masked_store,
+        "create_atomic_rmw": atomic,
+        "create_atomic_cas": atomic,
+    }
     for name, patch in patches.items():
         setattr(builder, name, patch)
     executor.__call__ = executed

@@ -128,9 +128,17 @@ class AcceleratedLinear(_Accelerated, PeftLinear):
         if not self.training and not torch.compiler.is_compiling():
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
         return dora_linear(
-            x, as_matrix(base, base.weight), a, b, m, base.bias, scaling=self.scaling[name], scale_cache=cache,
-            dropout_p=self._dropout(name) if self.training else 0.0, dropout_base=True,
-        )  # fmt: skip
+            x,
+            as_matrix(base, base.weight),
+            a,
+            b,
+            m,
+            base.bias,
+            scaling=self.scaling[name],
+            scale_cache=cache,
+            dropout_p=self._dropout(name) if self.training else 0.0,
+            dropout_base=True,
+        )
 
 
 class AcceleratedEmbedding(_Accelerated, PeftEmbedding):
@@ -159,9 +167,16 @@ class _AcceleratedConv(_Accelerated):
         if name not in self.lora_variant:
             return lora_conv(x, base, a.weight, b.weight, b.bias, scaling, self._dropout(name))
         return dora_conv(
-            x, base, a.weight, b.weight, self.lora_magnitude_vector[name].weight, scaling=scaling,
-            dropout_p=self._dropout(name) if self.training else 0.0, dropout_base=True, detach_norm=True,
-        )  # fmt: skip
+            x,
+            base,
+            a.weight,
+            b.weight,
+            self.lora_magnitude_vector[name].weight,
+            scaling=scaling,
+            dropout_p=self._dropout(name) if self.training else 0.0,
+            dropout_base=True,
+            detach_norm=True,
+        )
 
 
 class AcceleratedConv1d(_AcceleratedConv, PeftConv1d):
@@ -179,9 +194,13 @@ class AcceleratedConv3d(_AcceleratedConv, PeftConv3d):
 _CLASSES: dict[Any, Any] = {
     accelerated.pefts: accelerated
     for accelerated in (
-        AcceleratedLinear, AcceleratedEmbedding, AcceleratedConv1d, AcceleratedConv2d, AcceleratedConv3d
+        AcceleratedLinear,
+        AcceleratedEmbedding,
+        AcceleratedConv1d,
+        AcceleratedConv2d,
+        AcceleratedConv3d,
     )
-}  # fmt: skip
+}
 
 
 def _first_factors(layer: Any) -> Any:
@@ -284,9 +303,14 @@ def accelerate(peft_model: nn.Module) -> Report:
         layer.__class__ = _CLASSES[type(layer)]
     trains, total = count_parameters(peft_model)
     return Report(
-        "PEFT on lowrank_kernels", tuple(replaced), tuple(skipped), trains, total, (_LEFT_TO_PEFT,),
+        "PEFT on lowrank_kernels",
+        tuple(replaced),
+        tuple(skipped),
+        trains,
+        total,
+        (_LEFT_TO_PEFT,),
         _undo=[lambda: _give_back(taken)],
-    )  # fmt: skip
+    )
 
 
 def restore(peft_model: nn.Module) -> int:

@@ -154,10 +154,14 @@ class BlockSparseLinear(AroundBase):
         self.write_back_()
         index, columns = self._on_device()
         return block_sparse_linear(
-            x, base.weight, self.blocks, index, base.bias,
+            x,
+            base.weight,
+            self.blocks,
+            index,
+            base.bias,
             columns=None if columns is None else (columns, self._column_width),
             rewrite=getattr(base, "_is_fsdp_managed_module", False),
-        )  # fmt: skip
+        )
 
     def base_forward(self, x: Tensor) -> Tensor:
         base = self.base_layer  # W holds the blocks

@@ -119,10 +119,16 @@ class _DoRAConv(DoRALayer, _LoRAConv):
 
     def convolve(self, x: Tensor) -> Tensor:
         return dora_conv(
-            x, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector,
-            scaling=self.scaling, dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
+            x,
+            self.base_layer,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.lora_magnitude_vector,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
-        )  # fmt: skip
+        )
 
 
 class LoRAConv1d(_LoRAConv):
@@ -190,26 +196,47 @@ def lora_conv(
     """conv(x) + s (conv1(conv(drop(x), A), B) + lora_bias), where conv1 has a kernel of one element."""
     if lies_in_rows(x, conv):
         y = lora_linear(
-            _as_rows(x, conv), conv.weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1),
-            add_bias(conv.bias, lora_bias, scaling, conv.weight.dtype), scaling=scaling, dropout_p=dropout_p,
-        )  # fmt: skip
+            _as_rows(x, conv),
+            conv.weight.flatten(1),
+            lora_a.flatten(1),
+            lora_b.flatten(1),
+            add_bias(conv.bias, lora_bias, scaling, conv.weight.dtype),
+            scaling=scaling,
+            dropout_p=dropout_p,
+        )
         return _from_rows(x, y, conv)
     y = _convolve(x, conv, conv.weight, conv.bias)
     return y + _correction(F.dropout(x, dropout_p), conv, lora_a, lora_b, lora_bias, scaling)
 
 
 def dora_conv(
-    x: Tensor, conv: Any, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, dropout_p: float,
-    dropout_base: bool, detach_norm: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    conv: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    dropout_p: float,
+    dropout_base: bool,
+    detach_norm: bool,
+) -> Tensor:
     """g ∘ (conv(x) + s conv1(conv(drop(x), A), B)) + bias; with ``dropout_base`` and dropout, PEFT's form:
     conv(x) + (g - 1) ∘ conv(drop(x)) + g ∘ s conv1(conv(drop(x), A), B) + bias."""
     weight, a, b = conv.weight.flatten(1), lora_a.flatten(1), lora_b.flatten(1)
     if lies_in_rows(x, conv):
         y = dora_linear(
-            _as_rows(x, conv), weight, a, b, magnitude.flatten(), conv.bias, scaling=scaling, dropout_p=dropout_p,
-            dropout_base=dropout_base, detach_norm=detach_norm,
-        )  # fmt: skip
+            _as_rows(x, conv),
+            weight,
+            a,
+            b,
+            magnitude.flatten(),
+            conv.bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            dropout_base=dropout_base,
+            detach_norm=detach_norm,
+        )
         return _from_rows(x, y, conv)
     scale = _over_channels(column_scale(weight, a, b, magnitude, scaling=scaling, detach_norm=detach_norm), conv)
     dropped = F.dropout(x, dropout_p)

@@ -186,12 +186,19 @@ class DoRALinear(DoRALayer, LoRALinear):
             return self._call_submodules(x)
         a, b = lora_a.weight, lora_b.weight
         return dora_linear(
-            x, as_matrix(base, base.weight), a, b, m, base.bias, scaling=self.scaling,
+            x,
+            as_matrix(base, base.weight),
+            a,
+            b,
+            m,
+            base.bias,
+            scaling=self.scaling,
             # A compiled graph keeps no state between calls: the norm is a part of it.
             scale_cache=None if self.training or torch.compiler.is_compiling() else self.scale_cache,
-            dropout_p=self.dropout if self.training else 0.0, dropout_base=self.dropout_base,
+            dropout_p=self.dropout if self.training else 0.0,
+            dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
-        )  # fmt: skip
+        )
 
 
 def column_scale(

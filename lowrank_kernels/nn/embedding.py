@@ -123,9 +123,14 @@ class DoRAEmbedding(DoRALayer, LoRAEmbedding):
 
 
 def corrected(
-    rows: Tensor, ids: Tensor, embedding: Any, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    rows: Tensor,
+    ids: Tensor,
+    embedding: Any,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
     column_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """g ∘ (E[ids] + s A[:, ids]ᵀ Bᵀ) from rows = E[ids] (..., N), in their dtype; without g where there is none."""
     dtype = torch.promote_types(rows.dtype, lora_a.dtype)
     with torch.autocast(rows.device.type, enabled=False):
@@ -133,9 +138,11 @@ def corrected(
             ids, lora_a.T, padding_idx=embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
         )
         y = torch.addmm(
-            rows.reshape(-1, rows.shape[-1]).to(dtype), p.reshape(-1, p.shape[-1]).to(dtype), lora_b.T.to(dtype),
+            rows.reshape(-1, rows.shape[-1]).to(dtype),
+            p.reshape(-1, p.shape[-1]).to(dtype),
+            lora_b.T.to(dtype),
             alpha=scaling,
-        )  # fmt: skip
+        )
         if column_scale is not None:
             y = column_scale * y
         return y.to(rows.dtype).view(rows.shape)

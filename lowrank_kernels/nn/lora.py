@@ -390,9 +390,16 @@ _MAX_RANK = 2**31 - 1
 
 
 def check_lora_settings(
-    op: str, *, r: int, alpha: float, dropout: float, train: str = "both", dtype: torch.dtype | None = None,
-    rslora: bool = False, init: str = "kaiming",
-) -> None:  # fmt: skip
+    op: str,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    train: str = "both",
+    dtype: torch.dtype | None = None,
+    rslora: bool = False,
+    init: str = "kaiming",
+) -> None:
     """Raise ValueError or TypeError, in the op's name, for settings no LoRA layer can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"{op}: expected r to be an integer of at least 1, got {r!r}")

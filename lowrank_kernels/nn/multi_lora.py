@@ -167,9 +167,13 @@ class MultiLoRALinear(AroundBase):
                 made = LoRAStack(self.lora_A, self.lora_B, self.places, slices=self.slices)
             self._table_and_scalings = (made.table, made.scalings)
         return LoRAStack(
-            self.lora_A, self.lora_B, self.places, self.lora_magnitude,
-            slices=self.slices, table_and_scalings=self._table_and_scalings,
-        )  # fmt: skip
+            self.lora_A,
+            self.lora_B,
+            self.places,
+            self.lora_magnitude,
+            slices=self.slices,
+            table_and_scalings=self._table_and_scalings,
+        )
 
     @property
     def weight(self) -> Tensor:

@@ -102,10 +102,19 @@ class BlockAdamW(torch.optim.Optimizer):
                 mixed = (self.seed * 1_000_003 + number) * 1_000_003 + state["step"]
                 seed = torch.full((), mixed % 2**63, dtype=torch.int64, device=p.device)
             block_adamw_(
-                p, p.grad, state["exp_avg"], state["exp_avg_sq"], layer.base_layer.weight, layer.block_index,
-                step=state["step"], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], seed=seed,
-            )  # fmt: skip
+                p,
+                p.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                layer.base_layer.weight,
+                layer.block_index,
+                step=state["step"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                seed=seed,
+            )
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

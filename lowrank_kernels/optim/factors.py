@@ -253,17 +253,27 @@ class FactorOptimizer(torch.optim.Optimizer):
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p, dtype=wide), "exp_avg_sq": torch.zeros_like(p, dtype=wide),
-                }  # fmt: skip
+                    "exp_avg": torch.zeros_like(p, dtype=wide),
+                    "exp_avg_sq": torch.zeros_like(p, dtype=wide),
+                }
         states = [self.state[p] for p in params]
         # AdamW's own step wants one dtype throughout: half-precision parameters are stepped as float32 copies.
         work = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]  # p itself where that is its own
         adamw(
-            work, [_grad(p).to(w.dtype) for p, w in zip(params, work, strict=True)],
-            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+            work,
+            [_grad(p).to(w.dtype) for p, w in zip(params, work, strict=True)],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
         for p, w in zip(params, work, strict=True):
             if w is not p:
                 p.copy_(w)

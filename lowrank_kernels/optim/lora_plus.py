@@ -40,13 +40,13 @@ def lora_plus_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        kind = (
-            "embedding" if "lora_embedding" in name or any(name.startswith(prefix) for prefix in embeddings)
-            else "vectors" if p.dim() < 2 or "lora_magnitude" in name
-            else "B" if "lora_B" in name
-            else "A"
-        )  # fmt: skip
-        params[kind].append(p)
+        if "lora_embedding" in name or any(name.startswith(prefix) for prefix in embeddings):
+            group = "embedding"
+        elif p.dim() < 2 or "lora_magnitude" in name:
+            group = "vectors"
+        else:
+            group = "B" if "lora_B" in name else "A"
+        params[group].append(p)
     if not any(p.requires_grad and ("lora_A" in name or "lora_B" in name) for name, p in model.named_parameters()):
         raise ValueError(f"lora_plus_groups: expected LoRA layers that train, found none in {type(model).__name__}")
     return [
@@ -57,9 +57,15 @@ def lora_plus_groups(
 
 
 def lora_plus(
-    model: nn.Module, lr: float, *, ratio: float = 16.0, embedding_lr: float = 1e-6, weight_decay: float = 0.0,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any,
-) -> torch.optim.Optimizer:  # fmt: skip
+    model: nn.Module,
+    lr: float,
+    *,
+    ratio: float = 16.0,
+    embedding_lr: float = 1e-6,
+    weight_decay: float = 0.0,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **options: Any,
+) -> torch.optim.Optimizer:
     """An optimizer over :func:`lora_plus_groups`; ``options`` go to ``optimizer``."""
     if not callable(optimizer):
         raise TypeError(f"lora_plus: expected optimizer to be a class of torch.optim, got {optimizer!r}")

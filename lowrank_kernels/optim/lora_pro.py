@@ -84,10 +84,17 @@ class LoRAPro(FactorOptimizer):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float = 1e-2, *, momentum: float = 0.9,
-        betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, eps: float = 1e-6,
-        weight_decay: float = 0.0, moments: str = "factors",
-    ) -> None:  # fmt: skip
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        *,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        moments: str = "factors",
+    ) -> None:
         for name, value in (("lr", lr), ("adam_eps", adam_eps), ("eps", eps), ("weight_decay", weight_decay)):
             check_number("LoRAPro", name, value)
         check_number("LoRAPro", "momentum", momentum, below=1.0, wanted="of at least 0 and below 1")
@@ -95,9 +102,14 @@ class LoRAPro(FactorOptimizer):
         if moments not in MOMENTS:
             raise ValueError(f"LoRAPro: expected moments to be one of {', '.join(MOMENTS)}, got {moments!r}")
         defaults = {
-            "lr": lr, "momentum": momentum, "betas": betas, "eps": adam_eps, "damping": eps,
-            "weight_decay": weight_decay, "moments": moments,
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": adam_eps,
+            "damping": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+        }
         super().__init__(groups, defaults)
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:

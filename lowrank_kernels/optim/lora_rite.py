@@ -76,9 +76,15 @@ class LoRARITE(FactorOptimizer):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6, adam_eps: float = 1e-8, weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("adam_eps", adam_eps), ("weight_decay", weight_decay)):
             check_number("LoRARITE", name, value)
         check_betas("LoRARITE", betas)

@@ -641,8 +641,11 @@ def _fused_linears(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> 
     """
     found = []
     for key, widths in fused.items():
-        paths = [path for path, module in named_modules(model)
-                 if path.rpartition(".")[2] == key and isinstance(module, nn.Linear)]  # fmt: skip
+        paths = [
+            path
+            for path, module in named_modules(model)
+            if path.rpartition(".")[2] == key and isinstance(module, nn.Linear)
+        ]
         if not paths:
             raise ValueError(f"AdapterBank: expected fused to name linears of the model, and {key!r} names none")
         for path in paths:

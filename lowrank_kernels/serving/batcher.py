@@ -308,7 +308,13 @@ class Batcher:
         self.batches += 1
         self.rows += len(jobs)
         model.generate(
-            tokens, attention_mask=mask, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True,
+            tokens,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            use_cache=True,
             max_new_tokens=max(job.max_tokens for job in jobs),
-            logits_processor=[rows.draw], stopping_criteria=[rows.done],
-        )  # fmt: skip
+            logits_processor=[rows.draw],
+            stopping_criteria=[rows.done],
+        )

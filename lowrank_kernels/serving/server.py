@@ -32,12 +32,26 @@ class _Body(BaseModel):
 
 # Settings that clients send with the value that asks for nothing; null asks for nothing too.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,),
-    "best_of": (1,), "suffix": ("",), "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none",),
-    "function_call": ("none",), "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
-    "stream_options": (), "store": (False,), "metadata": ({},), "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none",),
+    "function_call": ("none",),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "stream_options": (),
+    "store": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
     "service_tier": ("auto", "default"),
-}  # fmt: skip
+}
 # What an answer of this server, or of OpenAI's, carries beside its text when it is sent back.
 _OF_AN_ANSWER = ("refusal", "tool_calls", "function_call", "audio", "annotations", "name", "reasoning_content")
 
@@ -301,11 +315,16 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
             raise HTTPException(404, f"there is no model {body.model!r}; GET /v1/models names those that are")
         jobs = [
             Generation(
-                adapter, prompt, most, body.stops(), body.temperature, body.top_p,
+                adapter,
+                prompt,
+                most,
+                body.stops(),
+                body.temperature,
+                body.top_p,
                 None if body.seed is None else (body.seed + i) % 2**63,
             )
             for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
+        ]
         try:
             batcher.submit(jobs)
         except QueueFull as error:
@@ -338,12 +357,17 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
     def answer(kind: str, body: _Sampling, prompts: Sequence[list[int]], found: list[Completion], choices: Any) -> Any:
         prompt, generated = sum(len(p) for p in prompts), sum(len(one.tokens) for one in found)
         return {
-            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}", "object": kind,
-            "created": int(time.time()), "model": body.model, "choices": choices,
+            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": body.model,
+            "choices": choices,
             "usage": {
-                "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+                "prompt_tokens": prompt,
+                "completion_tokens": generated,
+                "total_tokens": prompt + generated,
             },
-        }  # fmt: skip
+        }
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Any:
@@ -380,11 +404,13 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
         found = await complete(request, body, [prompt], body.max_completion_tokens or body.max_tokens)
         choices = [
             {
-                "index": 0, "message": {"role": "assistant", "content": one.text},
-                "finish_reason": one.finish_reason, "logprobs": None,
+                "index": 0,
+                "message": {"role": "assistant", "content": one.text},
+                "finish_reason": one.finish_reason,
+                "logprobs": None,
             }
             for one in found
-        ]  # fmt: skip
+        ]
         return answer("chat.completion", body, [prompt], found, choices)
 
     @app.get("/v1/models")
@@ -432,10 +458,12 @@ def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_by
     @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> str:
         gauges = {
-            "lrk_waiting_rows": batcher.waiting, "lrk_running_rows": batcher.running,
-            "lrk_adapters": len(bank.names()), "lrk_adapters_resident": len(bank.resident()),
+            "lrk_waiting_rows": batcher.waiting,
+            "lrk_running_rows": batcher.running,
+            "lrk_adapters": len(bank.names()),
+            "lrk_adapters_resident": len(bank.resident()),
             "lrk_adapter_bytes": bank.nbytes,
-        }  # fmt: skip
+        }
         return metrics.text(gauges, {"lrk_batches_total": batcher.batches, "lrk_batch_rows_total": batcher.rows})
 
     return app

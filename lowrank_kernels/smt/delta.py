@@ -131,8 +131,9 @@ def load_delta(
     try:
         selection = BlockSelection(
             {name: tensors[f"{name}.block_index"] for name in modules},
-            {name: tuple(module["shape"]) for name, module in modules.items()}, tuple(config["block_size"]),
-        )  # fmt: skip
+            {name: tuple(module["shape"]) for name, module in modules.items()},
+            tuple(config["block_size"]),
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_delta: {folder}: {error}") from None
     (dtype,) = {tensors[f"{name}.blocks"].dtype for name in modules}

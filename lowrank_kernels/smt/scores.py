@@ -141,8 +141,10 @@ def warm_up(
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
     return BlockScores(
         {name: _score(sums.pop(name), shapes[name], size, score) / steps for name in targets},
-        shapes, size, count_parameters(model)[1],
-    )  # fmt: skip
+        shapes,
+        size,
+        count_parameters(model)[1],
+    )
 
 
 def _check_own_weights(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:

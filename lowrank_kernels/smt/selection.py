@@ -119,9 +119,14 @@ def _layer_and_matrix(name: str) -> tuple[str, str]:
 
 
 def select_blocks(
-    scores: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], size: tuple[int, int], parameters: int,
-    budget: Budget, of: str, per: str,
-) -> BlockSelection:  # fmt: skip
+    scores: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    size: tuple[int, int],
+    parameters: int,
+    budget: Budget,
+    of: str,
+    per: str,
+) -> BlockSelection:
     """As :meth:`BlockScores.select` says."""
     if of not in ("targets", "parameters"):
         raise ValueError(f"select: expected of to be 'targets' or 'parameters', got {of!r}")
