@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import all_finite
+from ..gradients import summed_gradients
 from ..merge import merge_lora_
 from ..names import named_modules
 from ..nn.matrix import as_matrix, is_linear
@@ -65,23 +66,8 @@ def estimate_gradients(
         )
     if not linears:
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
-    sums: dict[str, Tensor] = {}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
     count = 0
-    try:
-        model.requires_grad_(False)
-        for p, _, _ in before:
-            p.grad = None
-        for name, linear in linears.items():
-            linear.weight.requires_grad_(True)
-
-            def take(p: Tensor, name: str = name) -> None:
-                assert p.grad is not None
-                gradient, p.grad = p.grad.detach().to("cpu", torch.float32), None
-                sums[name] = sums[name].add_(gradient) if name in sums else gradient.clone()
-
-            handles.append(linear.weight.register_post_accumulate_grad_hook(take))
+    with summed_gradients(model, {name: linear.weight for name, linear in linears.items()}, to_cpu=True) as sums:
         for batch in batches:
             with torch.enable_grad():
                 value = loss(model, batch)
@@ -91,12 +77,6 @@ def estimate_gradients(
                 raise ValueError(f"estimate_gradients: expected a finite loss of the weights, got {value!r:.80}")
             value.backward()
             count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, requires_grad, grad in before:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
     if count == 0:
         raise ValueError("estimate_gradients: expected at least one batch, got none")
     for name in linears:

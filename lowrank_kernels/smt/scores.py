@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapt import plan_adaptation
 from ..config import ALL_LINEAR, AdapterConfig
 from ..functional import check_block_size
+from ..gradients import summed_gradients
 from ..report import count_parameters
 from .selection import BlockSelection, Budget, select_blocks
 
@@ -102,29 +103,22 @@ def warm_up(
     config = AdapterConfig(target_modules=target_modules, exclude_modules=exclude_modules)
     targets = plan_adaptation(model, config).targets
     _check_own_weights(model, targets)
-    names = {id(linear.weight): name for name, linear in targets.items()}
-    sums: dict[str, Tensor] = {}
     optimizers: dict[int, torch.optim.Optimizer] = {}
 
-    def take(p: Tensor) -> None:
-        grad = p.grad
-        assert grad is not None
-        name = names.get(id(p))
-        if name is not None:
-            part = grad.detach().float() if score == "abs_mean" else _block_sums(grad.detach().float(), size)
-            part = part.cpu() if offload else part
-            if name in sums:
-                sums[name] += part
-            else:
-                sums[name] = part.clone() if part.data_ptr() == grad.data_ptr() else part
-        if optimizer is not None:
-            if id(p) not in optimizers:
-                optimizers[id(p)] = optimizer([p])  # type: ignore[list-item]
-            optimizers[id(p)].step()
-        p.grad = None
+    def step(p: nn.Parameter) -> None:
+        assert optimizer is not None
+        if id(p) not in optimizers:
+            optimizers[id(p)] = optimizer([p])
+        optimizers[id(p)].step()
 
     steps = 0
-    with _hooked(model, set(names), optimizer is not None, take):
+    with summed_gradients(
+        model,
+        {name: linear.weight for name, linear in targets.items()},
+        reduce=None if score == "abs_mean" else partial(_block_sums, size=size),
+        to_cpu=offload,
+        step=None if optimizer is None else step,
+    ) as sums:
         for batch in _bar(batches, progress, "warm-up"):
             value = loss(model, batch)
             if not math.isfinite(float(value.detach())):
@@ -157,27 +151,6 @@ def _check_own_weights(model: nn.Module, targets: Mapping[str, nn.Linear]) -> No
                 f"warm_up: {' and '.join(owners[id(linear.weight)])} are one weight, and tuning one would change the "
                 f"other; name the module in exclude_modules"
             )
-
-
-@contextmanager
-def _hooked(model: nn.Module, targets: set[int], everything: bool, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """``take`` gets each parameter as soon as its gradient is there: the targets', or those of all that trains too."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    hooks = []
-    try:
-        for p, trains, _ in before:
-            p.grad = None
-            p.requires_grad_(id(p) in targets or (trains and everything))
-            if p.requires_grad:
-                hooks.append(p.register_post_accumulate_grad_hook(take))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p, trains, grad in before:
-            p.grad = None
-            p.requires_grad_(trains)
-            p.grad = grad
 
 
 def _bar(batches: Iterable[Any], progress: bool, name: str) -> Iterable[Any]:
