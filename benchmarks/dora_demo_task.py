@@ -14,9 +14,12 @@ import torch
 from cost_over_frozen import conditions
 
 import lowrank_kernels as lk
-from lowrank_kernels.cli import training as loop
+from lowrank_kernels.cli.batches import batches
 from lowrank_kernels.cli.demo import peft_twin
-from lowrank_kernels.cli.methods import METHODS, adapter_config
+from lowrank_kernels.cli.evaluation import held_out_loss
+from lowrank_kernels.cli.factors import adapter_config
+from lowrank_kernels.cli.loop import Run
+from lowrank_kernels.cli.methods import METHODS
 from lowrank_kernels.cli.train import add_training_arguments, load_task
 
 
@@ -29,17 +32,17 @@ def main() -> None:
     base, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
     ours = copy.deepcopy(base)
-    lk.adapt(ours, adapter_config("dora", args))
+    lk.adapt(ours, adapter_config(args, lk.DoRAConfig))
     runs = [
-        loop.Run("ours", ours, args.learning_rate, args.steps),
-        loop.Run("PEFT", peft_twin(base, ours, args, dora=True), args.learning_rate, args.steps),
+        Run("ours", ours, args.learning_rate, args.steps),
+        Run("PEFT", peft_twin(base, ours, args, dora=True), args.learning_rate, args.steps),
     ]
-    before = loop.held_out_loss(runs[0].model, tokenizer, held_out, args.batch_size, args.device)
-    stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, args.device)
+    before = held_out_loss(runs[0].model, tokenizer, held_out, args.batch_size, args.device)
+    stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     for _ in range(args.steps):
         batch = next(stream)
         print("  ".join(f"{run.name} {run.step(batch):.6f}" for run in runs), flush=True)
-    after = [loop.held_out_loss(run.model, tokenizer, held_out, args.batch_size, args.device) for run in runs]
+    after = [held_out_loss(run.model, tokenizer, held_out, args.batch_size, args.device) for run in runs]
     difference = max(abs(a - b) for a, b in zip(*(run.losses for run in runs), strict=True))
     print(f"held-out loss {before:.4f} -> ours {after[0]:.6f}, PEFT {after[1]:.6f}; curves differ by {difference:.1e}")
     if args.json:

@@ -22,8 +22,12 @@ import torch
 from cost_over_frozen import conditions
 
 import lowrank_kernels as lk
-from lowrank_kernels.cli import training as loop
-from lowrank_kernels.cli.methods import METHODS, TARGETS, adapter_config
+from lowrank_kernels.cli.batches import batches
+from lowrank_kernels.cli.evaluation import held_out_loss
+from lowrank_kernels.cli.factors import adapter_config
+from lowrank_kernels.cli.loop import Run
+from lowrank_kernels.cli.method import TARGETS
+from lowrank_kernels.cli.methods import METHODS
 from lowrank_kernels.cli.smt import select_blocks
 from lowrank_kernels.cli.train import add_training_arguments, load_task
 
@@ -40,12 +44,12 @@ def trained(method: str, rate: float, task: tuple[Any, ...], args: argparse.Name
         lk.adapt(model, config)
         optimizer = METHODS["smt"].optimizer
     elif method != "full":
-        lk.adapt(model, adapter_config(method.lower(), args))
-    run = loop.Run(method, model, rate, args.steps, optimizer)
-    stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, args.device)
+        lk.adapt(model, adapter_config(args, lk.DoRAConfig if method == "DoRA" else lk.LoRAConfig))
+    run = Run(method, model, rate, args.steps, optimizer)
+    stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     for _ in range(args.steps):
         run.step(next(stream))
-    loss = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
+    loss = held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     print(f"seed {args.seed} {method:5} rate {rate:g}: {loss:.4f} ({run.trainable} parameters)", flush=True)
     return {"method": method, "rate": rate, "seed": args.seed, "held_out": loss, "trainable": run.trainable}
 
@@ -65,9 +69,9 @@ def main() -> None:
     for seed in [1000] if args.sweep else range(args.seeds):
         args.seed = seed
         probe = copy.deepcopy(task[0])
-        trainable = lk.adapt(probe, adapter_config("lora", args)).trainable
+        trainable = lk.adapt(probe, adapter_config(args)).trainable
         del probe
-        others = loop.batches(task[1], task[2], args.batch_size, seed + 1, args.device)
+        others = batches(task[1], task[2], args.batch_size, seed + 1, args.device)
         selection = select_blocks(task[0], others, args, TARGETS, blocks=trainable // args.block_size**2)
         config = lk.SMTConfig(selection=selection)
         for method, rate in RATES.items():
@@ -75,7 +79,7 @@ def main() -> None:
                 runs.append(trained(method, tried, task, args, config))
     if args.sweep:
         return
-    before = loop.held_out_loss(task[0], task[1], task[3], args.batch_size, args.device)
+    before = held_out_loss(task[0], task[1], task[3], args.batch_size, args.device)
     rows = []
     for method in RATES:
         losses = [r["held_out"] for r in runs if r["method"] == method]

@@ -33,8 +33,8 @@ from cost_over_frozen import conditions
 from safetensors.torch import load_file, save_file
 
 import lowrank_kernels as lk
-from lowrank_kernels.cli.methods import TARGETS
-from lowrank_kernels.cli.training import peak_allocated
+from lowrank_kernels.cli.method import TARGETS
+from lowrank_kernels.cli.peak_memory import peak_allocated
 from lowrank_kernels.integrations.transformers import answer_loss, load_language_model
 
 BUDGET, BLOCK, SEQUENCE, BATCH = 0.0086, 64, 256, 2

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_kernels as lk
 from lowrank_kernels.chain import Chain
-from lowrank_kernels.cli.methods import METHODS, TARGETS
-from lowrank_kernels.cli.training import peak_allocated
+from lowrank_kernels.cli.method import TARGETS
+from lowrank_kernels.cli.methods import METHODS, add_method_arguments
+from lowrank_kernels.cli.peak_memory import peak_allocated
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +31,15 @@ from cost_over_frozen import conditions
 
 COMPARED = ("lora", "rac-lora", "cola", "lora-plus", "lora-pro", "lora-rite")
 R = 16
+
+
+def method_arguments() -> argparse.Namespace:
+    """What the methods' own options say: R, and no merge before it is asked for."""
+    parser = argparse.ArgumentParser()
+    add_method_arguments(parser)
+    args = parser.parse_args(["--rank", str(R), "--steps-per-link", str(10**6), "--link-warmup", "0"])
+    args.seed = 0
+    return args
 
 
 class Trainee:
@@ -46,9 +56,10 @@ class Trainee:
             )
         )
         row = METHODS[method]
-        lk.adapt(self.model, lk.LoRAConfig(r=R, alpha=2 * R, target_modules=TARGETS, **row.settings))
+        args = method_arguments()
+        row.prepare(self.model, args, None, None)  # none of those compared starts from batches
         self.optimizer = row.optimizer(self.model, 1e-5)
-        self.chain = row.chain(self.model, self.optimizer, 10**6) if row.chain else None
+        self.chain = row.ride(self.model, self.optimizer, args) if row.ride else None
         self.ids = torch.randint(0, 1024, (8, 64))
 
     def forward_backward(self) -> None:

@@ -20,8 +20,10 @@ from plots import RESULTS, lines_with_spread
 
 import lowrank_kernels as lk
 from lowrank_kernels.cli import docstrings
-from lowrank_kernels.cli import training as loop
-from lowrank_kernels.cli.methods import METHODS, adapter_config
+from lowrank_kernels.cli.batches import batches
+from lowrank_kernels.cli.factors import adapter_config
+from lowrank_kernels.cli.loop import Run
+from lowrank_kernels.cli.methods import METHODS
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 from lowrank_kernels.integrations.transformers import answer_loss, load_language_model
 
@@ -68,20 +70,20 @@ class Bench:
         self.gradients: dict[int, dict[str, torch.Tensor]] = {}
 
     def batches(self, size: int, seed: int):  # type: ignore[no-untyped-def]
-        return loop.batches(self.tokenizer, self.examples, size, seed, "cpu")
+        return batches(self.tokenizer, self.examples, size, seed, "cpu")
 
     def run(self, method: str, lr: float, seed: int) -> list[float]:
         args, row = self.args, METHODS[method]
-        config = adapter_config(method, args)
-        if row.from_gradients and seed not in self.gradients:
+        config = adapter_config(args)
+        if method == "lora-ga" and seed not in self.gradients:
             linears = lk.plan_adaptation(self.model, config).targets
             some = (b for _, b in zip(range(args.gradient_batches), self.batches(2, seed + 100), strict=False))
             self.gradients[seed] = estimate_gradients(self.model, some, lambda m, b: answer_loss(m, **b), linears)
         torch.manual_seed(seed)
         report = lk.adapt(self.model, config)
-        if row.from_gradients:
+        if method == "lora-ga":
             lora_ga_(self.model, self.gradients[seed], seed=seed)
-        training = loop.Run(method, self.model, lr, args.steps, row.optimizer)
+        training = Run(method, self.model, lr, args.steps, row.optimizer)
         stream = self.batches(args.batch_size, seed)
         losses: list[float] = []
         try:

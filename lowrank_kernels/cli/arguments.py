@@ -1,4 +1,4 @@
-"""The kinds of values that options take, each checked before a command does anything."""
+"""Options and the kinds of values they take, each checked before a command does anything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import math
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+
+OptionGroup = Mapping[str, Mapping[str, Any]]
+"""Options that belong together: what ``add_argument`` is given, by the option's name."""
 
 _PICTURES = (".png", ".svg", ".pdf", ".jpg")
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from . import arguments
-from .methods import METHODS, TARGETS, adapter_config
+from .factors import adapter_config
+from .method import TARGETS
+from .methods import METHODS
 from .smt import select_blocks
 from .train import add_training_arguments, load_task
 
@@ -109,27 +111,31 @@ def run(args: argparse.Namespace) -> int:
 
     import lowrank_kernels as lk
 
-    from . import training as loop
+    from .batches import batches
+    from .environment import environment
+    from .evaluation import held_out_loss, write_docstrings
+    from .loop import Run
+    from .peak_memory import peak_allocated
 
     model, tokenizer, examples, held_out = load_task(args)
     device = torch.device(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     shown = held_out[:: max(1, len(held_out) // 4)][:4]
     print("evaluating the untrained model", file=sys.stderr)
-    before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, device)
-    texts_before = loop.write_docstrings(model, tokenizer, shown, device)
+    before = held_out_loss(model, tokenizer, held_out, args.batch_size, device)
+    texts_before = write_docstrings(model, tokenizer, shown, device)
 
     adapted = {}
-    for method in ("lora", "dora"):
+    for method, config in (("lora", lk.LoRAConfig), ("dora", lk.DoRAConfig)):
         torch.manual_seed(args.seed)
         adapted[method] = copy.deepcopy(model)
-        report = lk.adapt(adapted[method], adapter_config(method, args))
+        report = lk.adapt(adapted[method], adapter_config(args, config))
         print(f"{method}: {len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
     ours = adapted["lora"]
     # As many blocks as come nearest to LoRA's trainable parameters from below.
     blocks = sum(p.numel() for p in ours.parameters() if p.requires_grad) // args.block_size**2
     picture = args.output / "blocks.png"
-    others = loop.batches(tokenizer, examples, args.batch_size, args.seed + 1, device)
+    others = batches(tokenizer, examples, args.batch_size, args.seed + 1, device)
     selection = select_blocks(model, others, args, TARGETS, blocks=blocks)
     selection.plot(picture)
     adapted["smt"] = copy.deepcopy(model)
@@ -137,12 +143,12 @@ def run(args: argparse.Namespace) -> int:
     twin = peft_twin(model, ours, args)  # last: it changes the model in place
     rate = {name: args.learning_rate or row.learning_rate for name, row in METHODS.items()}
     runs = [
-        loop.Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
-        loop.Run("PEFT LoRA", twin, rate["lora"], args.steps),
-        loop.Run("lowrank_kernels DoRA", adapted["dora"], rate["dora"], args.steps),
-        loop.Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, METHODS["smt"].optimizer),
+        Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
+        Run("PEFT LoRA", twin, rate["lora"], args.steps),
+        Run("lowrank_kernels DoRA", adapted["dora"], rate["dora"], args.steps),
+        Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, METHODS["smt"].optimizer),
     ]
-    stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, device)
+    stream = batches(tokenizer, examples, args.batch_size, args.seed, device)
     with tqdm(total=args.steps, unit="step") as bar:
         for step in range(args.steps):
             batch = next(stream)
@@ -162,8 +168,8 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for run in runs:
         print(f"evaluating {run.name}", file=sys.stderr)
-        after[run.name] = loop.held_out_loss(run.model, tokenizer, held_out, args.batch_size, device)
-        peak = loop.peak_allocated(partial(run.forward_backward, batch), device)
+        after[run.name] = held_out_loss(run.model, tokenizer, held_out, args.batch_size, device)
+        peak = peak_allocated(partial(run.forward_backward, batch), device)
         run.optimizer.zero_grad(set_to_none=True)
         rows.append(
             (
@@ -186,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
                 "peak_bytes": peak,
             }
         )
-    texts_after = loop.write_docstrings(ours, tokenizer, shown, device)
+    texts_after = write_docstrings(ours, tokenizer, shown, device)
 
     curve_difference = max(abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
     folder = args.output / "adapter"
@@ -211,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
             {"prompt": e.prompt, "before": old, "after": new}
             for e, old, new in zip(shown, texts_before, texts_after, strict=True)
         ],
-        "environment": loop.environment(),
+        "environment": environment(),
     }
     (args.output / "demo.json").write_text(json.dumps(result, indent=1))
     print(f"\nloss curve: {args.output / 'loss.png'}; SMT's blocks: {picture}; JSON: {args.output / 'demo.json'}")

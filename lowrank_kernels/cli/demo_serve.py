@@ -15,9 +15,13 @@ import lowrank_kernels as lk
 
 from ..serving import AdapterBank
 from ..serving.batcher import Batcher, Generation
-from . import training as loop
+from .batches import encode
 from .docstrings import MODULES, Example
-from .methods import METHODS, TARGETS
+from .environment import environment
+from .evaluation import held_out_loss
+from .loop import Run
+from .method import TARGETS
+from .methods import METHODS
 from .train import load_task
 
 LIBRARIES = tuple(MODULES)
@@ -30,17 +34,17 @@ def _by_library(examples: list[Example]) -> list[list[Example]]:
 
 def _train(
     model: Any, tokenizer: Any, examples: list[list[Example]], args: argparse.Namespace, device: torch.device
-) -> loop.Run:
+) -> Run:
     """Every step is one batch, forward and backward for all adapters, each with functions of its own library."""
     from tqdm import tqdm
 
-    training = loop.Run("four adapters", model, args.learning_rate or METHODS["lora"].learning_rate, args.steps)
+    training = Run("four adapters", model, args.learning_rate or METHODS["lora"].learning_rate, args.steps)
     order, each = random.Random(args.seed), max(1, args.batch_size // len(LIBRARIES))
     ids = torch.arange(len(LIBRARIES)).repeat_interleave(each)
     for _ in (bar := tqdm(range(args.steps), unit="step")):
         drawn = [example for of_library in examples for example in order.sample(of_library, each)]
         with lk.nn.use_adapters(ids):
-            loss = training.step(loop.encode(tokenizer, drawn, device))
+            loss = training.step(encode(tokenizer, drawn, device))
         bar.set_postfix_str(f"loss {loss:.3f}")
     return training
 
@@ -90,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
             target_modules=TARGETS,
         ),
     )
-    before = [loop.held_out_loss(model, tokenizer, of_library, args.batch_size, device) for of_library in evaluated]
+    before = [held_out_loss(model, tokenizer, of_library, args.batch_size, device) for of_library in evaluated]
     trained = _train(model, tokenizer, training, args, device)
     after = []
     for i, library in enumerate(LIBRARIES):
         with lk.nn.use_adapters([i]):
-            after.append(loop.held_out_loss(model, tokenizer, evaluated[i], args.batch_size, device))
+            after.append(held_out_loss(model, tokenizer, evaluated[i], args.batch_size, device))
         lk.save_adapter(model, args.output / "adapters" / library, adapter=i)
     report.undo()
     model.eval()
@@ -147,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         ],
         "logit_difference": difference,
         "seconds_per_step": trained.median_seconds(),
-        "environment": loop.environment(),
+        "environment": environment(),
     }
     (args.output / "demo.json").write_text(json.dumps(result, indent=1))
     print(f"adapters and JSON in {args.output}; lrk serve --adapters {args.output / 'adapters'} serves them")

@@ -1,4 +1,4 @@
-"""What the commands do before they adapt for Sparse Matrix Tuning: warm up, and select blocks."""
+"""Sparse Matrix Tuning, as `lrk train` and `lrk demo` run it: options, selection, layers, and what is written."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import argparse
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lowrank_kernels as lk
 
 from ..integrations.transformers import answer_loss
 from . import arguments
+from .method import TARGETS, Batches, Prepared
 
-
-def add_smt_arguments(parser: argparse.ArgumentParser, warmup_steps: int) -> None:
-    """The options of Sparse Matrix Tuning's warm-up."""
-    parser.add_argument(
-        "--block-size",
-        type=arguments.whole(16, multiple_of=16),
-        default=64,
-        help="smt: rows and columns of a block (default 64)",
-    )
-    parser.add_argument(
-        "--warmup-steps",
-        type=arguments.count,
-        default=warmup_steps,
-        help=f"smt: batches whose gradients choose the blocks, without updates (default {warmup_steps})",
-    )
+BLOCKS: arguments.OptionGroup = {
+    "--block-size": {
+        "type": arguments.whole(16, multiple_of=16),
+        "default": 64,
+        "help": "{methods}: rows and columns of a block (default 64)",
+    },
+    "--warmup-steps": {
+        "type": arguments.count,
+        "default": 20,
+        "help": "{methods}: batches whose gradients choose the blocks, without updates (default %(default)s)",
+    },
+}
+BLOCK_BUDGET: arguments.OptionGroup = {
+    "--budget": {
+        "type": arguments.share,
+        "default": 0.0086,
+        "help": "{methods}: share of all parameters that trains (default 0.0086)",
+    },
+}
 
 
 def select_blocks(
@@ -48,3 +54,16 @@ def select_blocks(
     selection = scores.select(args.budget, of="parameters") if blocks is None else scores.select(blocks)
     print(selection, file=sys.stderr)
     return selection
+
+
+def selected_blocks(model: Any, args: argparse.Namespace, batches: Batches, start: Any) -> Prepared:
+    """Layers that train blocks of W (SMT); a resumed run keeps the selection."""
+    if start is None:
+        start = vars(select_blocks(model, batches(args.batch_size), args, TARGETS))
+    return Prepared(lk.adapt(model, lk.SMTConfig(selection=lk.smt.BlockSelection(**start))), start)
+
+
+def save_blocks(model: Any, tokenizer: Any, prepared: Prepared, folder: Path) -> str:
+    """Write the trained blocks of W."""
+    lk.smt.save_delta(model, folder)
+    return f"sparse delta written to {folder}"

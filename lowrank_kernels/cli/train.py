@@ -10,37 +10,31 @@ from typing import Any
 import torch
 
 from . import arguments, methods
+from .factors import FACTORS
 from .methods import METHODS
-from .smt import add_smt_arguments
+from .smt import BLOCKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARED = (FACTORS, BLOCKS)
+"""The groups of options of methods that `train` and `demo` share."""
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, steps: int, warmup_steps: int) -> None:
     """The options that `train` and `demo` share."""
     parser.add_argument("--model", default="smollm2", help="'smollm2', or a folder that transformers wrote")
-    parser.add_argument(
-        "--rank", type=arguments.count, default=8, help="rank R of the correction (default 8; alpha is 2 R)"
-    )
-    parser.add_argument(
-        "--dropout",
-        type=arguments.number(0.0, below=1.0),
-        default=0.0,
-        help="dropout on the correction's input (default 0)",
-    )
-    parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(R) instead of alpha / R")
     parser.add_argument("--steps", type=arguments.count, default=steps, help=f"optimizer steps (default {steps})")
     parser.add_argument("--batch-size", type=arguments.count, default=16, help="examples a step (default 16)")
     parser.add_argument(
         "--learning-rate", type=arguments.number(above=0.0), help="peak learning rate (default: the method's own)"
     )
-    add_smt_arguments(parser, warmup_steps)
     parser.add_argument(
         "--held-out", type=arguments.count, default=128, help="held-out functions to evaluate on (default 128)"
     )
     parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of initialisation and order (default 0)")
     parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
+    methods.add_options(parser, *SHARED)
+    parser.set_defaults(warmup_steps=warmup_steps)
 
 
 def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]:
@@ -61,9 +55,14 @@ def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help=__doc__, description=__doc__)
-    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items()) + " (default lora)",
+    )
     add_training_arguments(parser, steps=100, warmup_steps=20)
-    methods.add_method_arguments(parser)
+    methods.add_method_arguments(parser, beside=SHARED)
     parser.add_argument(
         "--output",
         type=arguments.output_folder,
@@ -79,11 +78,8 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from . import training as loop
-
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
     arguments.refuse_options(
         args.given, methods.ignored_options(args.method), f"is not an option of --method {args.method}"
     )
@@ -92,25 +88,38 @@ def run(args: argparse.Namespace) -> int:
             args.given, ("--save-every", "--stop-after"), "needs --checkpoint, where the run is kept"
         )
     arguments.refuse_one_place(args, "--output", "--json", "--checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .batches import batches
+    from .checkpoint import read_checkpoint, write_checkpoint
+    from .environment import environment
+    from .evaluation import held_out_loss
+    from .loop import Run
+
+    _check(args)
     method = METHODS[args.method]
     if args.learning_rate is None:
         args.learning_rate = method.learning_rate
-    checkpoint = loop.read_checkpoint(args)
+    checkpoint = read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
     torch.manual_seed(args.seed)
-    report, start = methods.adapt(
-        args.method,
+    prepared = method.prepare(
         model,
         args,
-        lambda size: loop.batches(tokenizer, examples, size, args.seed + 1, args.device),
+        lambda size: batches(tokenizer, examples, size, args.seed + 1, args.device),
         checkpoint and checkpoint["start"],
     )
-    print(f"{len(report.replaced)} modules adapted, {len(report.skipped)} skipped", file=sys.stderr)
-    training = loop.Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
-    chain = methods.start_chain(args.method, model, training.optimizer, args)
-    stream = loop.batches(tokenizer, examples, args.batch_size, args.seed, args.device)
+    if prepared.report is not None:
+        replaced, skipped = prepared.report.replaced, prepared.report.skipped
+        print(f"{len(replaced)} modules adapted, {len(skipped)} skipped", file=sys.stderr)
+    training = Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
+    chain = method.ride and method.ride(model, training.optimizer, args)
+    stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     if checkpoint is None:
-        before = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
+        before = held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     else:
         before = checkpoint["held_out_before"]
         training.load(checkpoint["run"])
@@ -127,14 +136,12 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
             step = len(training.losses)
             if args.checkpoint and (step % args.save_every == 0 or step == last):
-                loop.write_checkpoint(
-                    args,
-                    {"held_out_before": before, "start": start, "run": training.state(base=method.changes_base)},
-                )
+                state = training.state(base=method.changes_base)
+                write_checkpoint(args, {"held_out_before": before, "start": prepared.start, "run": state})
     if last < args.steps:
         print(f"stopped after step {last} of {args.steps}")
         return 0
-    after = loop.held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
+    after = held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     result = {
         "method": args.method,
         "model": args.model,
@@ -148,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         "held_out_after": after,
         "seconds_per_step": training.median_seconds(),
         "losses": training.losses,
-        "environment": loop.environment(),
+        "environment": environment(),
     }
     print(
         f"held-out loss {before:.4f} -> {after:.4f} nats a token; {training.trainable} trainable parameters; "
@@ -157,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         if chain:
             chain.merge()
-        print(methods.save(args.method, model, tokenizer, report, start, args.output))
+        print(method.save(model, tokenizer, prepared, args.output))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))

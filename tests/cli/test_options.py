@@ -68,6 +68,14 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--grace": ("x", "", "-1", "1.5"), "--device": DEVICES, "--dtype": WORDS,
     },
 }  # fmt: skip
+# Options of methods that the table does not name have kinds of their own, and none takes a word that says nothing.
+BAD["train"] |= {
+    option: WORDS
+    for row in METHODS.values()
+    for group in row.options
+    for option, settings in group.items()
+    if option not in BAD["train"] and "action" not in settings
+}
 # Anything goes: a switch, or a text of which there is nothing to say before the work.
 FREE = {"--help", "--debug", "--kernel"}
 

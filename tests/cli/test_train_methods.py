@@ -14,8 +14,12 @@ pytest.importorskip("transformers")
 
 import lowrank_kernels as lk
 from lowrank_kernels.cli import docstrings, main, train
-from lowrank_kernels.cli import training as loop
-from lowrank_kernels.cli.methods import METHODS
+from lowrank_kernels.cli.batches import Batch
+from lowrank_kernels.cli.factors import FACTORS, save_adapter, save_from_start
+from lowrank_kernels.cli.loop import Run
+from lowrank_kernels.cli.method import save_model
+from lowrank_kernels.cli.methods import METHODS, ignored_options
+from lowrank_kernels.cli.smt import BLOCKS, save_blocks
 
 
 class Tokenizer:
@@ -52,16 +56,25 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "load_task", load)
 
 
+SMALL = {
+    "--rank": "4",
+    "--block-size": "16",
+    "--budget": "0.1",
+    "--warmup-steps": "2",
+    "--steps-per-link": "4",
+    "--link-warmup": "2",
+    "--gradient-batches": "4",
+}
+WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
+WITH_LAYERS = [name for name, row in METHODS.items() if FACTORS in row.options or BLOCKS in row.options]
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
 
 
 def options(method: str) -> list[str]:
     """Of a small run: those that every method has, and its own."""
-    row = METHODS[method]
-    own = "--block-size 16 --budget 0.1 --warmup-steps 2" if row.blocks else "--rank 4"
-    own += " --steps-per-link 4 --link-warmup 2" if row.chain else ""
-    own += " --gradient-batches 4" if row.from_gradients else ""
-    return ["--batch-size", "4", *own.split()]
+    others = ignored_options(method)
+    own = [word for option, value in SMALL.items() if option not in others for word in (option, value)]
+    return ["--batch-size", "4", *own]
 
 
 def command(method: str, *more: str, steps: int = 12) -> int:
@@ -76,7 +89,7 @@ def test_it_learns_stops_and_goes_on_bit_for_bit(
     method: str, more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, resumed, state = tmp_path / "whole.json", tmp_path / "resumed.json", tmp_path / "state.pt"
-    dropout = [] if METHODS[method].blocks else ["--dropout", "0.1"]
+    dropout = ["--dropout", "0.1"] if method in WITH_RANK else []
     assert command(method, "--json", str(whole), "--output", str(tmp_path / "out"), *dropout, *more) == 0
     parts = ["--checkpoint", str(state), *dropout, *more]
     assert command(method, *parts, "--stop-after", "6") == 0  # in the middle of a link
@@ -86,15 +99,16 @@ def test_it_learns_stops_and_goes_on_bit_for_bit(
     assert first["held_out_after"] < first["held_out_before"]
     for key in ("losses", "held_out_before", "held_out_after", "links"):
         assert first[key] == second[key], key
-    assert first["links"] == (3 if METHODS[method].chain else 0)
+    assert first["links"] == (3 if METHODS[method].ride else 0)
     saved = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("out", "again")]
     assert saved[0] == saved[1]
-    if METHODS[method].chain:
+    if METHODS[method].save is save_model:
         assert "model.safetensors" in saved[0] and "adapter_config.json" not in saved[0]
-    elif METHODS[method].blocks:
+    elif METHODS[method].save is save_blocks:
         lk.smt.load_delta(tiny_model(torch.float32), tmp_path / "out")
-    else:
+    elif METHODS[method].save in (save_adapter, save_from_start):
         lk.load_adapter(tiny_model(torch.float32), tmp_path / "out")
+    assert METHODS[method].ride is None or METHODS[method].save is save_model
 
 
 @pytest.mark.parametrize("more", [["--rounding", "stochastic"], ["--master"]])
@@ -155,9 +169,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, str]]] = 
 }
 
 
+REFUSING = {"rank over the matrix size": WITH_RANK, "no targets": WITH_LAYERS, "quantised": WITH_LAYERS}
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [(kind, method) for kind in REFUSED for method in METHODS if "rank" not in kind or not METHODS[method].blocks],
+    [(kind, method) for kind in REFUSED for method in REFUSING.get(kind, METHODS)],
 )
 def test_what_is_refused_is_told_in_one_line_and_touches_no_weight(
     kind: str, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -178,16 +195,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
 ) -> None:
     """Also in the middle of a run, in one element, while the loss is a number."""
     seen: list[tuple[Any, dict[str, torch.Tensor]]] = []
-    sound = loop.Run.forward_backward
+    sound = Run.forward_backward
 
-    def forward_backward(run: loop.Run, batch: loop.Batch) -> float:
+    def forward_backward(run: Run, batch: Batch) -> float:
         loss = sound(run, batch)
         if len(run.losses) == 5:  # a chain is in its second link
             run.parameters[0].grad.view(-1)[1] = float("inf")
             seen.append((run.model, {name: p.detach().clone() for name, p in run.model.named_parameters()}))
         return loss
 
-    monkeypatch.setattr(loop.Run, "forward_backward", forward_backward)
+    monkeypatch.setattr(Run, "forward_backward", forward_backward)
     assert command(method) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"lrk: {method}: expected a finite loss and gradient, got ")

@@ -1,0 +1,113 @@
+"""The training loop that `lrk train` and `lrk demo` share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..integrations.transformers import answer_loss
+from .batches import Batch
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def adamw(model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, weight_decay=0.0)
+
+
+@dataclass
+class Run:
+    """One model under training, and what was seen of it."""
+
+    name: str
+    model: Any
+    learning_rate: float
+    steps: int
+    make_optimizer: Callable[[Any, float], torch.optim.Optimizer] = adamw
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self.make_optimizer(self.model, self.learning_rate)
+        warmup = max(1, self.steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: cosine_schedule(step, self.steps, warmup)
+        )
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def forward_backward(self, batch: Batch) -> float:
+        self.model.train()
+        loss = answer_loss(self.model, **batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step; its loss and its duration are kept."""
+        _synchronize(batch["input_ids"].device)
+        start = time.perf_counter()
+        loss = self.forward_backward(batch)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"{self.name}: expected a finite loss and gradient, got {loss} and a norm of {norm} at step "
+                f"{len(self.losses) + 1}, which was not taken; lower the learning rate"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _synchronize(batch["input_ids"].device)
+        self.seconds.append(time.perf_counter() - start)
+        self.losses.append(loss)
+        return loss
+
+    def median_seconds(self) -> float:
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+    def state(self, base: bool) -> dict[str, Any]:
+        """Everything that the next step depends on; with ``base`` the adapted layers' own weights too."""
+        kept = {
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad or ".lora_" in name or (base and ".base_layer." in name)
+        }
+        random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+        return {
+            "parameters": kept,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "random": random,
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`, bit for bit."""
+        unknown = self.model.load_state_dict(state["parameters"], strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{self.name}: expected a state of this model, got one with {', '.join(unknown[:3])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+        torch.set_rng_state(state["random"][0])
+        if state["random"][1:]:
+            torch.cuda.set_rng_state_all(state["random"][1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
