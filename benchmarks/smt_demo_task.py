@@ -25,9 +25,8 @@ import lowrank_kernels as lk
 from lowrank_kernels.cli.batches import batches
 from lowrank_kernels.cli.evaluation import held_out_loss
 from lowrank_kernels.cli.factors import adapter_config
-from lowrank_kernels.cli.loop import Run
+from lowrank_kernels.cli.loop import Run, adamw
 from lowrank_kernels.cli.method import TARGETS
-from lowrank_kernels.cli.methods import METHODS
 from lowrank_kernels.cli.smt import select_blocks
 from lowrank_kernels.cli.train import add_training_arguments, load_task
 
@@ -38,11 +37,11 @@ SWEEP = {"SMT": (3e-4, 1e-3, 3e-3), "LoRA": (1e-3, 2e-3, 5e-3), "full": (3e-5, 1
 def trained(method: str, rate: float, task: tuple[Any, ...], args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """One run: held-out loss after the steps."""
     base, tokenizer, examples, held_out = task
-    model, optimizer = copy.deepcopy(base), METHODS["lora"].optimizer
+    model, optimizer = copy.deepcopy(base), adamw
     torch.manual_seed(args.seed)
     if method == "SMT":
         lk.adapt(model, config)
-        optimizer = METHODS["smt"].optimizer
+        optimizer = lk.optim.BlockAdamW
     elif method != "full":
         lk.adapt(model, adapter_config(args, lk.DoRAConfig if method == "DoRA" else lk.LoRAConfig))
     run = Run(method, model, rate, args.steps, optimizer)

@@ -58,7 +58,7 @@ class Trainee:
         row = METHODS[method]
         args = method_arguments()
         row.prepare(self.model, args, None, None)  # none of those compared starts from batches
-        self.optimizer = row.optimizer(self.model, 1e-5)
+        self.optimizer = row.optimizer(self.model, 1e-5, args)
         self.chain = row.ride(self.model, self.optimizer, args) if row.ride else None
         self.ids = torch.randint(0, 1024, (8, 64))
 

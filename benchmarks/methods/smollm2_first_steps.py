@@ -83,7 +83,7 @@ class Bench:
         report = lk.adapt(self.model, config)
         if method == "lora-ga":
             lora_ga_(self.model, self.gradients[seed], seed=seed)
-        training = Run(method, self.model, lr, args.steps, row.optimizer)
+        training = Run(method, self.model, lr, args.steps, lambda model, lr: row.optimizer(model, lr, args))
         stream = self.batches(args.batch_size, seed)
         losses: list[float] = []
         try:

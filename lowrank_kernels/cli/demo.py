@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         Run("lowrank_kernels LoRA", ours, rate["lora"], args.steps),
         Run("PEFT LoRA", twin, rate["lora"], args.steps),
         Run("lowrank_kernels DoRA", adapted["dora"], rate["dora"], args.steps),
-        Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, METHODS["smt"].optimizer),
+        Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, lk.optim.BlockAdamW),
     ]
     stream = batches(tokenizer, examples, args.batch_size, args.seed, device)
     with tqdm(total=args.steps, unit="step") as bar:

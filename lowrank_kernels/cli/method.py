@@ -36,6 +36,7 @@ class Prepared(NamedTuple):
 
 
 Prepare = Callable[[Any, argparse.Namespace, Batches, Any], Prepared]
+MakeOptimizer = Callable[[Any, float, argparse.Namespace], torch.optim.Optimizer]
 Ride = Callable[[Any, torch.optim.Optimizer, argparse.Namespace], lk.chain.Chain]
 Save = Callable[[Any, Any, Prepared, Path], str]
 
@@ -51,7 +52,7 @@ class Method:
             loaded; None for a new run.
         save: (model, tokenizer, prepared, folder) -> what was written, in words.
         options: the groups of options that it takes.
-        optimizer: (model, learning rate) -> the optimizer of all that requires grad.
+        optimizer: (model, learning rate, args) -> the optimizer of all that requires grad.
         learning_rate: the default.
         ride: (model, optimizer, args) -> the chain that merges and restarts, riding on the optimizer; None: no chain.
         changes_base: the weights under the layers change too, so that a checkpoint holds them.
@@ -61,7 +62,7 @@ class Method:
     prepare: Prepare
     save: Save
     options: tuple[arguments.OptionGroup, ...] = ()
-    optimizer: Callable[[Any, float], torch.optim.Optimizer] = adamw
+    optimizer: MakeOptimizer = lambda model, lr, args: adamw(model, lr)
     learning_rate: float = 2e-3
     ride: Ride | None = None
     changes_base: bool = False

@@ -53,7 +53,7 @@ METHODS = {
     "lora-plus": Method(
         "LoRA with a higher rate for B",
         prepare=layers(),
-        optimizer=lora_plus,
+        optimizer=lambda model, lr, args: lora_plus(model, lr),
         learning_rate=5e-4,
         save=save_adapter,
         options=(FACTORS,),
@@ -61,7 +61,7 @@ METHODS = {
     "lora-pro": Method(
         "LoRA whose step is nearest to that of full fine-tuning",
         prepare=layers(),
-        optimizer=lambda model, lr: LoRAPro(factor_groups(model), lr=lr),
+        optimizer=lambda model, lr, args: LoRAPro(factor_groups(model), lr=lr),
         learning_rate=3.90625e-5,
         save=save_adapter,
         options=(FACTORS,),
@@ -69,7 +69,7 @@ METHODS = {
     "lora-rite": Method(
         "LoRA whose step does not depend on how B A is factored",
         prepare=layers(),
-        optimizer=lambda model, lr: LoRARITE(factor_groups(model), lr=lr),
+        optimizer=lambda model, lr, args: LoRARITE(factor_groups(model), lr=lr),
         learning_rate=1.25e-4,
         save=save_adapter,
         options=(FACTORS,),
@@ -77,7 +77,7 @@ METHODS = {
     "smt": Method(
         "the blocks of W with the largest gradients",
         prepare=selected_blocks,
-        optimizer=lambda model, lr: BlockAdamW(model, lr=lr),
+        optimizer=lambda model, lr, args: BlockAdamW(model, lr=lr),
         learning_rate=3e-4,
         save=save_blocks,
         options=(BLOCKS, BLOCK_BUDGET),

@@ -115,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     if prepared.report is not None:
         replaced, skipped = prepared.report.replaced, prepared.report.skipped
         print(f"{len(replaced)} modules adapted, {len(skipped)} skipped", file=sys.stderr)
-    training = Run(args.method, model, args.learning_rate, args.steps, method.optimizer)
+    training = Run(
+        args.method, model, args.learning_rate, args.steps, lambda model, lr: method.optimizer(model, lr, args)
+    )
     chain = method.ride and method.ride(model, training.optimizer, args)
     stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     if checkpoint is None:
