@@ -55,7 +55,7 @@ def trained_before(model: nn.Module) -> frozenset[str] | None:
 
 
 def forget_adaptation(model: nn.Module) -> None:
-    """Let a model whose layers were turned back by hand be adapted again."""
+    """Forget that a model was adapted, after its layers were put back by hand, so that it can be adapted again."""
     for module in (model, submodule(model, "")):  # torch.compile's wrapper hands on what is set on it
         for attribute in (_CONFIG_ATTRIBUTE, _TRAINED_ATTRIBUTE, "save_pretrained"):
             module.__dict__.pop(attribute, None)
@@ -86,7 +86,7 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     After the first backward the log names the layers that got no gradient in it: those the model does not call.
     """
     plan = plan_adaptation(model, config)
-    return carry_out(model, plan.config, plan)
+    return apply_plan(model, plan.config, plan)
 
 
 def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
@@ -100,8 +100,8 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     return plan
 
 
-def carry_out(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
-    """Do what a plan of ``config`` says: the second half of :func:`adapt`."""
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
+    """Replace the modules that a plan of ``config`` names and freeze the rest: the second half of :func:`adapt`."""
     if _is_under_ddp(model):
         raise ValueError(
             "adapt: expected a model before DistributedDataParallel, got one that it holds already: it would not "
@@ -215,7 +215,7 @@ def _why_not_trained(module: nn.Module) -> str | None:
 
 
 def _stacked(model: nn.Module) -> Iterator[str]:
-    """Paths of parameters that are several matrices, (E, N, K), and no convolution's."""
+    """Paths of parameters (E, N, K) that hold several matrices, as experts do; weights of convolutions are left out."""
     for path, module in named_modules(model):
         if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
             for name, p in module._parameters.items():
@@ -244,7 +244,7 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[s
 
 
 def _is_under_ddp(model: nn.Module) -> bool:
-    """Whether a DistributedDataParallel is in, is, or holds the model. It leaves no mark on what it holds."""
+    """True if the model is, contains or is held by a DistributedDataParallel, which leaves no mark on what it holds."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.nn.parallel import DistributedDataParallel
@@ -294,7 +294,7 @@ def _nothing_to_replace(model: nn.Module, config: AdapterConfig, skipped: list[S
 def _replace(
     model: nn.Module, config: AdapterConfig, plan: Plan, undo: list[Callable[[], None]]
 ) -> dict[str, nn.Module]:
-    """Do what the plan says; each step leaves its way back in ``undo`` before it is taken."""
+    """Replace the modules of the plan. Each step appends what reverses it to ``undo`` before it is taken."""
     # By their places: a state that is loaded with assign=True puts others there.
     places = [
         (m, key, p) for m in model.modules() for key, p in m.named_parameters(recurse=False, remove_duplicate=False)
@@ -336,7 +336,7 @@ def _replace(
 
 
 def _copy_whole(model: nn.Module, plan: Plan, undo: list[Callable[[], None]]) -> list[nn.Module]:
-    """Put copies where the modules are that train whole: what else uses their weights, as tied heads, keeps its own."""
+    """Replace the modules that train whole by copies, so that what shares their weights stays frozen."""
     copies: list[nn.Module] = []
     for path, module in plan.whole.items():
         parent, child = place(model, path)
@@ -410,7 +410,7 @@ def _put_back(parent: nn.Module, child: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _follow(module: nn.Module, copied: nn.Module) -> None:
-    """Move a module's tensors to where, and to what dtypes, those of its copy were moved."""
+    """Move a module's tensors to the devices and dtypes that its copy's tensors have."""
     there = dict(itertools.chain(copied.named_parameters(), copied.named_buffers()))
     for name, t in itertools.chain(module.named_parameters(), module.named_buffers()):
         if name in there:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether every element is finite; so of a tensor without elements.
+    """True if every element is finite, also for a tensor without elements.
 
     No sum with a NaN or an infinity in it is finite. Where the sum is not, it may have overflowed: then the least and
     the greatest are asked, which a NaN becomes both of. One reading nearly always, nothing written: on a CPU a fraction

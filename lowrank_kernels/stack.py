@@ -285,7 +285,7 @@ class LoRAStack:
         self._set(adapter, _NOWHERE)
 
     def extend(self, ids: int) -> None:
-        """Have ``ids`` ids in all, or more: the new ones are free."""
+        """Make room for at least ``ids`` ids in all; the new ones are free."""
         if ids > len(self):
             self._place([*self.places, *[_NOWHERE] * (ids - len(self))])
 

@@ -49,7 +49,7 @@ def inside(folder: Path, name: str, op: str = "load_adapter") -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; False where it cannot be looked at."""
+    """True if a path is a folder that may be looked at."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ class FileTensor(NamedTuple):
 
 
 def read_header(path: Path, tensors: int, op: str = "load_adapter") -> dict[str, FileTensor]:
-    """The tensors of a safetensors file by name, none of which is read.
+    """dtype, shape and place of each tensor of a safetensors file, by name, without reading the tensors.
 
     Args:
         tensors: how many the reader knows, which says how large the header may be.
@@ -184,7 +184,7 @@ def read_tensors(
     replaceable: Collection[str] = (),
     ignored: Container[str] = (),
 ) -> dict[str, Tensor]:
-    """The file's tensors by parameter, once they are known to be just the expected ones, and finite.
+    """The file's tensors by parameter, after a check that they are exactly the expected ones, and finite.
 
     PEFT also writes the base weights of adapted or resized embeddings and heads. Those must be the model's own, or
     have names that are ``replaceable``: then those that differ are among the tensors. Names that are ``ignored`` may be

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapt import Plan, carry_out, check_can_train_whole, match_targets, whole_modules
+from ..adapt import Plan, apply_plan, check_can_train_whole, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
 from ..names import held, named_buffers, named_parameters, unwrapped
 from ..report import Report, count_parameters
@@ -52,7 +52,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     config, plan, tensors = read_adapter(model, folder)
     doubles = any(t.dtype == torch.float64 for name, t in tensors.items() if ".lora_" in name)
     dtype = torch.float64 if doubles else None
-    report = carry_out(model, replace(config, init="zero", dtype=dtype), plan)
+    report = apply_plan(model, replace(config, init="zero", dtype=dtype), plan)
     try:
         places: dict[str, Tensor] = {**dict(named_buffers(model)), **dict(named_parameters(model))}
         with torch.no_grad():
@@ -149,7 +149,7 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 
 def _second_copies(config: LoRAConfig, plan: Plan) -> set[str]:
-    """Names of the biases that PEFT writes twice and three times: with ``bias="all"``, of modules saved whole."""
+    """Names of biases that PEFT writes more than once: with ``bias="all"``, those of modules that are saved whole."""
     if config.bias != "all":
         return set()
     return {

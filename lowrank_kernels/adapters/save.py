@@ -112,7 +112,7 @@ def save_adapter(
 
 
 def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
-    """With the task's head among the modules_to_save, as PEFT has it."""
+    """The config with the task's head added to modules_to_save, as PEFT adds it."""
     return replace(config, modules_to_save=(*config.modules_to_save, *TASK_HEADS.get(task_type or "", ())))
 
 

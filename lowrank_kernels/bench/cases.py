@@ -42,7 +42,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Bench:
-    """One op.
+    """One row of the table: an op, its shapes, what it is compared with, and what it costs by formula.
 
     Attributes:
         shapes: default shapes, small enough for a CPU; the long list of a GPU is ``gpu_shapes``.
@@ -120,7 +120,7 @@ def _dora_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def _dora_ours(i: Inputs, backend: str = "auto") -> Tensor:
-    """As the layer calls it: ‖W‖² is kept while it trains, and g while it does not."""
+    """The op as the layer calls it, with ‖W‖² kept between calls in training and g kept in inference."""
     training = i["lora_a"].requires_grad
     kept = {"weight_sq_norm": i["weight_sq_norm"]} if training else {"norm_and_scale": i["norm_and_scale"]}
     operands = (i[k] for k in ("x", "weight", "lora_a", "lora_b", "magnitude"))
@@ -133,7 +133,7 @@ def _dora_exact(i: Inputs) -> Tensor:
 
 
 def _dense_norm(i: Inputs) -> Tensor:
-    """As PEFT forms it: B A by way of an identity, the sum, and its norm, in the weight's dtype."""
+    """The norm as PEFT computes it: B A from a product with the identity, added to W, all in the weight's dtype."""
     identity = torch.eye(i["lora_a"].shape[1], dtype=i["weight"].dtype, device=i["weight"].device)
     dense = linear(linear(identity, i["lora_a"]), i["lora_b"]).T
     return torch.linalg.norm(i["weight"] + 2.0 * dense, dim=1).to(i["weight"].dtype)
@@ -176,7 +176,7 @@ def _chosen_blocks(s: Shape) -> Tensor:
 
 
 def distinct_blocks(s: Shape) -> tuple[int, int]:
-    """(row blocks, column blocks) that the chosen ones are of: what is read of dY and of x."""
+    """How many distinct row blocks and column blocks the chosen blocks touch: what is read of dY and of x."""
     rows, columns = _chosen_blocks(s).unbind(1)
     return len(rows.unique()), len(columns.unique())
 

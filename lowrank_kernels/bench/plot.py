@@ -15,7 +15,7 @@ _AXES = {"M": "tokens", "R": "rank", "G": "adapters in the batch"}
 
 
 def draw_all(path: Path, rows: Sequence[Row], where: Mapping[str, str]) -> list[Path]:
-    """Every picture that the rows are enough for: bars at ``path``, others beside it, "-roof" and "-sweeps"."""
+    """Draw the pictures that there are rows enough for (bars, "-roof", "-sweeps") and return their files."""
     pictures = {"": draw, "-roof": draw_roof, "-sweeps": draw_sweeps}
     files = {path.with_stem(path.stem + name): picture for name, picture in pictures.items()}
     return [file for file, picture in files.items() if picture(file, rows, where)]

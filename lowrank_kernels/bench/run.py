@@ -70,7 +70,7 @@ def _errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def call_of(provider: Provider, inputs: Inputs, trained: tuple[str, ...]) -> Callable[[], object]:
-    """What is timed: the provider without gradients, or forward and backward for the inputs named."""
+    """The call that is timed: forward alone in inference, forward and backward in training."""
     if not trained:
 
         def inference() -> object:
@@ -103,7 +103,7 @@ def measure(
     device: torch.device,
     roofs: Roofs | None = None,
 ) -> list[Row]:
-    """A row a provider. What fails, or is wrong, is a row with its reason and no figure.
+    """Measure a problem: one row for each provider, with a reason instead of figures if it fails or is wrong.
 
     A result is wrong where its error is above 3 times that of "plain" plus 8 units of rounding of the largest value.
     """
@@ -175,7 +175,7 @@ def _figures(sample: Sample, base: Sample | None, least: float | None) -> dict[s
 
 
 def conditions(device: torch.device, command: str) -> dict[str, str]:
-    """What a figure needs beside it."""
+    """Device, versions, commit, date and command: what a figure needs beside it."""
 
     def output(*words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
@@ -218,7 +218,7 @@ def write_csv(path: Path, rows: Iterable[Row], where: dict[str, str], append: bo
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """What :func:`write_csv` wrote: rows, and the conditions of the first."""
+    """(rows, conditions of the first row) of a file that :func:`write_csv` wrote."""
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     words = {"op", "shape", "dtype", "mode", "provider", "reason"}

@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of one call.
+    """The times of one call, in seconds.
 
     Attributes:
         times: seconds of each round, in their order.

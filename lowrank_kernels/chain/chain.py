@@ -159,7 +159,7 @@ class Chain:
             self._sample()
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
-        """Ride on the optimizer; what takes the chain off it again."""
+        """Hook the chain into the optimizer and return the functions that take it off again."""
         handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -236,16 +236,16 @@ class Chain:
             _mark_changed(layer)
 
     def detach(self) -> None:
-        """Leave the optimizer alone from now on."""
+        """Take the chain off the optimizer: later steps merge nothing."""
         while self._detach:
             self._detach.pop()()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the chain is. The factors and weights are the model's, the moments the optimizer's."""
+        """The chain's place, for a checkpoint; factors and weights are the model's, moments the optimizer's."""
         return {"link": self.link, "link_step": self.link_step, "seed": self.seed, "master": dict(self.master)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the model's and the optimizer's own states are loaded by themselves."""
+        """Go on from a :meth:`state_dict`. Load the model's and the optimizer's states separately."""
         self._check_state(state)
         self.link, self.link_step, self.seed = state["link"], state["link_step"], state["seed"]
         for path, weight in state["master"].items():
@@ -326,7 +326,7 @@ class Chain:
 
 
 def _take_the_rank_of(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a layer loads factors of another link: their rank."""
+    """Resize a layer to the rank of the factors that it is about to load, which may be those of another link."""
     factor = state.get(prefix + "lora_A.weight")
     if isinstance(layer, LoRALinear) and factor is not None and factor.shape[0] != layer.r:
         layer.resize_(factor.shape[0])
@@ -341,7 +341,7 @@ def _holds_a_correction(layer: LoRALinear) -> bool:
 
 
 def _mark_changed(layer: LoRALinear) -> None:
-    """Say that W is no longer the base's, for ``save_adapter``; LoRA-GA's start has been merged with the first link."""
+    """Record that W is no longer the base's, so that ``save_adapter`` refuses; LoRA-GA's start is part of W again."""
     layer.weight_changed_by = "a chain, whose links are in it; save the model instead"  # type: ignore[assignment]
     layer.lora_ga_start = None  # type: ignore[assignment]
 

@@ -33,7 +33,7 @@ COMMANDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors of one line, and whose options are written out."""
+    """A parser that raises its errors as ValueErrors of one line and takes no abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})

@@ -101,7 +101,7 @@ def device(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A folder that there is."""
+    """An existing folder."""
     try:
         there = bool(text) and Path(text).is_dir()
     except (OSError, ValueError):
@@ -145,7 +145,7 @@ def picture_file(text: str) -> Path:
 
 
 def _writable(text: str, home: Path) -> Path:
-    """The path, once a file could be made in its folder or, where that is not there, in the nearest above it."""
+    """The path, after a check that a file can be made in its folder, or in the nearest existing one above it."""
     if not text:
         raise _expected("a path", text)
     try:

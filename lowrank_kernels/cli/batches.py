@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 def encode(tokenizer: Any, examples: list[Example], device: torch.device | str) -> Batch:
-    """A left-padded batch; labels cover the targets alone."""
+    """A left-padded batch of prompts and targets. Prompts and padding have label -100, which no loss counts."""
     rows = []
     for example in examples:
         prompt = tokenizer(example.prompt)["input_ids"]

@@ -35,7 +35,7 @@ def _by_library(examples: list[Example]) -> list[list[Example]]:
 def _train(
     model: Any, tokenizer: Any, examples: list[list[Example]], args: argparse.Namespace, device: torch.device
 ) -> Run:
-    """Every step is one batch, forward and backward for all adapters, each with functions of its own library."""
+    """Train all adapters at once: each step is one batch, with functions of its own library for each adapter."""
     from tqdm import tqdm
 
     training = Run("four adapters", model, args.learning_rate or METHODS["lora"].learning_rate, args.steps)
@@ -50,7 +50,7 @@ def _train(
 
 
 def _merged(base: Any, folder: Any) -> Any:
-    """A copy of the model with one adapter merged, and nothing of ours in its forward."""
+    """A copy of the model with one adapter merged into plain linears."""
     model = copy.deepcopy(base)
     lk.load_adapter(model, folder)
     for name, layer in list(model.named_modules()):

@@ -1,4 +1,4 @@
-"""What a model makes of functions that it was not trained on."""
+"""How well a model does on functions that it was not trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .docstrings import Example
 
 @torch.no_grad()
 def held_out_loss(model: Any, tokenizer: Any, examples: list[Example], size: int, device: torch.device | str) -> float:
-    """Mean loss a target token over the examples, in nats."""
+    """Mean loss per target token over the examples, in nats."""
     was_training = model.training
     model.eval()
     total = tokens = 0.0

@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _progress(label: str) -> Any:
-    """A callback that redraws one line on a terminal, and says nothing elsewhere."""
+    """A callback that redraws one line of progress on a terminal and prints nothing elsewhere."""
     if not sys.stderr.isatty():
         return lambda done, total: None
 

@@ -27,7 +27,7 @@ def adamw(model: Any, learning_rate: float) -> torch.optim.Optimizer:
 
 @dataclass
 class Run:
-    """One model under training, and what was seen of it."""
+    """A model in training, with its optimizer and schedule, and the loss and seconds of each step."""
 
     name: str
     model: Any
@@ -56,7 +56,7 @@ class Run:
         return float(loss.detach())
 
     def step(self, batch: Batch) -> float:
-        """One optimizer step; its loss and its duration are kept."""
+        """Take one optimizer step and return its loss, which is kept with its duration."""
         _synchronize(batch["input_ids"].device)
         start = time.perf_counter()
         loss = self.forward_backward(batch)

@@ -148,7 +148,7 @@ def predict(family: OpFamily, launch: Launch) -> Prediction:
 
 
 def faults(family: OpFamily, compiled: Compiled, *, spills: bool = True) -> Iterator[str]:
-    """What no variant may have, whatever the budget says; ``spills`` False: but for spilled registers."""
+    """Faults that no variant may have, whatever the budget says. ``spills=False`` allows spilled registers."""
     launch, target = compiled.launch, TARGETS[compiled.launch.arch]
     if compiled.error is not None:
         yield f"{launch.name}: {compiled.error}"

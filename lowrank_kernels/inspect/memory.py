@@ -129,7 +129,7 @@ class _KernelWatch:
         raise AccessFault(f"{self.kernel}: a {kind} {self._place(int(taken[0]))}")
 
     def _place(self, address: int) -> str:
-        """Where an address that belongs to nobody lies."""
+        """Where an address outside of every argument lies, in words."""
         for region in self.regions:
             if region.start <= address < region.end:
                 return f"between the rows of {region.name}, which is a view"

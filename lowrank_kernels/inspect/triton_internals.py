@@ -35,7 +35,7 @@ def nvidia_tool(name: str) -> str:
 
 
 class _NamedTarget:
-    """A driver that has a target and no device."""
+    """A Triton driver that names a target and needs no device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -51,7 +51,7 @@ class _NamedTarget:
 
 
 class _NoDriver:
-    """A driver that refuses to be one."""
+    """A Triton driver whose every use raises."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"Triton's driver was asked for {name!r}, and this code must run without a driver")

@@ -137,7 +137,7 @@ class AroundBase(nn.Module):
     """How many :func:`lowrank_kernels.base_only` of it are open; None: there has been none."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are in no context."""
+        """The state of a copy or pickle, which is in no context."""
         return {key: value for key, value in self.__dict__.items() if key != "base_only_depth"}
 
     def base_forward(self, x: Tensor) -> Tensor:

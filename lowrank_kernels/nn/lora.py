@@ -23,7 +23,7 @@ TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
 
 
 class _Merged(NamedTuple):
-    """What was added to the weight, and so has to come out again, whatever the factors have become meanwhile.
+    """What a merge added to the weight: unmerging takes out this, even if the factors have changed since.
 
     Of a sharded weight, B and the bias are those of this rank's rows.
     """

@@ -226,7 +226,7 @@ class FactorOptimizer(torch.optim.Optimizer):
         return loss
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
-        """One step of the pairs of a bucket: what a method is."""
+        """Step the pairs of one bucket. This is what a subclass defines."""
         raise NotImplementedError
 
     def _current_buckets(self) -> list[list[Bucket]]:

@@ -45,7 +45,7 @@ class _Part(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
 
     def factors(self, device: torch.device) -> Any:
-        """As a stack takes them."""
+        """(A, B, scaling) and DoRA's magnitude, as a stack takes them."""
         lora_a, lora_b, scaling, magnitude, *_ = self
         tensors = lora_a.to(device), lora_b.to(device), scaling
         return tensors if magnitude is None else (*tensors, magnitude.to(device))
@@ -308,7 +308,7 @@ class AdapterBank:
             self._trim_host()
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; batches that started with it finish with it.
+        """Forget an adapter. Batches that started with it finish with it.
 
         Raises:
             ValueError: there is none of that name.
@@ -323,7 +323,7 @@ class AdapterBank:
             return list(self._adapters)
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Never evict an adapter, or do again. An evicted one comes back."""
+        """Keep an adapter on the device, bringing it back if it was evicted; or let it be evicted again."""
         with self._lock:
             adapter = self._known(name)
             if pinned:

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """There is no place for these requests; later there may be."""
+    """The queue is full; the request may be sent again later."""
 
 
 class Closed(Exception):
@@ -30,7 +30,7 @@ class Closed(Exception):
 
 
 class Completion(NamedTuple):
-    """What a request got."""
+    """The answer to one :class:`Generation`."""
 
     tokens: list[int]  # an end-of-text token at the end is not one of them
     text: str  # up to the stop string, without it
@@ -230,11 +230,11 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests."""
+        """True while requests are taken."""
         return self._thread.is_alive() and not self._closed
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more. With ``drain`` what waits is still generated; without, all is cancelled, what runs too."""
+        """Take no more. With ``drain`` waiting ones are answered; else all are cancelled, running ones too."""
         with self._changed:
             self._closed = True
             if not drain:

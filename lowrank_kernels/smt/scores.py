@@ -162,7 +162,7 @@ def _bar(batches: Iterable[Any], progress: bool, name: str) -> Iterable[Any]:
 
 
 def _block_sums(matrix: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sum over each block of a matrix; those at the edge have what there is."""
+    """Sum over each block of a matrix (N, K); blocks at the edge may be smaller."""
     (n, k), (bm, bn) = matrix.shape, size
     rows, columns = -(-n // bm), -(-k // bn)
     whole = torch.nn.functional.pad(matrix, (0, columns * bn - k, 0, rows * bm - n))

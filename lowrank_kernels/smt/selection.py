@@ -127,7 +127,7 @@ def select_blocks(
     of: str,
     per: str,
 ) -> BlockSelection:
-    """As :meth:`BlockScores.select` says."""
+    """The blocks with the highest scores; see :meth:`BlockScores.select`."""
     if of not in ("targets", "parameters"):
         raise ValueError(f"select: expected of to be 'targets' or 'parameters', got {of!r}")
     if per not in ("model", "matrix"):
