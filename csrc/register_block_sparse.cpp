@@ -1,12 +1,12 @@
-// The CPU ops of Sparse Matrix Tuning, on LibTorch's stable ABI.
+// The CPU ops of Sparse Matrix Tuning.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/block_sparse.h"
-#include "stable_tensor.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The torch op that merges a correction into its weight on a CPU, on LibTorch's stable ABI. What a
+// The torch op that merges a correction into its weight on a CPU. What a
 // user can get wrong is checked by its caller (ops/merge.py); here is what memory safety needs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -6,8 +6,8 @@
 
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/merge.h"
-#include "stable_tensor.h"
 
 namespace {
 

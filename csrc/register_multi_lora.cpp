@@ -1,18 +1,18 @@
-// The torch ops of many adapters at once on a CPU, on LibTorch's stable ABI: checks, allocation,
-// dispatch.
+// The torch ops of many adapters at once on a CPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
+#include "batch_plan.h"
+#include "cpu/lora.h"
 #include "cpu/multi_lora.h"
-#include "philox.h"
-#include "stable_tensor.h"
 
 namespace {
 
@@ -27,28 +27,19 @@ using lrk::pointer;
 using lrk::rows_of;
 using lrk::runtime;
 using lrk::shape_of;
+using lrk::values;
 
-// A matrix that is written: its rows may not overlap.
-lrk::Matrix target(const char* op, const char* name, Tensor t, int64_t rows, int64_t cols) {
-  lrk::Matrix result = matrix(op, name, t);
-  result.data = t.mutable_data_ptr();
+// A matrix of this shape that is written: its rows may not overlap.
+lrk::Matrix target(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  const lrk::Matrix result = lrk::target(op, name, t);
   STD_TORCH_CHECK(result.rows == rows && result.cols == cols, op, ": expected ", name,
                   " of shape (", rows, ", ", cols, "), got ", shape_of(t));
-  STD_TORCH_CHECK(rows <= 1 || result.stride >= cols, op, ": expected ", name,
-                  " whose rows do not overlap");
   return result;
 }
 
-// The values of a contiguous CPU tensor of one dtype and at least `least` elements.
-template <typename T>
-const T* values(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t least) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous() && t.numel() >= least,
-                  op, ": expected ", name, " to be contiguous, on the CPU and of ", least,
-                  " or more elements of its dtype, got shape ", shape_of(t));
-  return static_cast<const T*>(t.const_data_ptr());
-}
+// ---- arguments ----------------------------------------------------------------------------------
 
-// The adapters, and what of them is not a tensor's memory.
+// The adapters of a stack. `dropouts` is memory that `value` points into.
 struct AdaptersArgument {
   lrk::Adapters value;
   std::vector<lrk::AdapterDropout> dropouts;
@@ -127,6 +118,8 @@ lrk::Batch tiled_batch(const char* op, const Tensor& order, const Tensor& tiles,
   return batch;
 }
 
+// ---- the passes ---------------------------------------------------------------------------------
+
 Tensor multi_lora_down(const Tensor& x, const Tensor& factor, const Tensor& table, int64_t max_rank,
                        const Tensor& order, const Tensor& tiles,
                        const std::optional<Tensor>& dropout_p,
@@ -163,8 +156,7 @@ void multi_lora_up_(Tensor y, const Tensor& p, const Tensor& factor, const Tenso
                   shape_of(p));
   const lrk::Batch batch = tiled_batch(op, order, tiles, sum.rows, adapters.value.count, weights);
   if (!column_scale.has_value()) {
-    lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, nullptr, nullptr, nullptr);
-    return;
+    return lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch);
   }
   const lrk::Matrix scale = matrix(op, "column_scale", *column_scale);
   STD_TORCH_CHECK(scale.dtype == lrk::Dtype::kFloat32 && scale.cols == sum.cols, op,
@@ -174,18 +166,22 @@ void multi_lora_up_(Tensor y, const Tensor& p, const Tensor& factor, const Tenso
                     " to have a row of column_scale");
   }
   const std::vector<float> biases = float_values(op, "bias", "N", bias, sum.cols);
-  const lrk::Matrix scaled = out.has_value() ? target(op, "out", *out, sum.rows, sum.cols) : sum;
-  STD_TORCH_CHECK(scaled.dtype == sum.dtype, op, ": expected out of y's dtype");
-  lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, &scale, pointer(biases),
-                     &scaled);
+  const lrk::AdapterColumnScale columns{
+      scale, pointer(biases), out.has_value() ? target(op, "out", *out, sum.rows, sum.cols) : sum};
+  STD_TORCH_CHECK(columns.out.dtype == sum.dtype, op, ": expected out of y's dtype");
+  lrk::multi_lora_up(runtime(), sum, left, f, adapters.value, batch, &columns);
 }
 
-// The whole correction from ids to sum: sum[m] += s B A x[m]. Where an id is out of range this
-// raises before `base` has run, and nothing is changed.
+struct Stack {
+  const Tensor &lora_a, &lora_b, &table, &scalings;
+};
+
+// The whole correction from ids to sum: sum[m] += s B A x[m], after `base` has run. Where an id is
+// out of range this raises before `base` runs, and nothing is changed.
 template <typename Base>
 void add_correction(const char* op, const lrk::Matrix& sum, const lrk::Matrix& input,
-                    const Tensor& lora_a, const Tensor& lora_b, const Tensor& table,
-                    const Tensor& scalings, const Tensor& ids, const Base& base) {
+                    const Stack& stack, const Tensor& ids, const Base& base) {
+  const auto& [lora_a, lora_b, table, scalings] = stack;
   const lrk::Matrix a = matrix(op, "lora_a", lora_a), b = matrix(op, "lora_b", lora_b);
   STD_TORCH_CHECK(a.cols == input.cols && a.rows == b.rows, op, ": expected lora_a of shape (",
                   b.rows, ", ", input.cols, "), got ", shape_of(lora_a));
@@ -220,10 +216,10 @@ void add_correction(const char* op, const lrk::Matrix& sum, const lrk::Matrix& i
   const lrk::Matrix down{p.data(), lrk::Dtype::kFloat32, rows, rank, rank};
   const lrk::Batch batch{order.data(), bounds.data(), tiles.data(), used, nullptr};
   lrk::multi_lora_down(runtime(), down, input, a, adapters.value, batch);
-  lrk::multi_lora_up(runtime(), sum, down, b, adapters.value, batch, nullptr, nullptr, nullptr);
+  lrk::multi_lora_up(runtime(), sum, down, b, adapters.value, batch);
 }
 
-// x (..., K) and y (..., N) are contiguous, or matrices.
+// y += the correction of x; x (..., K) and y (..., N) are contiguous, or matrices.
 void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
                      const Tensor& table, const Tensor& scalings, const Tensor& ids) {
   const char* op = "multi_lora_add_";
@@ -232,7 +228,7 @@ void multi_lora_add_(Tensor y, const Tensor& x, const Tensor& lora_a, const Tens
                                        : rows_of(op, "y", y, lora_b.size(1));
   STD_TORCH_CHECK(sum.rows == input.rows, op, ": expected y of ", input.rows, " rows, got ",
                   shape_of(y));
-  add_correction(op, sum, input, lora_a, lora_b, table, scalings, ids, [] {});
+  add_correction(op, sum, input, {lora_a, lora_b, table, scalings}, ids, [] {});
 }
 
 Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& table,
@@ -261,38 +257,17 @@ Tensor multi_lora_grad(const Tensor& big, const Tensor& small, const Tensor& tab
   return out;
 }
 
-// y = x weight^T + bias
-void frozen_product(const char* op, const lrk::Matrix& y, const lrk::Matrix& x,
-                    const lrk::Matrix& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(weight.cols == x.cols, op, ": expected weight of ", x.cols,
-                  " columns like x, got ", weight.cols);
-  const std::vector<float> biases = float_values(op, "bias", "N", bias, weight.rows);
-  lrk::Epilogue epilogue;
-  epilogue.bias = pointer(biases);
-  const lrk::Matrix none{nullptr, x.dtype, x.rows, 0, 0};
-  const lrk::Matrix no_factor{nullptr, x.dtype, weight.rows, 0, 0};
-  lrk::lora_linear(runtime(), y, none, x, weight, no_factor, nullptr, 1.0f, epilogue);
-}
-
-// The same, for the rows where the extension's product beats the library's.
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const char* op = "frozen_linear";
-  const lrk::Matrix input = matrix(op, "x", x), w = matrix(op, "weight", weight);
-  Tensor y = empty({input.rows, w.rows}, x.scalar_type());
-  frozen_product(op, matrix(op, "y", y), input, w, bias);
-  return y;
-}
-
-// And with the corrections added, for x (..., K) that is contiguous or a matrix.
+// y = x weight^T + bias + the correction of x; x (..., K) is contiguous, or a matrix.
 Tensor multi_lora_linear_inference(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                                    const Tensor& lora_b, const std::optional<Tensor>& bias,
                                    const Tensor& table, const Tensor& scalings, const Tensor& ids) {
   const char* op = "multi_lora_linear_inference";
   const lrk::Matrix w = matrix(op, "weight", weight), input = rows_of(op, "x", x, w.cols);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
   Tensor y = empty(lrk::shape_with_columns(x, w.rows), x.scalar_type());
   const lrk::Matrix sum = rows_of(op, "y", y, w.rows);
-  add_correction(op, sum, input, lora_a, lora_b, table, scalings, ids,
-                 [&] { frozen_product(op, sum, input, w, bias); });
+  add_correction(op, sum, input, {lora_a, lora_b, table, scalings}, ids,
+                 [&] { lrk::frozen_linear(runtime(), sum, input, w, pointer(biases)); });
   return y;
 }
 
@@ -316,7 +291,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
       "multi_lora_linear_inference(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
       "Tensor? bias, Tensor table, Tensor scalings, Tensor ids) -> Tensor");
-  m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
@@ -325,5 +299,4 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));
   m.impl("multi_lora_add_", TORCH_BOX(&multi_lora_add_));
   m.impl("multi_lora_linear_inference", TORCH_BOX(&multi_lora_linear_inference));
-  m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
 }

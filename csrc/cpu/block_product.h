@@ -1,5 +1,9 @@
-// A block product over the rows of a matrix: its two element types, packing a factor into panels,
-// and the loop over the reduction.
+// What all CPU passes are made of: C = L * G for a block of rows of L and a packed factor G, in
+// float32 sums (see kernel_table.h for the layouts).
+//
+//   Engine<float>, Engine<uint16_t>   the two element types: FMA, and bfloat16 on AMX tiles
+//   pack_block, pack_panels, pack_all  a factor into panels
+//   down_block                         the loop over the reduction
 #pragma once
 
 #include <algorithm>
@@ -47,6 +51,7 @@ struct Engine<float> {
     kernels_.stage_float(dst, stride, src);
   }
   void multiply(const BlockProduct<float>& block) const { kernels_.multiply_float(block); }
+  const KernelTable& kernels() const { return kernels_; }
 
  private:
   const KernelTable& kernels_;
@@ -75,6 +80,7 @@ struct Engine<uint16_t> {
   void multiply(const BlockProduct<uint16_t>& block) const {
     kernels_.multiply_bfloat16(block, &tile_shape_);
   }
+  const KernelTable& kernels() const { return kernels_; }
 
  private:
   const KernelTable& kernels_;
@@ -100,12 +106,19 @@ struct PanelSource {
   }
 };
 
+// What one packing task makes: panels [panel_begin, panel_end), and of them the steps [k0, k1) of
+// the reduction.
+struct PackRange {
+  int64_t panel_begin, panel_end;
+  int64_t k0, k1;
+};
+
 // One packing task's own buffer: 16 rows of kPackDepth, or kPackDepth rows of a panel group.
 constexpr int64_t kPackBuffer = kPackDepth * kPackPanels * kPanel;
 
 inline void pack_block(const KernelTable& kernels, float* dst, int64_t padded_depth,
-                       const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
-                       int64_t k1, void* buffer) {
+                       const PanelSource& src, const PackRange& range, void* buffer) {
+  const auto [panel_begin, panel_end, k0, k1] = range;
   const int64_t columns = src.columns();
   float* rows = static_cast<float*>(buffer);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -136,8 +149,8 @@ inline void pack_block(const KernelTable& kernels, float* dst, int64_t padded_de
 }
 
 inline void pack_block(const KernelTable& kernels, uint16_t* dst, int64_t padded_depth,
-                       const PanelSource& src, int64_t panel_begin, int64_t panel_end, int64_t k0,
-                       int64_t k1, void* buffer) {
+                       const PanelSource& src, const PackRange& range, void* buffer) {
+  const auto [panel_begin, panel_end, k0, k1] = range;
   const int64_t depth = src.depth(), columns = src.columns();
   const int64_t live = std::min(k1, depth) - k0;  // the rest of [k0, k1) is padding
   uint16_t* rows = static_cast<uint16_t*>(buffer);
@@ -186,7 +199,7 @@ void pack_panels(const KernelTable& kernels, Elem* dst, int64_t padded_depth,
     const int64_t last = std::min(panel + kPackPanels, panel_end);
     for (int64_t k0 = 0; k0 < padded_depth; k0 += kPackDepth) {
       const int64_t k1 = std::min(k0 + kPackDepth, padded_depth);
-      pack_block(kernels, dst, padded_depth, src, panel, last, k0, k1, buffer);
+      pack_block(kernels, dst, padded_depth, src, {panel, last, k0, k1}, buffer);
     }
   }
 }
@@ -201,44 +214,54 @@ void pack_all(const Runtime& runtime, Elem* dst, int64_t padded_depth, const Pan
     TaskScratch scratch(kPackBuffer * sizeof(Elem));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / slices * kPackPanels, k0 = task % slices * kPackDepth;
-      pack_block(runtime.kernels, dst, padded_depth, src, panel,
-                 std::min(panel + kPackPanels, panels), k0, std::min(k0 + kPackDepth, padded_depth),
-                 scratch.base());
+      const int64_t last = std::min(panel + kPackPanels, panels);
+      const int64_t k1 = std::min(k0 + kPackDepth, padded_depth);
+      pack_block(runtime.kernels, dst, padded_depth, src, {panel, last, k0, k1}, scratch.base());
     }
   });
 }
 
-// ---- down: (M, width) times factor^T ------------------------------------------------------------
+// ---- a block of rows times packed panels
+// ---------------------------------------------------------
 
-// C (rows, 16 * panels) = drop(x[row0 :, col0 : col0 + cols]) times packed panels whose depth row 0
-// is column col0. `staged` holds kRowBlock x kDepthBlock elements.
+// A packed factor as the G of a product.
 template <typename Elem>
-void down_block(const Engine<Elem>& engine, const Matrix& x, int64_t row0, int64_t rows,
-                int64_t col0, int64_t cols, const Elem* panels, int64_t panel_count,
-                int64_t panel_stride, const Dropout* dropout, float* c, int64_t c_stride,
-                Elem* staged, bool accumulate = false) {
-  const bool in_place = x.dtype == Engine<Elem>::kDtype && !dropout;
+struct Panels {
+  const Elem* data;
+  int64_t count;   // of 16 columns each
+  int64_t stride;  // from one panel to the next
+};
+
+// C (rows of x, 16 columns a panel) = drop(x) times panels whose first step of the reduction is the
+// first column of x; added to C where `accumulate` says so. `staged` holds kRowBlock x kDepthBlock
+// elements. dropout: null for none.
+template <typename Elem>
+void down_block(const Engine<Elem>& engine, const Region& x, const Panels<Elem>& panels,
+                const Sums& c, Elem* staged, bool accumulate = false,
+                const Dropout* dropout = nullptr) {
+  const int64_t cols = x.cols;
+  const bool in_place = x.whole.dtype == Engine<Elem>::kDtype && !dropout;
   const int64_t direct = in_place ? Engine<Elem>::direct_depth(cols) : 0;
   for (int64_t k0 = 0; k0 < cols;) {
     const Elem* l;
     int64_t l_stride, live, depth;
     if (k0 < direct) {
       live = depth = std::min(Engine<Elem>::kDirectDepth, direct - k0);
-      l = static_cast<const Elem*>(element(x, row0, col0 + k0));
-      l_stride = x.stride;
+      l = static_cast<const Elem*>(element(x.whole, x.row, x.col + k0));
+      l_stride = x.whole.stride;
     } else {
       live = std::min(kDepthBlock, cols - k0);
       depth =
           cols < 32 ? Engine<Elem>::depth(live) : (sizeof(Elem) == 2 ? round_up(live, 32) : live);
-      Source s = rectangle(x, row0, col0 + k0, rows, live);
+      Source s = rectangle(x.whole, x.row, x.col + k0, x.rows, live);
       s.padded_cols = depth;
       s.dropout = dropout;
       engine.stage(staged, kDepthBlock, s);
       l = staged;
       l_stride = kDepthBlock;
     }
-    engine.multiply({rows, panel_count, depth, l, l_stride, panels + k0 * kPanel, kPanel,
-                     panel_stride, c, c_stride, accumulate});
+    engine.multiply({x.rows, panels.count, depth, l, l_stride, panels.data + k0 * kPanel, kPanel,
+                     panels.stride, c.data, c.stride, accumulate});
     accumulate = true;
     k0 += live;
   }

@@ -18,10 +18,10 @@
 namespace lrk {
 namespace {
 
-constexpr int64_t kGroupBytes = int64_t{1}
-                                << 19;  // of packed operands of one side: they stay in L2
-constexpr int64_t kSplitRows = 512;     // tokens of a task at least
-constexpr int64_t kTasks = 16;          // enough of them; more would cost partial sums
+// Of packed operands of one side: they stay in the second-level cache.
+constexpr int64_t kGroupBytes = int64_t{1} << 19;
+constexpr int64_t kSplitRows = 512;  // tokens of a task at least
+constexpr int64_t kTasks = 16;       // enough of them; more would cost partial sums
 
 // ---- the two element types of a block product --------------------------------------------------
 
@@ -283,7 +283,7 @@ void write_blocks(const Runtime& runtime, const Blocks& blocks, const Matrix& we
 
 void block_grad(const Runtime& runtime, const Blocks& out, const Matrix& x, const Matrix& grad_y) {
   if (out.count == 0) return;
-  if (x.dtype == Dtype::kBFloat16 && runtime.kernels.multiply_bfloat16) {
+  if (on_tiles(runtime, x.dtype)) {
     grad<uint16_t>(runtime, out, x, grad_y);
   } else {
     grad<float>(runtime, out, x, grad_y);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "lora.h"
+#include "matrix.h"
 
 namespace lrk {
 

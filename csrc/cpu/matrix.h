@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernel_table.h"
 
@@ -33,6 +34,25 @@ inline Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows,
   return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
 }
 
+inline void zero(const Matrix& m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    std::memset(mutable_element(m, i, 0), 0, static_cast<size_t>(m.cols * dtype_bytes(m.dtype)));
+  }
+}
+
+// A rectangle of a matrix. Unlike `part` it knows its place in the whole, which decides what
+// dropout draws.
+struct Region {
+  const Matrix& whole;
+  int64_t row, col, rows, cols;
+};
+
+// A block of float32 sums; the columns of a row are adjacent.
+struct Sums {
+  float* data;
+  int64_t stride;  // from one row to the next
+};
+
 // How to run tasks in parallel: calls body(begin, end, context) over [0, tasks), in any number of
 // contiguous ranges. Supplied by the caller, so that no framework appears here.
 using ParallelFor = void (*)(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
@@ -41,6 +61,11 @@ struct Runtime {
   const KernelTable& kernels;
   ParallelFor parallel;
 };
+
+// True if products of this dtype run on bfloat16 tiles; all others run in float32.
+inline bool on_tiles(const Runtime& runtime, Dtype dtype) {
+  return dtype == Dtype::kBFloat16 && runtime.kernels.multiply_bfloat16;
+}
 
 template <typename Body>
 void run(const Runtime& runtime, int64_t tasks, bool parallel, const Body& body) {

@@ -1,7 +1,7 @@
 // A low-rank correction added into its weight, in place.
 #pragma once
 
-#include "lora.h"
+#include "matrix.h"
 
 namespace lrk {
 

@@ -1,3 +1,4 @@
+// The passes of multi_lora.h: each tile of rows with its own adapter's part of the factors.
 #include "multi_lora.h"
 
 #include <algorithm>
@@ -61,7 +62,7 @@ void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, c
     TaskScratch scratch(layout.bytes());
     const float** rows = at<const float*>(scratch.base(), rows_at);
     float* staged = at<float>(scratch.base(), staged_at);
-    int64_t there = -1;  // the tile whose rows are at hand
+    int64_t there = -1;  // the tile whose rows are in `rows`
     for (int64_t task = begin; task < end; ++task) {
       const Tile tile = batch.tiles[task / rank_blocks];
       const int64_t r0 = task % rank_blocks * kRanks;
@@ -101,13 +102,13 @@ void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, c
 }
 
 void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& factor,
-                   const Adapters& adapters, const Batch& batch, const Matrix* column_scale,
-                   const float* bias, const Matrix* scaled) {
+                   const Adapters& adapters, const Batch& batch,
+                   const AdapterColumnScale* columns) {
   const KernelTable& kernels = runtime.kernels;
   const int64_t width = y.cols, ranks = largest_rank(adapters), tile_rows = tallest(batch);
   const int64_t task_columns = batch.tile_count < kUpFewTiles ? kUpFewColumns : kUpColumns;
   const int64_t blocks = ceil_div(width, task_columns);
-  const bool parallel = y.rows * width * (ranks + (scaled ? 1 : 0)) > kSerial;
+  const bool parallel = y.rows * width * (ranks + (columns ? 1 : 0)) > kSerial;
   run(runtime, batch.tile_count * blocks, parallel, [&](int64_t begin, int64_t end) {
     Layout layout;
     const size_t sum_at = layout.add<float>(tile_rows * task_columns);
@@ -141,15 +142,15 @@ void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, con
                       dropout ? &dropout->dropout : nullptr, row, col);
         }
       }
-      if (!scaled) continue;
-      const float* scale = place.dora < 0
-                               ? ones
-                               : static_cast<const float*>(element(*column_scale, place.dora, col));
+      if (!columns) continue;
+      const float* scale =
+          place.dora < 0 ? ones
+                         : static_cast<const float*>(element(columns->scale, place.dora, col));
       for (int64_t i = 0; i < tile.count; ++i) {
         const int64_t row = batch.order[tile.first + i];
-        kernels.scale_columns(mutable_element(*scaled, row, col), y.dtype, scaled->stride,
+        kernels.scale_columns(mutable_element(columns->out, row, col), y.dtype, columns->out.stride,
                               element(y, row, col), y.stride, 1, cols, scale,
-                              bias ? bias + col : nullptr);
+                              columns->bias ? columns->bias + col : nullptr);
       }
     }
   });
@@ -160,9 +161,7 @@ void multi_lora_grad(const Runtime& runtime, const Matrix& out, const Matrix& bi
   const KernelTable& kernels = runtime.kernels;
   const int64_t width = big.cols, ranks = largest_rank(adapters);
   const int64_t blocks = ceil_div(width, kGradColumns);
-  for (int64_t i = 0; i < out.rows; ++i) {
-    std::memset(mutable_element(out, i, 0), 0, static_cast<size_t>(width * dtype_bytes(out.dtype)));
-  }
+  zero(out);
   const bool parallel = big.rows * width * ranks > kSerial;
   run(runtime, adapters.count * blocks, parallel, [&](int64_t begin, int64_t end) {
     Layout layout;

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "../batch_plan.h"
-#include "lora.h"
+#include "matrix.h"
 
 namespace lrk {
 
@@ -46,12 +46,18 @@ struct Batch {
 void multi_lora_down(const Runtime& runtime, const Matrix& p, const Matrix& x, const Matrix& factor,
                      const Adapters& adapters, const Batch& batch);
 
-// y[m] += s w drop(p[m, :R] factor[own rows]) / (1 - p). With `column_scale` (a DoRA adapter's row
-// of width floats each), `scaled` = g * y + bias as well, for rows without an adapter too; it may
-// be y. bias: width floats, or null.
+// out = g * y + bias, column by column, where some adapters are DoRA's; g is 1 for rows of others
+// and of none.
+struct AdapterColumnScale {
+  Matrix scale;       // (D, width), float32: a row for each DoRA adapter
+  const float* bias;  // width floats, or null
+  Matrix out;         // may be y
+};
+
+// y[m] += s w drop(p[m, :R] factor[own rows]) / (1 - p), and then `columns` of y unless it is null.
 void multi_lora_up(const Runtime& runtime, const Matrix& y, const Matrix& p, const Matrix& factor,
-                   const Adapters& adapters, const Batch& batch, const Matrix* column_scale,
-                   const float* bias, const Matrix* scaled);
+                   const Adapters& adapters, const Batch& batch,
+                   const AdapterColumnScale* columns = nullptr);
 
 // out (sum of R, width): each adapter's s (w small)^T drop(big) / (1 - p) over its rows in their
 // order, 0 for an adapter without rows. small (M, largest rank).

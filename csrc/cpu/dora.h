@@ -1,4 +1,6 @@
-// The row norms of W + s B A on a CPU, without the dense sum.
+// DoRA on a CPU: y = g * (x W^T + s x A^T B^T) with the column scale g = m / n. Here are the norms
+// n of the rows of W + s B A, without the dense sum, and the way back through g. The products are
+// LoRA's (lora.h), which take g.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +10,8 @@
 #include "scratch.h"
 
 namespace lrk {
+
+// ---- norms --------------------------------------------------------------------------------------
 
 // n_i^2 = |W_i|^2 + 2 s sum_r B_ir (W A^T)_ir + s^2 B_i (A A^T) B_i^T, clamped at 0; g = m / n, 0
 // where n is 0. W (N, K), A (R, K), B (N, R).
@@ -26,8 +30,8 @@ struct DoraNorm {
 // else through float32 FMA. The order of every sum is a function of shapes alone.
 void dora_norm(const Runtime& runtime, const Matrix& weight, const DoraNorm& norm);
 
-// For a pass that multiplies W anyway: with A beside its other operand it yields U = W A^T, and
-// this turns U into norms.
+// The same norms from a pass that multiplies W anyway: with A beside its other operand that pass
+// yields U = W A^T, and this turns U into norms.
 class RowNorms {
  public:
   // `tiles`: W is multiplied as bfloat16, else as float. Adds what it needs to the call's layout.
@@ -37,12 +41,13 @@ class RowNorms {
   int64_t columns() const { return parts_ * width_; }
   // A, parts below each other; without the last rows of zeros where it is whole.
   const Matrix& a() const { return a_; }
-  // Packs A into panels of the engine's depth, columns() in all. `base` is the call's scratch.
+  // Packs A into panels of the engine's depth, columns() in all. `base` is the start of the scratch
+  // memory that `layout` describes.
   template <typename Elem>
   void prepare(const Runtime& runtime, void* base, Elem* panels);
 
-  // squares[i] += that of columns [col, col + cols) of row `row` + i of the weight, unless the norm
-  // has a weight_sq_norm.
+  // squares[i] += the sum of squares of columns [col, col + cols) of the weight's row `row` + i;
+  // nothing where the norm has a weight_sq_norm.
   void add_squares(const KernelTable& kernels, const Matrix& weight, int64_t row, int64_t rows,
                    int64_t col, int64_t cols, double* squares) const;
 
@@ -59,5 +64,27 @@ class RowNorms {
   Matrix a_;
   float* gram_ = nullptr;  // A A^T as a triangle, row-major, rows of width_
 };
+
+// ---- back through the column scale --------------------------------------------------------------
+
+// grad_u (M, N) = column_scale * grad_y, and grad_m (N floats) = the sums over rows of grad_y * u,
+// divided by norm, or 0 where that is 0.
+struct ScaleGrad {
+  Matrix grad_u;    // data null: not wanted
+  const Matrix* u;  // null, as is grad_m then: the magnitude is not trained
+  const float* column_scale;
+  const float* norm;
+  float* grad_m;
+};
+
+void dora_scale_grad(const Runtime& runtime, const ScaleGrad& scale_grad, const Matrix& grad_y);
+
+// The parts of dora_scale_grad, for a pass that reads grad_y anyway.
+// One region of grad_y: grad_u where it is wanted, and, where `inner` is not null, inner[column of
+// the whole] += the sum over the region's rows of grad_y * u.
+void scale_grad_block(const KernelTable& kernels, const ScaleGrad& to, const Region& grad_y,
+                      float* inner);
+// grad_m from the sums of `chunks` ranges of rows (n floats each), added in order.
+void store_grad_m(const ScaleGrad& to, const float* inner, int64_t chunks, int64_t n);
 
 }  // namespace lrk

@@ -1,5 +1,8 @@
-// Tensors of LibTorch's stable ABI as the kernels take them, and the words for those that do not
-// fit. For the registration files alone.
+// Arguments of torch ops as the kernels take them: checked, or refused in words that name the op
+// and the argument. For the registration files (register_*.cpp) alone.
+//
+// They speak to torch through LibTorch's stable ABI, so that one binary serves every torch
+// from 2.10 on: no symbol of at:: or c10:: may be used.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,11 +15,14 @@
 #include <vector>
 
 #include "cpu/lora.h"
+#include "philox.h"
 
 namespace lrk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// ---- torch as the kernels see it ----------------------------------------------------------------
 
 inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -55,6 +61,8 @@ inline std::string shape_of(const Tensor& t) {
   return out.str();
 }
 
+// ---- tensors ------------------------------------------------------------------------------------
+
 inline Dtype dtype_of(const char* op, const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -82,10 +90,26 @@ inline Matrix matrix_anywhere(const char* op, const char* name, const Tensor& t)
           rows > 1 ? t.stride(0) : cols};
 }
 
-// The same, on the CPU.
+// A 2-D CPU tensor with adjacent columns.
 inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU, like the other tensors");
   return matrix_anywhere(op, name, t);
+}
+
+inline void check_shape(const char* op, const char* name, const char* letters, const Matrix& m,
+                        int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(m.rows == rows && m.cols == cols, op, ": expected ", name, " of shape ", letters,
+                  " = (", rows, ", ", cols, "), got (", m.rows, ", ", m.cols, ")");
+}
+
+// A matrix that is written: its rows may not overlap.
+inline Matrix target(const char* op, const char* name, Tensor t) {
+  Matrix result = matrix(op, name, t);
+  result.data = t.mutable_data_ptr();
+  STD_TORCH_CHECK(result.rows <= 1 || result.stride >= result.cols, op, ": expected ", name,
+                  " whose rows do not overlap, got row stride ", result.stride, " for ",
+                  result.cols, " columns");
+  return result;
 }
 
 // (..., columns) as its rows: of any stride where it is a matrix, else contiguous.
@@ -128,6 +152,16 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   return Tensor(handle);
 }
 
+// The values of a contiguous CPU tensor of one dtype and at least `least` elements.
+template <typename T>
+const T* values(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t least) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous() && t.numel() >= least,
+                  op, ": expected ", name, " to be contiguous, on the CPU, of ", name_of(type),
+                  " and of ", least, " or more elements, got ", name_of(t.scalar_type()),
+                  " of shape ", shape_of(t));
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
 // A vector such as the gate as float32, whatever its float dtype and stride; empty when there is
 // none.
 inline std::vector<float> float_values(const char* op, const char* name, const char* letter,
@@ -154,5 +188,68 @@ inline std::vector<float> float_values(const char* op, const char* name, const c
 inline const float* pointer(const std::vector<float>& values) {
   return values.empty() ? nullptr : values.data();
 }
+
+// ---- factors and dropout ------------------------------------------------------------------------
+
+inline Factor factor_argument(const char* op, const Tensor& factor, bool rank_last, int64_t width) {
+  const Factor result{matrix(op, "factor", factor), rank_last};
+  STD_TORCH_CHECK(result.width() == width, op, ": expected factor of shape ",
+                  rank_last ? "(width, R) = (" : "(R, width) = (",
+                  rank_last ? width : result.rank(), ", ", rank_last ? result.rank() : width,
+                  "), got ", shape_of(factor));
+  return result;
+}
+
+inline void check_dropout_p(const char* op, double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, op, ": expected 0 <= dropout_p < 1, got ", p);
+}
+
+// Dropout as an op has it; without dropout `get()` is null.
+struct DropoutArgument {
+  Dropout value{};
+  bool on = false;
+  double inverse_keep = 1.0;  // 1 / (1 - p); 1 without dropout
+  const Dropout* get() const { return on ? &value : nullptr; }
+};
+
+inline Dropout dropout_from(int64_t seed, double p) {
+  const uint64_t bits = static_cast<uint64_t>(seed);
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), dropout_threshold(p)};
+}
+
+inline DropoutArgument dropout_argument(const char* op, const std::optional<Tensor>& seed,
+                                        double p) {
+  check_dropout_p(op, p);
+  DropoutArgument result;
+  if (p == 0.0) return result;
+  STD_TORCH_CHECK(seed.has_value(), op, ": expected a dropout_seed since dropout_p is ", p,
+                  "; pass an int64 tensor with one element");
+  STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                  op, ": expected dropout_seed as an int64 CPU tensor with one element, got ",
+                  name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
+  result.value = dropout_from(*static_cast<const int64_t*>(seed->const_data_ptr()), p);
+  result.on = true;
+  result.inverse_keep = 1.0 / (1.0 - p);
+  return result;
+}
+
+// The operands of `lora_down_grad` and `dora_down_grad`, checked, and the results that both have,
+// allocated.
+struct DownGradArgument {
+  Tensor q, grad_b;
+  LoraDownGrad value;
+
+  DownGradArgument(const char* op, const Tensor& grad_y, const Tensor& lora_b, const Tensor& p,
+                   ScalarType grad_dtype) {
+    const Matrix dy = matrix(op, "grad_y", grad_y), b = matrix(op, "lora_b", lora_b);
+    const Matrix saved_p = matrix(op, "p", p);
+    check_shape(op, "lora_b", "(N, R)", b, dy.cols, b.cols);
+    check_shape(op, "p", "(M, R)", saved_p, dy.rows, b.cols);
+    dtype_of(op, "grad_dtype", grad_dtype);
+    q = empty({dy.rows, b.cols}, grad_y.scalar_type());
+    grad_b = empty({dy.cols, b.cols}, grad_dtype);
+    value = {matrix(op, "q", q), matrix(op, "grad_b", grad_b), dy, b, saved_p};
+  }
+};
 
 }  // namespace lrk

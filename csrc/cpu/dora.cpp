@@ -1,8 +1,11 @@
-#include "dora_norm.h"
+// DoRA's row norms, |W_i + s B_i A|, from W A^T, A A^T and |W_i|^2; and the gradient through its
+// column scale.
+#include "dora.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "block_product.h"
 
@@ -22,6 +25,9 @@
 #endif
 
 namespace lrk {
+
+// ---- norms --------------------------------------------------------------------------------------
+
 namespace {
 
 constexpr int64_t kNormDepth = 2048;  // slice of W that stays in cache for its squares
@@ -121,9 +127,9 @@ void multiply_gram(const Runtime& runtime, float* gram, const Matrix& a, const E
           const int64_t row = task * kRowBlock, rows = std::min(kRowBlock, a.rows - row);
           const int64_t col = row / kGramBlock * kGramBlock;
           float* block = gram + row * width + col;
-          down_block(engine, a, row, rows, 0, a.cols, panels + col * padded, (width - col) / kPanel,
-                     padded * kPanel, static_cast<const Dropout*>(nullptr), block, width,
-                     static_cast<Elem*>(scratch.base()));
+          down_block(engine, {a, row, 0, rows, a.cols},
+                     {panels + col * padded, (width - col) / kPanel, padded * kPanel},
+                     {block, width}, static_cast<Elem*>(scratch.base()));
           for (int64_t i = 0; i < rows; ++i) {
             for (int64_t c = kGramBlock; c < width - col; ++c) block[i * width + c] *= 2.0f;
           }
@@ -157,8 +163,8 @@ void norm_of(const Runtime& runtime, const Matrix& weight, const DoraNorm& norm)
           double squares[kRowBlock] = {};
           for (int64_t k0 = 0; k0 < k; k0 += kNormDepth) {
             const int64_t depth = std::min(kNormDepth, k - k0);
-            down_block(engine, weight, row, rows, k0, depth, panels + k0 * kPanel, columns / kPanel,
-                       padded * kPanel, static_cast<const Dropout*>(nullptr), u, columns,
+            down_block(engine, {weight, row, k0, rows, depth},
+                       {panels + k0 * kPanel, columns / kPanel, padded * kPanel}, {u, columns},
                        at<Elem>(scratch.base(), staged_at), k0 > 0);
             norms.add_squares(kernels, weight, row, rows, k0, depth, squares);
           }
@@ -253,11 +259,51 @@ void RowNorms::finish(const KernelTable& kernels, int64_t row, int64_t rows, con
 
 void dora_norm(const Runtime& runtime, const Matrix& weight, const DoraNorm& norm) {
   if (weight.rows == 0) return;
-  if (weight.dtype == Dtype::kBFloat16 && runtime.kernels.multiply_bfloat16) {
+  if (on_tiles(runtime, weight.dtype)) {
     norm_of<uint16_t>(runtime, weight, norm);
   } else {
     norm_of<float>(runtime, weight, norm);
   }
+}
+
+// ---- back through the column scale --------------------------------------------------------------
+
+void scale_grad_block(const KernelTable& kernels, const ScaleGrad& to, const Region& grad_y,
+                      float* inner) {
+  const Matrix* u = inner ? to.u : nullptr;
+  const bool write = to.grad_u.data;
+  if (!write && !u) return;
+  const int64_t row = grad_y.row, col = grad_y.col;
+  kernels.scale_grad(write ? mutable_element(to.grad_u, row, col) : nullptr, grad_y.whole.dtype,
+                     to.grad_u.stride, element(grad_y.whole, row, col), grad_y.whole.stride,
+                     u ? element(*u, row, col) : nullptr, u ? u->stride : 0, grad_y.rows,
+                     grad_y.cols, to.column_scale + col, inner ? inner + col : nullptr);
+}
+
+void store_grad_m(const ScaleGrad& to, const float* inner, int64_t chunks, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    float total = inner[j];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) total += inner[chunk * n + j];
+    to.grad_m[j] = to.norm[j] == 0.0f ? 0.0f : total / to.norm[j];
+  }
+}
+
+void dora_scale_grad(const Runtime& runtime, const ScaleGrad& scale_grad, const Matrix& grad_y) {
+  constexpr int64_t kRows = 32, kColumns = 512;
+  const int64_t m = grad_y.rows, n = grad_y.cols;
+  std::vector<float> inner(static_cast<size_t>(scale_grad.grad_m ? n : 0));
+  // A task owns its columns, and adds up their rows from first to last.
+  run(runtime, ceil_div(n, kColumns), m * n > (int64_t{1} << 15), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t col = task * kColumns, cols = std::min(kColumns, n - col);
+      for (int64_t row = 0; row < m; row += kRows) {
+        scale_grad_block(runtime.kernels, scale_grad,
+                         {grad_y, row, col, std::min(kRows, m - row), cols},
+                         inner.empty() ? nullptr : inner.data());
+      }
+    }
+  });
+  if (scale_grad.grad_m) store_grad_m(scale_grad, inner.data(), 1, n);
 }
 
 }  // namespace lrk
