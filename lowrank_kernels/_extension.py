@@ -129,7 +129,10 @@ def build_info() -> dict[str, Any]:
 
     Keys: `available`, `reason`, `path`, `native` (whether the pybind11 module serves this Python), and from
     the build `compiler`, `build_type`, `processor`, `cuda` (bool), `cuda_note` (why or why not), `cuda_archs`,
-    `torch` (headers built against), `torch_target` (oldest torch that it runs on), `python_abi`; `cpu_isa`.
+    `torch` (headers built against), `torch_target` (oldest torch that it runs on), `python_abi`; `cpu_isa`, the
+    instruction set that the CPU ops run on, or would if they were loaded.
+
+    The pybind11 module needs no torch, so it tells these things where the compiled ops do not load too.
     """
     info: dict[str, Any] = {"available": available(), "reason": _reason}
     path = _path()
@@ -137,7 +140,7 @@ def build_info() -> dict[str, Any]:
     try:
         native = importlib.import_module(f"{__package__}._native")
     except ImportError:
-        # It is built for one Python version and an abi3 wheel runs on many: its absence is no fault.
+        # It is built for one Python version, while the ops run on many: its absence is no fault.
         native = None
     info["native"] = native is not None
     if native is not None:
@@ -146,6 +149,8 @@ def build_info() -> dict[str, Any]:
         info.update(json.loads(_library.lrk_build_info().decode()))
     if info["available"]:
         info["cpu_isa"] = cpu_isa()
+    elif native is not None:
+        info["cpu_isa"] = native.cpu_isa()
     return info
 
 

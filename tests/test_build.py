@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -55,6 +56,30 @@ def test_build_info_does_not_need_the_pybind_module() -> None:
     expected = _extension.build_info()
     expected.pop("native")
     assert info == expected
+
+
+@pytest.mark.skipif(not _extension.build_info()["native"], reason="the pybind11 module is not built for this Python")
+def test_build_info_needs_no_compiled_ops() -> None:
+    """What was built for what is wanted most where the ops do not load: the pybind11 module tells it without torch."""
+    code = "import json; from lowrank_kernels import _extension; print(json.dumps(_extension.build_info()))"
+    info = json.loads(run_python(code, LRK_DISABLE_EXTENSION="1", LRK_CPU_ISA="generic"))
+    assert not info["available"] and info["native"] and info["torch"] and info["compiler"]
+    assert info["cpu_isa"] == "generic"
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_native', {_native_path()!r})\n"
+        "native = importlib.util.module_from_spec(spec); spec.loader.exec_module(native)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(native.cpu_isa())\n"
+    )
+    if _extension.available():
+        assert run_python(code) == _extension.cpu_isa()
+
+
+def _native_path() -> str:
+    spec = importlib.util.find_spec("lowrank_kernels._native")
+    assert spec is not None and spec.origin is not None
+    return spec.origin
 
 
 @needs_extension

@@ -1,80 +1,16 @@
-// Which primitives this processor runs. Asked once.
-#include <cstdlib>
-#include <cstring>
-
+// The choice of a kernel table for this processor.
 #include "kernel_table.h"
-
-#if defined(__x86_64__)
-#  include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#  include <sys/syscall.h>
-#  include <unistd.h>
-#endif
+#include "processor.h"
 
 namespace lrk {
 namespace {
 
-enum Level { kGeneric, kAvx2, kAvx512, kAmx };
-
-#if defined(__x86_64__)
-
-uint64_t enabled_state() {
-  uint32_t low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return static_cast<uint64_t>(high) << 32 | low;
-}
-
-// Linux hands out the 8 KiB tile state on request only, per process; threads inherit it.
-bool request_tiles() {
-#  if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#  else
-  return false;
-#  endif
-}
-
-// An instruction counts only if the operating system saves the registers that it uses.
-Level best_level(Level limit) {
-  uint32_t a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return kGeneric;
-  const bool has_xsave = c >> 27 & 1, has_fma = c >> 12 & 1, has_f16c = c >> 29 & 1;
-  if (!has_xsave || !has_fma || !has_f16c) return kGeneric;
-  const uint64_t state = enabled_state();
-  uint32_t b7, c7, d7, a71, x;
-  if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return kGeneric;
-  if (!(b7 >> 5 & 1) || limit < kAvx2) return kGeneric;
-  const uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-  if ((state & 0xe6) != 0xe6 || (b7 & avx512) != avx512 || limit < kAvx512) return kAvx2;
-  const uint32_t tiles = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-  if ((state >> 17 & 3) != 3 || (d7 & tiles) != tiles || limit < kAmx) return kAvx512;
-  if (!__get_cpuid_count(7, 1, &a71, &x, &c, &d) || !(a71 >> 5 & 1)) return kAvx512;  // BF16
-  return request_tiles() ? kAmx : kAvx512;
-}
-
-#else
-
-Level best_level(Level) { return kGeneric; }
-
-#endif
-
-Level requested_level() {
-  const char* name = std::getenv("LRK_CPU_ISA");
-  if (!name) return kAmx;
-  if (!std::strcmp(name, "generic")) return kGeneric;
-  if (!std::strcmp(name, "avx2")) return kAvx2;
-  if (!std::strcmp(name, "avx512")) return kAvx512;
-  return kAmx;
-}
-
 const KernelTable* choose() {
-  const Level level = best_level(requested_level());
+  const InstructionSet best = instruction_set();
   const KernelTable* table = nullptr;
-  if (level == kAmx) table = amx_table();
-  if (!table && level >= kAvx512) table = avx512_table();
-  if (!table && level >= kAvx2) table = avx2_table();
+  if (best == InstructionSet::kAmx) table = amx_table();
+  if (!table && best >= InstructionSet::kAvx512) table = avx512_table();
+  if (!table && best >= InstructionSet::kAvx2) table = avx2_table();
   return table ? table : generic_table();
 }
 

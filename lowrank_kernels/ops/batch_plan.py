@@ -1,14 +1,19 @@
-"""``lowrank_kernels::batch_plan``: which rows of a batch belong to which adapter; on the host or on the device."""
+"""``lowrank_kernels::batch_plan``: which rows of a batch belong to which adapter.
+
+On the CPU the extension's ``plan_batch_`` sorts them (csrc/batch_plan.h); elsewhere, and without the extension, tensor
+operations make the same plan.
+"""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _extension
 from ..kernels.multi_lora_tiles import TILE_ROWS, tile_capacity
 from .library import define, no_double_backward
 from .operands import check_count
@@ -34,13 +39,9 @@ class BatchPlan(NamedTuple):
 
 
 @cache
-def _native() -> Any:
-    """The host planner; None where it is not built for this Python, or NumPy, which lends it memory, is missing."""
-    try:
-        importlib.import_module("numpy")
-        return importlib.import_module("lowrank_kernels._native").plan_batch
-    except (ImportError, AttributeError):
-        return None
+def _host_planner() -> Any:
+    """The extension's planner for CPU tensors; None without the extension."""
+    return torch.ops.lowrank_kernels.plan_batch_.default if _extension.has_op("plan_batch_") else None
 
 
 def _empty(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,20 +57,25 @@ def _empty(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tens
 
 def _plan(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
     on_host = adapter_ids.device.type == "cpu"
-    plan = _native() if on_host else None
-    if plan is None:
+    plan_into = _host_planner() if on_host else None
+    if plan_into is None:
         if on_host and adapter_ids.numel():
             check_range(adapter_ids, num_adapters)
         return plan_on_device(adapter_ids, num_adapters)
-    order, bounds, tiles = _empty(adapter_ids, num_adapters)
-    views = order.numpy(), bounds.numpy(), tiles.view(len(tiles), tiles.shape[1] * 3).numpy()
-    for ids, *buffers in zip(adapter_ids.T.contiguous().numpy(), *views, strict=True):
-        try:
-            plan(ids, num_adapters, TILE_ROWS, *buffers)
-        except ValueError:
-            check_range(adapter_ids, num_adapters)
-            raise
-    return order, bounds, tiles
+    parts = _empty(adapter_ids, num_adapters)
+    _plan_into(plan_into, adapter_ids, num_adapters, parts)
+    return parts
+
+
+def _plan_into(
+    plan_into: Any, adapter_ids: Tensor, num_adapters: int, parts: Sequence[Tensor], op: str = "multi_lora_linear"
+) -> None:
+    """Write order, bounds and tiles; ids that no adapter has are named in ``op``'s words."""
+    try:
+        plan_into(adapter_ids, num_adapters, TILE_ROWS, *parts)
+    except RuntimeError:
+        check_range(adapter_ids, num_adapters, op)
+        raise
 
 
 def check_range(adapter_ids: Tensor, num_adapters: int, op: str = "multi_lora_linear") -> None:
@@ -114,7 +120,7 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
 
     Args:
         adapter_ids: (M,), or (M, J) for J adapters a row; integers from -1, for none, to ``num_adapters`` - 1. On the
-            CPU the host planner (C++) sorts them; elsewhere tensor operations do, without synchronising.
+            CPU a counting sort in C++ plans them; elsewhere tensor operations do, without synchronising.
 
     Raises:
         TypeError: ids that are not integers.
@@ -166,12 +172,10 @@ class BatchPlanner:
         self.num_adapters = num_adapters
         sizes = [rows, rows, num_adapters + 2, 3 * tile_capacity(rows, num_adapters)]
         device = torch.device(device)
-        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._host = host.split(sizes)
-        self._buffers = (host, torch.empty_like(host, device=device, pin_memory=False))
-        self._views = [part.numpy() for part in self._host] if _native() else None
-        ids, order, bounds, tiles = self._buffers[1].split(sizes)
-        self._plan = BatchPlan(ids[:, None], order[None], bounds[None], tiles.view(1, -1, 3))
+        self._host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.empty_like(self._host, device=device, pin_memory=False)
+        self._host_plan, self._plan = (_parts(memory, sizes) for memory in (self._host, self._device))
+        self._ids = self._host[:rows]
 
     def plan(self, adapter_ids: Tensor) -> BatchPlan:
         """The plan of ``adapter_ids``, (M,) int32 on the CPU.
@@ -179,16 +183,21 @@ class BatchPlanner:
         Raises:
             ValueError: ids of another size, or out of range.
         """
-        ids, order, bounds, tiles = self._host
-        if adapter_ids.shape != ids.shape:
-            raise ValueError(f"BatchPlanner: expected {ids.numel()} ids, got shape {tuple(adapter_ids.shape)}")
-        ids.copy_(adapter_ids)
-        if self._views is not None:
-            _native()(self._views[0], self.num_adapters, TILE_ROWS, *self._views[1:])
+        if adapter_ids.shape != self._ids.shape:
+            raise ValueError(f"BatchPlanner: expected {self._ids.numel()} ids, got shape {tuple(adapter_ids.shape)}")
+        self._ids.copy_(adapter_ids)
+        ids, *parts = self._host_plan
+        plan_into = _host_planner()
+        if plan_into is not None:
+            _plan_into(plan_into, ids, self.num_adapters, parts, "BatchPlanner")
         else:
-            plan = plan_batch(ids, self.num_adapters)
-            for ours, theirs in zip((order, bounds, tiles), plan[1:], strict=True):
-                ours.copy_(theirs.reshape(-1))
-        host, device = self._buffers
-        device.copy_(host, non_blocking=True)
+            for ours, theirs in zip(parts, plan_batch(ids, self.num_adapters)[1:], strict=True):
+                ours.copy_(theirs)
+        self._device.copy_(self._host, non_blocking=True)
         return self._plan
+
+
+def _parts(memory: Tensor, sizes: list[int]) -> BatchPlan:
+    """A plan, one adapter a row, whose parts lie one after another in ``memory``."""
+    ids, order, bounds, tiles = memory.split(sizes)
+    return BatchPlan(ids[:, None], order[None], bounds[None], tiles.view(1, -1, 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,10 +65,12 @@ def test_planned_again_and_again_into_the_same_memory():
     assert planner.plan(population("base", 40, 6).int()).tiles.data_ptr() == plan.tiles.data_ptr()
     with pytest.raises(ValueError, match="BatchPlanner: expected 40 ids"):
         planner.plan(torch.zeros(39, dtype=torch.int32))
+    with pytest.raises(ValueError, match="BatchPlanner: expected adapter_ids from -1 to 5, got 0 to 6"):
+        planner.plan(torch.tensor([6] + [0] * 39, dtype=torch.int32))
 
 
 def test_without_the_host_planner(monkeypatch):
-    monkeypatch.setattr(batch_plan, "_native", lambda: None)
+    monkeypatch.setattr(batch_plan, "_host_planner", lambda: None)
     ids = population("mixed", 50, 4)
     assert [part[0].tolist() for part in lk.plan_batch(ids, 4)[1:]] == list(naive_plan(ids, 4))
     planner = BatchPlanner(50, 4)
@@ -80,7 +81,7 @@ def test_without_the_host_planner(monkeypatch):
 @pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1])
 def test_an_id_out_of_range(bad, with_host_planner, monkeypatch):
     if not with_host_planner:
-        monkeypatch.setattr(batch_plan, "_native", lambda: None)
+        monkeypatch.setattr(batch_plan, "_host_planner", lambda: None)
     ids = torch.tensor([0, 3, bad, -1], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected adapter_ids from -1 to 3, got"):
         lk.plan_batch(ids, 4)
@@ -97,42 +98,55 @@ def test_ids_that_are_no_ids():
         lk.plan_batch(torch.zeros(1, 2, 3, dtype=torch.int32), 4)
 
 
-@pytest.mark.skipif(not _extension.build_info()["native"], reason="the pybind11 module is not built for this Python")
-class TestHostPlanner:
-    def buffers(self, rows=4, adapters=3):
-        sizes = rows, adapters + 2, 3 * tile_capacity(rows, adapters)
-        return [np.full(size, 77, dtype=np.int32) for size in sizes]
+@pytest.mark.skipif(not _extension.has_op("plan_batch_"), reason=f"no compiled extension: {_extension.reason()}")
+class TestTheExtensionsOp:
+    """Its own checks: whatever it is handed, it writes inside of the tensors."""
 
-    def test_larger_buffers_are_filled_up(self):
-        from lowrank_kernels._native import plan_batch
+    @staticmethod
+    def arguments(rows=4, choices=2, adapters=3, **others):
+        sizes = {
+            "order": (choices, rows),
+            "bounds": (choices, adapters + 2),
+            "tiles": (choices, tile_capacity(rows, adapters), 3),
+        }
+        parts = {name: torch.full(size, 77, dtype=torch.int32) for name, size in sizes.items()}
+        ids = torch.zeros(rows, choices, dtype=torch.int32)
+        return {"ids": ids, "num_adapters": adapters, "tile_rows": TILE_ROWS, **parts, **others}
 
-        order, bounds, tiles = self.buffers(rows=64)
-        assert plan_batch(np.array([2, -1, 2, 0]), 3, TILE_ROWS, order, bounds, tiles) == 3
-        assert order[:4].tolist() == [3, 0, 2, 1] and bounds.tolist() == [0, 1, 1, 3, 4]
-        assert tiles[:9].tolist() == [0, 0, 1, 2, 1, 2, -1, 3, 1] and set(tiles[9:].tolist()) == {-1, 0}
+    def test_writes_all_of_a_plan(self):
+        ids = torch.tensor([[2, 0], [-1, 1], [2, 2], [0, -1]], dtype=torch.int32)
+        given = self.arguments(ids=ids)
+        torch.ops.lowrank_kernels.plan_batch_(**given)
+        for j in range(2):
+            parts = [given[name][j].tolist() for name in ("order", "bounds", "tiles")]
+            assert parts == list(naive_plan(ids[:, j], 3))
 
-    @pytest.mark.parametrize("place", [0, 1, 2])
-    def test_buffers_too_small(self, place):
-        from lowrank_kernels._native import plan_batch
+    @pytest.mark.parametrize("name", ["order", "bounds", "tiles"])
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_a_part_of_another_shape(self, name, dim):
+        given = self.arguments()
+        size = list(given[name].shape)
+        for change in (-1, 1):
+            size[dim] += change
+            given[name] = torch.zeros(size, dtype=torch.int32)
+            with pytest.raises(RuntimeError, match=f"plan_batch_: expected {name} of shape"):
+                torch.ops.lowrank_kernels.plan_batch_(**given)
+            size[dim] -= change
 
-        buffers = self.buffers()
-        buffers[place] = buffers[place][:-1]
-        with pytest.raises(ValueError, match=r"plan_batch: expected (order|bounds|tiles) of at least"):
-            plan_batch(np.zeros(4, dtype=np.int64), 3, TILE_ROWS, *buffers)
+    @pytest.mark.parametrize("name", ["ids", "order", "bounds", "tiles"])
+    def test_a_part_of_another_kind(self, name):
+        given = self.arguments()
+        strided = given[name].repeat_interleave(2, dim=-1)[..., ::2]
+        for other in (given[name].long(), strided):
+            with pytest.raises(RuntimeError, match=f"plan_batch_: expected {name} to be contiguous, .*int32"):
+                torch.ops.lowrank_kernels.plan_batch_(**{**given, name: other})
 
-    def test_buffers_of_another_kind(self):
-        from lowrank_kernels._native import plan_batch
-
-        for ids in (np.zeros(4), np.zeros((2, 2), dtype=np.int32), np.zeros(8, dtype=np.int32)[::2]):
-            with pytest.raises(ValueError, match="plan_batch: expected ids to be contiguous"):
-                plan_batch(ids, 3, TILE_ROWS, *self.buffers())
-        order, bounds, tiles = self.buffers()
-        order.flags.writeable = False
-        with pytest.raises((ValueError, BufferError)):
-            plan_batch(np.zeros(4, dtype=np.int32), 3, TILE_ROWS, order, bounds, tiles)
+    @pytest.mark.parametrize("sizes", [{"num_adapters": -1}, {"tile_rows": 0}, {"num_adapters": 2**31}])
+    def test_sizes_that_are_none(self, sizes):
+        with pytest.raises(RuntimeError, match="plan_batch_: expected 0 or more adapters"):
+            torch.ops.lowrank_kernels.plan_batch_(**{**self.arguments(), **sizes})
 
     def test_an_id_out_of_range(self):
-        from lowrank_kernels._native import plan_batch
-
-        with pytest.raises(ValueError, match=r"expected ids from -1 to 2, got another in row 1"):
-            plan_batch(np.array([0, 3, 0, 0]), 3, TILE_ROWS, *self.buffers())
+        given = self.arguments(ids=torch.tensor([[0, 0], [0, 3], [0, 0], [0, 0]], dtype=torch.int32))
+        with pytest.raises(RuntimeError, match=r"plan_batch_: expected ids from -1 to 2, got another in row 1"):
+            torch.ops.lowrank_kernels.plan_batch_(**given)
