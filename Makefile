@@ -33,8 +33,11 @@ test-interpreted:
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter > $(VENV)/interpreted.log 2>&1; \
 	  status=$$?; cat $(VENV)/interpreted.log; exit $$status
 
-# A million random calls against float64; a miss is printed as a test.
+# What proves over a larger grid what `make test` proves; then a million random calls against float64, of which a miss
+# is printed as a test.
 nightly: venv
+	$(BIN)/python -m pytest -m nightly tests --ignore tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m nightly tests/interpreter
 	$(BIN)/python -m tests.fuzz --cases 1000000
 
 lint: venv

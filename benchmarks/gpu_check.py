@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from lowrank_kernels.bench import OPS, Problem, Roofs, Row, interleaved, measure, measure_roofs, write_csv
+from lowrank_kernels.bench.cases import tunables
 from lowrank_kernels.bench.run import conditions
-from lowrank_kernels.bench.tune import Settled, shapes, tunables, tune
+from lowrank_kernels.bench.tune import Settled, shapes, tune, words
 from lowrank_kernels.kernels import lora as launchers
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
@@ -153,8 +154,8 @@ def time_strategies(device: torch.device, end: float) -> tuple[list[dict[str, ob
         calls["cublas"] = partial(_cublas, *o.values())
         M, K, N, R = (shape[k] for k in "MKNR")
         for strategy in STRATEGIES:
-            tiles = lora_tiles(target, M, K, N, R, torch.bfloat16, False, strategy)
-            call = partial(launchers.lora_linear_fwd, *o.values(), None, None, 2.0, 0.0, None, False, tiles)
+            tiles = lora_tiles(target, M, K, N, R, torch.bfloat16, False, strategy=strategy)
+            call = partial(launchers.lora_linear_fwd, *o.values(), tiles, scaling=2.0, store_p=False)
             try:
                 call()
                 calls[strategy] = call
@@ -208,7 +209,7 @@ def tune_ops(path: Path, device: torch.device, dry: bool, end: float) -> list[st
     settled = [(key, what) for key, what in found if isinstance(what, Settled)]
     for key, what in settled:
         refused = "".join(f"; refused {name}: {why}" for name, why in what.refused.items())
-        print(f"{key}: {what.choice or 'rule'}, {what.over_plain:.2f} of plain PyTorch's time{refused}", flush=True)
+        print(f"{key}: {words(what.plan)}, {what.over_plain:.2f} of plain PyTorch's time{refused}", flush=True)
     print(f"tuned {len(settled)} of {len(found)} classes of shapes; the table: {path}")
     return [f"tune: {key}: {what}" for key, what in found if isinstance(what, str)]
 

@@ -19,6 +19,7 @@ import torch
 from lowrank_kernels.bench import OPS
 from lowrank_kernels.bench.plot import draw_all
 from lowrank_kernels.bench.run import PROVIDERS, Row, read_csv
+from lowrank_kernels.bench.tune import words as plan_words
 from lowrank_kernels.kernels.roofline import Work, seconds
 from lowrank_kernels.kernels.target import TARGETS
 
@@ -374,7 +375,7 @@ def predictions() -> str:
     }
     cells = []
     for op, case in OPS.items():
-        for shape in case.gpu_shapes:
+        for shape in case.gpu_shapes if case.launches else ():
             words = " ".join(f"{k}={v}" for k, v in shape.items())
             choice, launches = case.launches(target, shape, dtype)
             time = seconds(target, launches)
@@ -428,7 +429,7 @@ def half_without_tiles() -> str:
 def tuned() -> str:
     """What `lrk tune` chose unlike the rule, and where its best loses to plain PyTorch."""
     part = results("cpu_tune")["cpu"]
-    entries = {key: entry for key, entry in part["entries"].items() if entry["choice"] is not None}
+    entries = {key: entry for key, entry in part["entries"].items() if entry["plan"]}
     words = [
         f"{part['conditions']['device']}; torch {part['conditions']['torch']}, {part['date']}: "
         f"{len(part['entries'])} classes",
@@ -437,13 +438,13 @@ def tuned() -> str:
     cells = [
         (
             f"`{key.split()[0]}` {' '.join(key.split()[1:])}",
-            entry["choice"].replace("_", " "),
+            f"`{plan_words(entry['plan'])}`",
             f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
             "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}",
         )
         for key, entry in entries.items()
     ]
-    return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
+    return table(words, "class | fields of the plan | time over plain PyTorch | the rule's", cells)
 
 
 def tuned_small_layers() -> str:
@@ -452,14 +453,14 @@ def tuned_small_layers() -> str:
     cells = [
         (
             f"`{key.split()[0]}` {' '.join(key.split()[1:])}",
-            (entry["choice"] or "the rule's").replace("_", " "),
+            f"`{plan_words(entry['plan'])}`" if entry["plan"] else "the rule's",
             f"{entry['over_plain']:.2f} ± {entry['spread']:.2f}",
             "refused" if entry["rule_over_plain"] is None else f"{entry['rule_over_plain']:.2f}",
         )
         for key, entry in part["entries"].items()
     ]
     words = ["The same for layers whose products take microseconds (`benchmarks/results/cpu_tune_small_layers.json`)."]
-    return table(words, "class | choice | time over plain PyTorch | the rule's", cells)
+    return table(words, "class | fields of the plan | time over plain PyTorch | the rule's", cells)
 
 
 TABLES = (

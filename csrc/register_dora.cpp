@@ -15,6 +15,7 @@
 #include "cpu/dora.h"
 #include "cpu/lora.h"
 #include "cpu/row_hash.h"
+#include "lora_ops.h"
 
 #if defined(LRK_WITH_CUDA)
 #  include "cuda/dora_norm.h"
@@ -287,6 +288,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_down_grad(const Tensor& grad_y,
   return {to.grad_u, to.grad_m, argument.q, argument.grad_b};
 }
 
+// (dX, dA, dB, dm): all of a backward whose products are the extension's, in one call.
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+    const Tensor& lora_b, const Tensor& norm, const Tensor& column_scale, const Tensor& p,
+    const std::optional<Tensor>& u, double scaling, const std::optional<Tensor>& dropout_seed,
+    double dropout_p) {
+  const auto [grad_u, grad_m, q, grad_b] = dora_down_grad(grad_y, u, column_scale, norm, lora_b, p,
+                                                          scaling, lora_b.scalar_type(), false);
+  const Tensor grad_x = lrk::ops::lora_grad_x(grad_y, q, weight, lora_a, std::nullopt, scaling,
+                                              dropout_seed, dropout_p, column_scale);
+  const Tensor grad_a = lrk::ops::lora_grad(x, q, std::nullopt, scaling, false, dropout_seed,
+                                            dropout_p, lora_a.scalar_type());
+  return {grad_x, grad_a, grad_b, grad_m};
+}
+
 // ---- the norm -----------------------------------------------------------------------------------
 
 constexpr const char* kNormOp = "dora_norm";
@@ -426,6 +442,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "dora_scale_grad(Tensor grad_y, Tensor? u, Tensor column_scale, Tensor norm) -> "
       "(Tensor grad_u, Tensor grad_m)");
   m.def(
+      "dora_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor norm, Tensor column_scale, Tensor p, Tensor? u, float scaling, "
+      "Tensor? dropout_seed, float dropout_p) -> "
+      "(Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_m)");
+  m.def(
       "dora_down_grad(Tensor grad_y, Tensor? u, Tensor column_scale, Tensor norm, Tensor lora_b, "
       "Tensor p, float scaling, ScalarType grad_dtype, bool keep_grad_u) -> "
       "(Tensor grad_u, Tensor grad_m, Tensor q, Tensor grad_b)");
@@ -441,6 +462,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("dora_linear_remembering", TORCH_BOX(&dora_linear_remembering));
   m.impl("dora_column_scale_remembering", TORCH_BOX(&dora_column_scale_remembering));
   m.impl("dora_scale_grad", TORCH_BOX(&dora_scale_grad));
+  m.impl("dora_backward", TORCH_BOX(&dora_backward));
   m.impl("dora_down_grad", TORCH_BOX(&dora_down_grad));
   m.impl("dora_norm", TORCH_BOX(&dora_norm));
 }

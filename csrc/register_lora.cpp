@@ -12,6 +12,7 @@
 #include "arguments.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/lora.h"
+#include "lora_ops.h"
 
 #if defined(LRK_WITH_CUDA)
 #  include "cuda/dropout_mask.h"
@@ -137,6 +138,10 @@ Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<
 
 // ---- backward -----------------------------------------------------------------------------------
 
+}  // namespace
+
+namespace lrk::ops {
+
 Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
                    const Tensor& lora_a, const std::optional<Tensor>& gate, double scaling,
                    const std::optional<Tensor>& dropout_seed, double dropout_p,
@@ -182,6 +187,13 @@ Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>
   return out;
 }
 
+}  // namespace lrk::ops
+
+namespace {
+
+using lrk::ops::lora_grad;
+using lrk::ops::lora_grad_x;
+
 std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lora_b,
                                           const Tensor& p, const std::optional<Tensor>& gate,
                                           double scaling, ScalarType grad_dtype) {
@@ -192,6 +204,19 @@ std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lo
   argument.value.scale = static_cast<float>(scaling);
   lrk::lora_down_grad(runtime(), argument.value);
   return {argument.q, argument.grad_b};
+}
+
+// (dX, dA, dB, Q): all of a backward whose products are the extension's, in one call.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+    const Tensor& lora_b, const Tensor& p, const std::optional<Tensor>& gate, double scaling,
+    const std::optional<Tensor>& dropout_seed, double dropout_p) {
+  auto [q, grad_b] = lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.scalar_type());
+  Tensor grad_x =
+      lora_grad_x(grad_y, q, weight, lora_a, gate, scaling, dropout_seed, dropout_p, std::nullopt);
+  Tensor grad_a =
+      lora_grad(x, q, gate, scaling, false, dropout_seed, dropout_p, lora_a.scalar_type());
+  return {grad_x, grad_a, grad_b, q};
 }
 
 // ---- the dropout mask ---------------------------------------------------------------------------
@@ -261,6 +286,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "lora_grad(Tensor big, Tensor p, Tensor? gate, float scaling, bool rank_last, "
       "Tensor? dropout_seed, float dropout_p, ScalarType out_dtype) -> Tensor");
   m.def(
+      "lora_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor p, Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p) -> "
+      "(Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor q)");
+  m.def(
       "lora_down_grad(Tensor grad_y, Tensor lora_b, Tensor p, Tensor? gate, float scaling, "
       "ScalarType grad_dtype) -> (Tensor q, Tensor grad_b)");
   m.def("dropout_keep_mask(Tensor seed, SymInt rows, SymInt columns, float p) -> Tensor");
@@ -274,6 +303,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
   m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));
 }

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.backend import BACKENDS
 from .ops.batch_plan import BatchPlan, as_ids, check_range, plan_batch
 from .ops.block_sparse import (
+    BlockAdamW,
+    BlockSparseLinear,
+    BlockSparseWeightGrad,
     call_block_adamw_,
     call_block_sparse_linear,
     call_block_sparse_weight_grad,
@@ -23,32 +25,38 @@ from .ops.block_sparse import (
     write_blocks_,
 )
 from .ops.dora import (
+    DoRALinear,
+    DoRAWeightNorm,
     ScaleCache,
     call_dora_linear,
     call_dora_weight_norm,
     check_dora_linear,
     check_dora_weight_norm,
-    check_magnitude,
-    check_norm_and_scale,
-    check_weight_sq_norm,
+    dora_linear_directly,
     dora_linear_remembering,
+    magnitude_error,
+    pair_of,
+    plan_dora_linear,
 )
-from .ops.library import transformed
+from .ops.library import traced, transformed, unobserved
 from .ops.lora import (
+    LoRALinear,
     call_lora_linear,
     check_lora_linear,
+    lora_linear_again,
+    lora_linear_directly,
     lora_linear_eager,
-    lora_linear_inference,
-    lora_linear_way,
+    plan_lora_linear,
 )
 from .ops.multi_lora import (
+    MultiLoRALinear,
     call_multi_lora_linear,
     check_multi_lora_linear,
     check_stack_scale,
-    may_stay_unplanned,
     multi_lora_linear_directly,
+    plan_multi_lora_linear,
 )
-from .ops.operands import check_count, check_flag, check_number, check_scaling, seed_tensor
+from .ops.operands import backend_error, check_count, check_flag, check_number, check_scaling, raise_error, seed_tensor
 from .ops.plain import (
     plain_block_sparse_linear,
     plain_block_sparse_weight_grad,
@@ -59,21 +67,19 @@ from .ops.plain import (
     plain_weight_norm,
 )
 from .stack import LoRAStack
+from .weights import FrozenWeight, Weight, rows
 
 
-def _seed_tensor(seed: Tensor | int | None, dropout_p: float, device: torch.device, op: str) -> Tensor | None:
-    """The dropout seed, where there is dropout."""
-    return None if dropout_p == 0.0 else seed_tensor(op, "dropout_seed", seed, device)
-
-
-def _check_backend(backend: str, op: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
+def _seeded(call: Any, seed: Tensor | int | None, op: str) -> Any:
+    """The call with a dropout seed, where there is dropout."""
+    if call.dropout_p == 0.0:
+        return call
+    return call._replace(dropout_seed=seed_tensor(op, "dropout_seed", seed, call.x.device))
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None = None,
@@ -115,25 +121,35 @@ def lora_linear(
     Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
     """
     check_scaling("lora_linear", scaling, getattr(x, "dtype", torch.float32))
-    plain = backend == "auto" and dropout_p == 0.0 and not transformed()
-    way = lora_linear_way(x, weight, lora_a, lora_b, bias, gate) if plain else None
-    if way == "eager":
-        return lora_linear_eager(x, weight, lora_a, lora_b, bias, gate, scaling)
-    if way == "own_product":
-        return lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling)
-    if way is None:
-        check_lora_linear(x, weight, lora_a, lora_b, bias, gate, dropout_p)
-        _check_backend(backend, "lora_linear")
-    seed = _seed_tensor(dropout_seed, dropout_p, x.device, "lora_linear")
-    if transformed():
-        return plain_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed)
-    save_p = torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad))
-    y, _ = call_lora_linear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, backend)
+    if backend == "auto" and dropout_p == 0.0:
+        again = lora_linear_again(x, weight, lora_a, lora_b, bias, gate, scaling)
+        if again is not None:
+            return again
+    call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, None, False, backend)
+    if traced():
+        raise_error(check_lora_linear(call))
+        call, plan = _seeded(call, dropout_seed, "lora_linear"), None
+        if transformed():
+            return plain_lora_linear(call)
+    else:
+        plan = plan_lora_linear(call)
+    unseen = plan is not None and unobserved(call[:6])
+    if plan is not None and dropout_p == 0.0:
+        if plan.direct and unseen:
+            return lora_linear_directly(call)
+        if plan.eager and not torch._C._is_any_autocast_enabled():
+            return lora_linear_eager(call)
+    elif call.dropout_seed is None:
+        call = _seeded(call, dropout_seed, "lora_linear")
+    if torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad)):
+        seed = call.dropout_seed  # with save_p; _replace would take four times as long
+        call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, True, backend)
+    y: Tensor = call_lora_linear(call, plan, unseen=unseen)[0]
     return y
 
 
 def dora_weight_norm(
-    weight: Tensor,
+    weight: Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -166,16 +182,16 @@ def dora_weight_norm(
 
     Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5.
     """
-    _check_backend(backend, "dora_weight_norm")
-    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm, scaling)
+    call = DoRAWeightNorm(weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend)
+    raise_error(check_dora_weight_norm(call))
     if transformed():
         return plain_weight_norm(weight, lora_a, lora_b, scaling)
-    norm, _, _ = call_dora_weight_norm(weight, lora_a, lora_b, scaling, weight_sq_norm, None, backend)
+    norm: Tensor = call_dora_weight_norm(call)[0]
     return norm
 
 
 def dora_column_scale(
-    weight: Tensor,
+    weight: Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
@@ -190,21 +206,18 @@ def dora_column_scale(
     :func:`dora_weight_norm`; never records gradients.
     """
     op = "dora_column_scale"
-    _check_backend(backend, op)
-    check_dora_weight_norm(weight, lora_a, lora_b, weight_sq_norm, scaling, op)
-    check_magnitude(op, magnitude, weight)
+    call = DoRAWeightNorm(weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend)
+    raise_error(check_dora_weight_norm(call, op) or magnitude_error(op, magnitude, weight))
     if transformed():
         return plain_column_scale(weight, lora_a, lora_b, magnitude, scaling)
     with torch.no_grad():
-        norm, sq_norm, scale = call_dora_weight_norm(
-            weight, lora_a, lora_b, scaling, weight_sq_norm, magnitude, backend
-        )
+        norm, sq_norm, scale = call_dora_weight_norm(call)
     return norm, scale, sq_norm
 
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
@@ -255,29 +268,32 @@ def dora_linear(
     Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and 11.
     """
     check_scaling("dora_linear", scaling, getattr(x, "dtype", torch.float32))
-    check_dora_linear(x, weight, lora_a, lora_b, magnitude, bias, dropout_p)
-    _check_backend(backend, "dora_linear")
-    check_weight_sq_norm(weight, weight_sq_norm, "dora_linear")
-    check_norm_and_scale(norm_and_scale, weight)
-    check_flag("dora_linear", "dropout_base", dropout_base)
-    check_flag("dora_linear", "detach_norm", detach_norm)
     if scale_cache is not None and not isinstance(scale_cache, ScaleCache):
         raise TypeError(f"dora_linear: expected scale_cache to be a ScaleCache, got {type(scale_cache).__name__}")
-    if scale_cache is not None and norm_and_scale is None and dropout_p == 0.0 and backend == "auto":
-        remembered = dora_linear_remembering(x, weight, lora_a, lora_b, magnitude, bias, scaling, scale_cache)
-        if remembered is not None:
-            return remembered
-    norm, scale = (None, None) if norm_and_scale is None else norm_and_scale
-    seed = _seed_tensor(dropout_seed, dropout_p, x.device, "dora_linear")
-    if transformed():
-        return plain_dora_linear(
-            x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_p, seed, dropout_base, detach_norm, norm
-        )
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (lora_a, lora_b, magnitude))
-    y, *_ = call_dora_linear(
+    norm, scale = pair_of(norm_and_scale)
+    call = DoRALinear(
         x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
-        scaling, dropout_p, seed, dropout_base, detach_norm, save, backend,
+        scaling, dropout_p, None, dropout_base, detach_norm, False, backend,
     )  # fmt: skip
+    if traced():
+        raise_error(check_dora_linear(call))
+        call, plan = _seeded(call, dropout_seed, "dora_linear"), None
+        if transformed():
+            return plain_dora_linear(call)
+    else:
+        plan = plan_dora_linear(call)
+    unseen = plan is not None and unobserved(call[:9])
+    if plan is not None and unseen:
+        if plan.direct:
+            return dora_linear_directly(call)
+        if plan.remembers and scale_cache is not None:
+            return dora_linear_remembering(call, plan, scale_cache)
+    if call.dropout_seed is None:
+        call = _seeded(call, dropout_seed, "dora_linear")
+    trained = call.lora_a.requires_grad or call.lora_b.requires_grad or call.magnitude.requires_grad
+    if torch.is_grad_enabled() and trained:
+        call = call._replace(save=True)
+    y: Tensor = call_dora_linear(call, plan, unseen=unseen)[0]
     return y
 
 
@@ -333,16 +349,18 @@ def block_sparse_weight_grad(
 
     Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
     """
-    _check_backend(backend, "block_sparse_weight_grad")
+    raise_error(backend_error("block_sparse_weight_grad", backend))
     bm, bn = check_block_sparse_weight_grad(x, grad_y, block_index, block_size)
     if transformed():
         return plain_block_sparse_weight_grad(x, grad_y, block_index, (bm, bn))
-    return call_block_sparse_weight_grad(x, grad_y, block_index, bm, bn, x.dtype, backend)
+    call = BlockSparseWeightGrad(x, grad_y, block_index, bm, bn, x.dtype, backend)
+    grad: Tensor = call_block_sparse_weight_grad(call)
+    return grad
 
 
 def block_sparse_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     blocks: Tensor,
     block_index: Tensor,
     bias: Tensor | None = None,
@@ -380,7 +398,7 @@ def block_sparse_linear(
     Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
     """
     check_block_sparse_linear(x, weight, blocks, block_index, bias, values=columns is None)
-    _check_backend(backend, "block_sparse_linear")
+    raise_error(backend_error("block_sparse_linear", backend))
     check_flag("block_sparse_linear", "rewrite", rewrite)
     if transformed():
         return plain_block_sparse_linear(x, weight, blocks, block_index, bias)
@@ -389,7 +407,8 @@ def block_sparse_linear(
     if save and columns is None and readable:
         columns = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1])
     chosen, width = columns or (None, 0)
-    y, _ = call_block_sparse_linear(x, weight, blocks, block_index, bias, chosen, width, save, rewrite, backend)
+    call = BlockSparseLinear(x, weight, blocks, block_index, bias, chosen, width, save, rewrite, backend)
+    y: Tensor = call_block_sparse_linear(call)[0]
     return y
 
 
@@ -433,7 +452,7 @@ def block_adamw_(
     Source: Loshchilov and Hutter, "Decoupled weight decay", arXiv 1711.05101.
     """
     op = "block_adamw_"
-    _check_backend(backend, op)
+    raise_error(backend_error(op, backend))
     check_count(op, "step", step, 1)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(op, name, value, 0.0)
@@ -441,10 +460,10 @@ def block_adamw_(
         raise TypeError(f"{op}: expected betas to be a pair of numbers, got {betas!r:.60}")
     for beta in betas:
         check_number(op, "betas", beta, 0.0, 1.0)
-    check_block_adamw(blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed)
-    call_block_adamw_(
-        blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, *betas, eps, weight_decay, step, seed, backend
-    )
+    tensors = blocks, grad, exp_avg, exp_avg_sq, weight, block_index
+    call = BlockAdamW(*tensors, lr, *betas, eps, weight_decay, step, seed, backend)
+    check_block_adamw(call)
+    call_block_adamw_(call)
 
 
 __all__ = [
@@ -468,7 +487,7 @@ __all__ = [
 ]
 
 
-def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def stack_column_scale(weight: Weight, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """(n, g), each (D, N): :func:`dora_column_scale` of each DoRA adapter of a stack, in the order of its magnitudes.
 
     Rows that no adapter has are 0. Never records gradients.
@@ -481,9 +500,9 @@ def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto
         raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
     if stack.magnitude is None:
         raise ValueError(f"{op}: expected a stack with DoRA adapters, got one without magnitudes")
-    _check_backend(backend, op)
+    raise_error(backend_error(op, backend))
     shape = (stack.out_features, stack.in_features)
-    if not isinstance(weight, Tensor) or weight.shape != shape or not weight.is_floating_point():
+    if not isinstance(weight, (Tensor, FrozenWeight)) or weight.shape != shape or not weight.is_floating_point():
         got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{op}: expected weight of shape (N, K) = {shape} and a floating dtype, got {got}")
     if weight.device != stack.lora_a.device:
@@ -501,10 +520,17 @@ def stack_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto
                     lora_a, lora_b, scaling, magnitude = stack.factors(adapter, s)
                     assert magnitude is not None
                     own = (place.magnitude, stack.columns(s))
+                    columns = stack.columns(s)
+                    part = weight if not stack.is_sliced else rows(weight, columns.start, columns.stop)
                     norm[own], scale[own], sq_norms[s] = dora_column_scale(
-                        weight[stack.columns(s)], lora_a, lora_b, magnitude,
-                        scaling=scaling, weight_sq_norm=sq_norms[s], backend=backend,
-                    )  # fmt: skip
+                        part,
+                        lora_a,
+                        lora_b,
+                        magnitude,
+                        scaling=scaling,
+                        weight_sq_norm=sq_norms[s],
+                        backend=backend,
+                    )
     return norm, scale
 
 
@@ -528,7 +554,7 @@ def _dropout_of_each(dropout_p: float | Sequence[float], adapters: int) -> list[
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     stack: LoRAStack,
     adapter_ids: Tensor | BatchPlan,
     bias: Tensor | None = None,
@@ -578,65 +604,61 @@ def multi_lora_linear(
     arXiv 2402.09353.
     """
     op = "multi_lora_linear"
-    _check_backend(backend, op)
     if not isinstance(stack, LoRAStack):
         raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected x to be a tensor, got {type(x).__name__}")
-    plan = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
-    planned = len(stack) if plan is None else plan.bounds.shape[1] - 2
-    plain = transformed()
-    usual = backend == "auto" and dropout_p == 0.0 and weights is None and not (
-        stack.has_dora or stack.is_sliced or plain
+    batch = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
+    given: Any = adapter_ids if batch is None else batch.adapter_ids
+    ps = [] if dropout_p == 0.0 else _dropout_of_each(dropout_p, len(stack))
+    each_p = torch.tensor(ps, dtype=torch.float64, device=stack.lora_a.device) if ps else None
+    slices = stack.slices if stack.is_sliced else None
+    magnitude = stack.magnitude if stack.has_dora else None
+    call = MultiLoRALinear(
+        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank, slices,
+        given, None, None, None, weights, None, None, each_p, None, False, False, backend,
     )  # fmt: skip
-    given: Any = adapter_ids if plan is None else plan.adapter_ids
-    if usual and planned == len(stack):
-        y = multi_lora_linear_directly(
-            x, weight, stack.lora_a, stack.lora_b, stack.table, stack.scalings, given, bias
-        )  # fmt: skip
-        if y is not None:
-            return y
-    ids = given
-    if plan is None:
-        ids = as_ids(given.reshape(-1) if isinstance(given, Tensor) and given.shape == x.shape[:-1] else given)
-    check_multi_lora_linear(x, weight, stack.lora_a, stack.lora_b, ids, bias, weights, stack.has_dora)
+    plan = None
+    if traced():
+        raise_error(check_multi_lora_linear(call))
+    else:
+        plan = plan_multi_lora_linear(call)
+    planned = len(stack) if batch is None else batch.bounds.shape[1] - 2
     if planned != len(stack):
         raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {planned}")
-    ps = _dropout_of_each(dropout_p, len(stack))
-    seed = _seed_tensor(dropout_seed, max(ps, default=0.0), x.device, op)
+    unseen = plan is not None and unobserved(call)
+    if plan is not None and plan.direct and unseen:
+        return multi_lora_linear_directly(call, plan)
+    ids = given if batch is not None else as_ids(given.reshape(-1) if given.shape == x.shape[:-1] else given)
+    seed = seed_tensor(op, "dropout_seed", dropout_seed, x.device) if ps else None
     norm = scale = None
-    if stack.has_dora:
-        check_stack_scale(norm_and_scale, stack.magnitude)
-        norm, scale = (
-            stack_column_scale(weight.detach(), stack, backend=backend) if norm_and_scale is None else norm_and_scale
-        )
-    magnitude, grad = stack.magnitude if stack.has_dora else None, torch.is_grad_enabled()
-    each_p = torch.tensor(ps, dtype=torch.float64, device=x.device) if ps else None
-    slices = stack.slices if stack.is_sliced else None
-    scalings = stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings
-    if plain:
+    if magnitude is not None:
+        check_stack_scale(norm_and_scale, magnitude)
+        norm, scale = norm_and_scale or stack_column_scale(weight.detach(), stack, backend=backend)
+    call = call._replace(
+        adapter_ids=ids,
+        weights=None if weights is None else weights.to(torch.float32),
+        norm=norm,
+        column_scale=scale,
+        dropout_seed=seed,
+        scalings=stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings,
+    )
+    if transformed():
         if torch._C._functorch.is_batchedtensor(ids):
             raise ValueError(
                 f"{op}: expected adapter_ids that torch.func.vmap does not map over, since they decide which rows are "
                 f"multiplied by what; give x all rows at once, with their ids"
             )
-        return plain_multi_lora_linear(
-            x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, slices, ids, weights,
-            norm, each_p, seed,
-        )  # fmt: skip
-    if plan is None:
-        records = grad and any(t is not None and t.requires_grad for t in (x, stack.lora_a, stack.lora_b, bias))
-        simple = not (records or ps or stack.has_dora or weights is not None or torch.compiler.is_compiling())
-        if not (simple and may_stay_unplanned(x, ids, backend)):
-            try:
-                plan = plan_batch(ids, len(stack))
-            except ValueError:
-                check_range(given, len(stack))  # in this op's name, and in the words of the ids as they were given
-                raise
-    y, _, _ = call_multi_lora_linear(
-        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, scalings, stack.max_rank,
-        slices, ids, *(plan[1:] if plan is not None else (None,) * 3),
-        None if weights is None else weights.to(torch.float32), norm, scale, each_p, seed,
-        grad and stack.lora_b.requires_grad, grad and magnitude is not None and magnitude.requires_grad, backend,
-    )  # fmt: skip
+        return plain_multi_lora_linear(call)
+    if batch is None and not (plan is not None and plan.unsorted):
+        try:
+            batch = plan_batch(ids, len(stack))
+        except ValueError:
+            check_range(given, len(stack))  # in this op's name, and in the words of the ids as they were given
+            raise
+    grad = torch.is_grad_enabled()
+    if batch is not None:
+        call = call._replace(order=batch.order, bounds=batch.bounds, tiles=batch.tiles)
+    call = call._replace(
+        save_p=grad and stack.lora_b.requires_grad, save_u=grad and magnitude is not None and magnitude.requires_grad
+    )
+    y: Tensor = call_multi_lora_linear(call, plan, unseen=unseen)[0]
     return y

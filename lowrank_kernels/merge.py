@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .finite import all_finite
-from .ops.backend import BACKENDS
-from .ops.merge import call_merge_lora_, check_merge_lora, merge_lora_directly_, merges_directly
-from .ops.operands import check_flag, check_optional_vector, check_scaling, seed_tensor
+from .ops.library import traced
+from .ops.merge import MergeLoRA, call_merge_lora_, check_merge_lora, plan_merge_lora
+from .ops.operands import check_flag, check_optional_vector, check_scaling, raise_error, seed_tensor
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -50,22 +50,25 @@ def merge_lora_(
             cannot run. W is then untouched.
         TypeError: something that is not a tensor of floats.
     """
-    check_scaling("merge_lora_", scaling, getattr(weight, "dtype", torch.float32))
-    if isinstance(weight, Tensor) and weight.dtype == torch.float16:
-        check_merge_lora(weight, lora_a, lora_b, scaling)
-        check_float16_range("merge_lora_", weight, lora_a, lora_b, scaling)
-    direct = rounding == "nearest" and backend == "auto" and merges_directly(weight, lora_a, lora_b)
-    if direct and (check_finite is False or (check_finite is True and all_finite(lora_a) and all_finite(lora_b))):
-        merge_lora_directly_(weight, lora_a, lora_b, scaling)
-        return weight
-    _check("merge_lora_", weight, lora_a, lora_b, scaling, check_finite, backend)
-    check_flag("merge_lora_", "check_finite", check_finite)
+    op = "merge_lora_"
+    call = _call(op, weight, lora_a, lora_b, scaling, backend)
+    plan = None
+    if traced():
+        raise_error(check_merge_lora(call))
+    else:
+        plan = plan_merge_lora(call)
+    check_flag(op, "check_finite", check_finite)
     if rounding not in ROUNDINGS:
-        raise ValueError(f"merge_lora_: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    if rounding == "stochastic" and weight.dtype != torch.bfloat16:
-        raise ValueError(f"merge_lora_: expected a bfloat16 weight for stochastic rounding, got {weight.dtype}")
-    bits = seed_tensor("merge_lora_", "seed", seed, weight.device) if rounding == "stochastic" else None
-    return _merge(weight, lora_a, lora_b, scaling, None, None, bits, backend)
+        raise ValueError(f"{op}: expected rounding to be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if rounding == "stochastic":
+        if weight.dtype != torch.bfloat16:
+            raise ValueError(f"{op}: expected a bfloat16 weight for stochastic rounding, got {weight.dtype}")
+        call = call._replace(seed=seed_tensor(op, "seed", seed, weight.device))
+    if check_finite:
+        _check_finite(op, call)
+    check_float16_range(op, weight, lora_a, lora_b, scaling)
+    call_merge_lora_(call, plan)
+    return weight
 
 
 def merge_dora_(
@@ -80,10 +83,12 @@ def merge_dora_(
     Returns:
         weight.
     """
-    _check("merge_dora_", weight, lora_a, lora_b, scaling, True, backend)
-    _check_column_scale("merge_dora_", weight, column_scale)
-    check_float16_range("merge_dora_", weight, lora_a, lora_b, scaling, column_scale)
-    return _merge(weight, lora_a, lora_b, scaling, None, column_scale, None, backend)
+    op = "merge_dora_"
+    call = _checked(op, weight, lora_a, lora_b, scaling, backend)
+    scale = _column_scale(op, weight, column_scale)
+    check_float16_range(op, weight, lora_a, lora_b, scaling, column_scale)
+    call_merge_lora_(call._replace(after=scale))
+    return weight
 
 
 def unmerge_dora_(
@@ -93,26 +98,43 @@ def unmerge_dora_(
 
     Rows with g = 0 hold nothing of what they were: the caller keeps those.
     """
-    _check("unmerge_dora_", weight, lora_a, lora_b, scaling, True, backend)
-    _check_column_scale("unmerge_dora_", weight, column_scale)
-    return _merge(weight, lora_a, lora_b, -scaling, 1.0 / column_scale, None, None, backend)
+    op = "unmerge_dora_"
+    call = _checked(op, weight, lora_a, lora_b, scaling, backend)
+    call_merge_lora_(call._replace(scaling=-scaling, before=_column_scale(op, weight, column_scale, inverse=True)))
+    return weight
 
 
-def _check_column_scale(op: str, weight: Tensor, column_scale: Tensor) -> None:
+def _call(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, backend: str) -> MergeLoRA:
+    """The op's record, with the factors on W's device."""
+    check_scaling(op, scaling, getattr(weight, "dtype", torch.float32))
+    if isinstance(weight, Tensor):
+        lora_a, lora_b = (
+            t.to(weight.device) if isinstance(t, Tensor) and t.device != weight.device else t for t in (lora_a, lora_b)
+        )
+    return MergeLoRA(weight, lora_a, lora_b, scaling, None, None, None, backend)
+
+
+def _checked(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, backend: str) -> MergeLoRA:
+    """The op's record, of operands that fit together and are finite."""
+    call = _call(op, weight, lora_a, lora_b, scaling, backend)
+    raise_error(check_merge_lora(call, op))
+    _check_finite(op, call)
+    return call
+
+
+def _check_finite(op: str, call: MergeLoRA) -> None:
+    for name, factor in (("lora_a", call.lora_a), ("lora_b", call.lora_b)):
+        if not all_finite(factor):
+            raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
+
+
+def _column_scale(op: str, weight: Tensor, column_scale: Tensor, *, inverse: bool = False) -> Tensor:
+    """g, or its inverse, as the op reads it."""
     if not isinstance(column_scale, Tensor):
         raise TypeError(f"{op}: expected column_scale to be a tensor, got {type(column_scale).__name__}")
     check_optional_vector(op, "column_scale", "N", column_scale, weight.shape[0], column_scale.device)
-
-
-def _check(
-    op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, check_finite: bool, backend: str
-) -> None:
-    check_merge_lora(weight, lora_a, lora_b, scaling, op)
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
-    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)) if check_finite else ():
-        if not all_finite(factor):
-            raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
+    scale = 1.0 / column_scale if inverse else column_scale
+    return scale.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).contiguous()
 
 
 def check_float16_range(
@@ -121,6 +143,7 @@ def check_float16_range(
     """Raise where W + s B A, times g, leaves float16's range: its infinities could not be taken out again."""
     if weight.dtype != torch.float16 or not weight.numel():
         return
+    weight, lora_a, lora_b = (t.detach() for t in (weight, lora_a, lora_b))
     limit, most = torch.finfo(torch.float16).max, 1.0 if scale is None else float(scale.abs().max())
     longest = lora_b.float().norm(dim=1).max() * lora_a.float().norm(dim=0).max()
     if most * (float(weight.abs().max()) + abs(scaling) * float(longest)) <= limit:  # no element can
@@ -136,20 +159,3 @@ def check_float16_range(
 
 
 _ROWS = 1024  # of a weight that are looked at at once
-
-
-def _merge(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    before: Tensor | None,
-    after: Tensor | None,
-    seed: Tensor | None,
-    backend: str,
-) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    before, after = (None if t is None else t.to(weight.device, wide).contiguous() for t in (before, after))
-    lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
-    call_merge_lora_(weight, lora_a, lora_b, scaling, before, after, seed, backend)
-    return weight

@@ -1,8 +1,9 @@
-"""What `lrk tune` settled for this device: the one place where ``auto`` looks a choice up.
+"""What `lrk tune` settled for this device: fields of plans, by class of shapes.
 
 The table is a JSON file, read when an op first needs it and never at import. It holds, by device type, the conditions
-that it was made under and a choice for each class of shapes; under any other conditions it is ignored, with one line in
-the log, and so is a file that is no table. Without a table every op follows its own rule.
+that it was made under and, for each class of shapes, the fields of the op's plan (``ops.planning.Plan``) that were
+found faster than the rule's. Under any other conditions it is ignored, with one line in the log, and so is a file that
+is no table. Without a table every op follows its own rule.
 """
 
 from __future__ import annotations
@@ -11,32 +12,30 @@ import json
 import logging
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import cache
 from importlib import metadata
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import _extension
 
 FLAG = "LRK_TUNE_FILE"
-_CHOICE = re.compile(r"\w+( \w+=\d+)*")
+VERSION = 2
+"""Of the table's form. Version 1 held words such as "own_product", which say less than a plan."""
 logger = logging.getLogger("lowrank_kernels")
 
-Sizes = Callable[..., Mapping[str, int]]
+Fields = Mapping[str, str | int | bool]
+"""Fields of a plan: {"base": "own"}, or {"strategy": "two_kernel", "BLOCK_M": 64}. None of them: the rule's plan."""
 
-# Choices that stand above the table, by op, None for the rule's: what `lrk tune` runs its candidates with.
-forced: dict[str, str | None] = {}
-TABLE = "what the table says"  # in place of such a choice, where there is none
-_memories: list[Callable[[], None]] = []
-F = TypeVar("F", bound=Callable[..., Any])
+# Fields that stand above the table, by op: what `lrk tune` runs its candidates with.
+_forced: dict[str, Fields] = {}
+_listeners: list[Callable[[bool], None]] = []
 
 
 def table_path() -> Path | None:
@@ -46,7 +45,7 @@ def table_path() -> Path | None:
         return Path(given) if given else None
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # no home directory
         return None
     return cache / "lowrank_kernels" / "tune.json"
 
@@ -58,27 +57,22 @@ def shape_class(op: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
     return " ".join([op, str(dtype).removeprefix("torch."), *words])
 
 
-def choice(op: str, like: Tensor, sizes: Sizes, *of: Hashable) -> str | None:
-    """What was settled for this op on operands like this tensor; None: the op's own rule.
-
-    ``sizes(*of)`` names the class. It is asked once for the same ``of``, shapes as a rule, and only where there is a
-    table.
-    """
-    if op in forced:
-        return forced[op]
-    return settled(op, "cuda" if like.is_cuda else "cpu", like.dtype, sizes, *of)
+def settled(op: str, device_type: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> tuple[Fields, str]:
+    """(the fields settled for this op on such operands, where they come from); no fields: the op's own rule."""
+    if op in _forced:
+        return _forced[op], "forced"
+    entries = _table(device_type)[0]
+    return (entries.get(shape_class(op, dtype, sizes), {}) if entries else {}), "table of lrk tune"
 
 
-def settled(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hashable) -> str | None:
-    """The same of the table alone, for operands on such a device."""
-    return _find(op, device_type, dtype, sizes, *of) if _table(device_type)[0] else None
+def forced() -> str:
+    """What is forced now, as a key."""
+    return repr(_forced)
 
 
-def remembered(function: F) -> F:
-    """``function`` with a memory for its results, until the table is read again."""
-    cached = lru_cache(maxsize=4096)(function)
-    _memories.append(cached.cache_clear)
-    return cast(F, cached)
+def on_change(listener: Callable[[bool], None]) -> None:
+    """Call ``listener(anew)`` whenever what is settled may have changed; ``anew``: not only what is forced."""
+    _listeners.append(listener)
 
 
 def product_sizes(rows: Sequence[int], weight: Sequence[int], rank: int | None = None) -> dict[str, int]:
@@ -97,23 +91,26 @@ def block_sizes(tokens: int, blocks: int, block_size: tuple[int, int]) -> dict[s
     return {"M": tokens, "blocks": blocks, "size": max(block_size)}
 
 
-def parse(chosen: str | None) -> tuple[str | None, dict[str, int]]:
-    """("two_kernel", {"BLOCK_M": 64}) of "two_kernel BLOCK_M=64"."""
-    if chosen is None:
-        return None, {}
-    name, *tiles = chosen.split()
-    return name, {key: int(value) for key, _, value in (tile.partition("=") for tile in tiles)}
-
-
 @contextmanager
-def forcing(op: str) -> Iterator[Callable[[str | None], None]]:
-    """Inside, ``op`` runs what was last given to the function that this yields, whatever the table says; at first, and
-    for None, its own rule."""
-    forced[op] = None
+def forcing(op: str) -> Iterator[Callable[[Fields | None], None]]:
+    """Inside, ``op`` is planned with the fields last given to the function that this yields, whatever the table says;
+    at first, and for None, by its own rule."""
+
+    def force(fields: Fields | None) -> None:
+        _forced[op] = fields or {}
+        _changed(anew=False)
+
+    force(None)
     try:
-        yield partial(forced.__setitem__, op)
+        yield force
     finally:
-        del forced[op]
+        del _forced[op]
+        _changed(anew=False)
+
+
+def _changed(anew: bool) -> None:
+    for listener in _listeners:
+        listener(anew)
 
 
 # --------------------------------------------------------------------------------------------------------- conditions
@@ -148,35 +145,41 @@ def conditions(device_type: str) -> dict[str, str]:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The file's content by device type; nothing where there is no file.
+    """The file's parts by device type; nothing where there is no file, or an older version of it (said in the log).
 
     Raises:
         ValueError: the file is no table.
     """
     try:
         found = json.loads(path.read_text())
+        version = found.pop("version", 1)
         for part in found.values():
-            chosen = [entry["choice"] for entry in part["entries"].values()]
-            if not isinstance(part["conditions"], dict) or not all(c is None or _CHOICE.fullmatch(c) for c in chosen):
+            if not isinstance(part["conditions"], dict) or not isinstance(part["entries"], dict):
                 raise TypeError
+            for entry in part["entries"].values() if version == VERSION else ():
+                if not all(isinstance(value, (str, int)) for value in entry["plan"].values()):
+                    raise TypeError
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a table of lrk tune; delete it, or name another with {FLAG}") from error
+    if version != VERSION:
+        logger.warning("%s is of version %s, here %s: ignored; lrk tune makes it anew", path, version, VERSION)
+        return {}
     return dict(found)
 
 
 def write_table(path: Path, table: Mapping[str, Any]) -> None:
-    """Write the whole, or leave the file as it was."""
+    """Write the parts by device type, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(table, indent=1) + "\n")
+    part.write_text(json.dumps({"version": VERSION, **table}, indent=1) + "\n")
     part.replace(path)
 
 
 @cache
-def _table(device_type: str) -> tuple[dict[str, str | None], str]:
-    """(class -> choice, what is to be said of the table)."""
+def _table(device_type: str) -> tuple[dict[str, Fields], str]:
+    """(class -> fields of the plan, one line about the table for people)."""
     path = table_path()
     if path is None:
         return {}, f"none: {FLAG} is empty, or there is no home folder"
@@ -197,9 +200,9 @@ def _table(device_type: str) -> tuple[dict[str, str | None], str]:
         why = f"{path} was made under other conditions ({'; '.join(other)})"
         logger.warning("%s: ignored; lrk tune makes one for these", why)
         return {}, f"ignored: {why}"
-    entries = {key: entry["choice"] for key, entry in part["entries"].items()}
-    settled = sum(chosen is not None for chosen in entries.values())
-    return entries, f"{path}: {len(entries)} classes of shapes, {settled} of them unlike the rule"
+    entries = {key: entry["plan"] for key, entry in part["entries"].items()}
+    unlike = sum(bool(fields) for fields in entries.values())
+    return entries, f"{path}: {len(entries)} classes of shapes, {unlike} of them unlike the rule"
 
 
 def describe(device_type: str) -> str:
@@ -207,13 +210,7 @@ def describe(device_type: str) -> str:
     return _table(device_type)[1]
 
 
-@remembered
-def _find(op: str, device_type: str, dtype: torch.dtype, sizes: Sizes, *of: Hashable) -> str | None:
-    return _table(device_type)[0].get(shape_class(op, dtype, sizes(*of)))
-
-
 def forget() -> None:
-    """Read the table again at the next lookup."""
+    """Read the table again at the next plan, and make all plans anew."""
     _table.cache_clear()
-    for clear in _memories:
-        clear()
+    _changed(anew=True)

@@ -12,81 +12,20 @@ from typing import Any
 import torch
 
 from .. import tuned
-from .cases import OPS, Inputs, Problem, Provider, Shape
+from .cases import OPS, Inputs, Problem, Provider, Shape, Tunable
+from .cases.bench import PRODUCT
 from .run import Row, call_of, measure
 from .timing import interleaved
 
 MARGIN = 0.03
-"""A candidate replaces the rule's choice only where it is faster by this share, and by more than the spread."""
+"""A candidate replaces the rule's plan only where it is faster by this share, and by more than the spread."""
 RULE = "rule"
 """The candidate that is what the op does without a table."""
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """What there is to choose for one op on one kind of device.
-
-    Attributes:
-        op: the name that the op looks itself up by.
-        bench: the entry of ``bench.OPS`` that measures it.
-        sizes: those sizes of a shape that the op's lookup knows.
-        candidates: choices beside the rule's; what the op does not take for a shape runs the rule, and ties with it.
-        training: measured forward and backward, the forward as the table already has it.
-    """
-
-    op: str
-    bench: str
-    sizes: tuple[str, ...]
-    candidates: tuple[str, ...]
-    training: bool = False
-
-    def key(self, problem: Problem) -> str:
-        return tuned.shape_class(self.op, problem.dtype, {name: problem.shape[name] for name in self.sizes})
-
-
-_PRODUCT, _FACTORS, _BLOCKS = ("M", "K", "N"), ("K", "N", "R"), ("M", "blocks", "size")
-_OWN = ("own_product", "library_product", "reference")
-_CPU = (
-    Tunable("lora_linear", "lora_linear", _PRODUCT, (*_OWN, "eager")),
-    Tunable("dora_linear", "dora_linear", _PRODUCT, _OWN),
-    Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, _OWN),
-    Tunable("lora_linear_backward", "lora_linear", _PRODUCT, (*_OWN[:2], "eager"), training=True),
-    Tunable("dora_linear_backward", "dora_linear", _PRODUCT, _OWN[:2], training=True),
-    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("reference",)),
-    Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
-    Tunable("block_sparse_weight_grad", "block_sparse_weight_grad", _BLOCKS, ("reference",)),
-)
-# Tiles cut rows and columns of the result alone, never the reduction: a row's sum keeps its order.
-_TILES = (
-    "BLOCK_M=128 BLOCK_N=128 num_warps=8 num_stages=3", "BLOCK_M=128 BLOCK_N=128 num_warps=4 num_stages=4",
-    "BLOCK_M=64 BLOCK_N=128 num_warps=4 num_stages=4", "BLOCK_M=64 BLOCK_N=64 num_warps=4 num_stages=5",
-)  # fmt: skip
-_STRATEGIES = (
-    "fused",
-    "two_kernel",
-    "library",
-    *(f"{s} {t}" for s in ("fused", "two_kernel") for t in _TILES),
-)
-_BACKWARD = ("two_kernel", "library", *(f"two_kernel {t}" for t in _TILES))
-_CUDA = (
-    Tunable("lora_linear", "lora_linear", (*_PRODUCT, "R"), (*_STRATEGIES, "eager")),
-    Tunable("lora_linear_backward", "lora_linear", (*_PRODUCT, "R"), (*_BACKWARD, "eager"), training=True),
-    Tunable("dora_linear", "dora_linear", (*_PRODUCT, "R"), _STRATEGIES),
-    Tunable("dora_linear_backward", "dora_linear", (*_PRODUCT, "R"), _BACKWARD, training=True),
-    Tunable("multi_lora_linear", "multi_lora_linear", _PRODUCT, ("one_kernel", "library")),
-    Tunable("dora_weight_norm", "dora_weight_norm", _FACTORS, ("no_clusters", "triton", "reference")),
-    Tunable("merge_lora_", "merge_lora_", _FACTORS, ("reference",)),
-    Tunable(
-        "block_sparse_weight_grad", "block_sparse_weight_grad", _BLOCKS,
-        ("tiles BLOCK_M=32", "tiles BLOCK_M=128", "tiles num_warps=8", "tiles num_stages=4", "tiles splits=1",
-         "reference"),
-    ),
-)  # fmt: skip
-
-
-def tunables(device_type: str) -> dict[str, Tunable]:
-    """What there is to choose on such a device, by the name that it is looked up by."""
-    return {tunable.op: tunable for tunable in (_CUDA if device_type == "cuda" else _CPU)}
+def words(fields: tuned.Fields) -> str:
+    """A candidate's name: "base=own"; "rule" for no fields."""
+    return " ".join(f"{name}={value}" for name, value in fields.items()) or RULE
 
 
 _CPU_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -98,7 +37,7 @@ def shapes(tunable: Tunable, device_type: str) -> Sequence[Shape]:
     bench = OPS[tunable.bench]
     if device_type == "cuda":
         return bench.gpu_shapes
-    if tunable.sizes != _PRODUCT:
+    if tunable.sizes != PRODUCT:
         return bench.shapes
     return [
         {name: {"M": M, "K": K, "N": N, "R": 16, "G": min(M, 8)}[name] for name in bench.shapes[0]}
@@ -111,15 +50,15 @@ class Settled:
     """What was found for one class of shapes.
 
     Attributes:
-        choice: None: the rule's.
-        over_plain: time of the choice over that of plain PyTorch.
+        plan: fields of the op's plan; none: the rule's.
+        over_plain: time of that plan over that of plain PyTorch.
         spread: of it.
-        rule_over_plain: the same of the rule's choice; None where that was refused.
+        rule_over_plain: the same of the rule's plan; None where that was refused.
         refused: candidate -> why it was not timed: wrong, or failed.
         shape: the shape that was measured.
     """
 
-    choice: str | None
+    plan: tuned.Fields
     over_plain: float
     spread: float
     rule_over_plain: float | None
@@ -136,13 +75,16 @@ def _loses(over_plain: float, spread: float) -> bool:
     return over_plain * (1 - spread) > 1 + MARGIN
 
 
-def decide(rows: Sequence[Row], duel: Callable[[str], tuple[float, float]]) -> Settled:
-    """The fastest right candidate; but the rule's choice, where that is right and the other does not beat it in a duel.
+def decide(
+    rows: Sequence[Row], duel: Callable[[str], tuple[float, float]], plans: Mapping[str, tuned.Fields]
+) -> Settled:
+    """The fastest right candidate; but the rule's plan, where that is right and the other does not beat it in a duel.
 
-    There is no duel where the rule's choice loses to plain PyTorch and the other does not.
+    There is no duel where the rule's plan loses to plain PyTorch and the other does not.
 
     Args:
-        duel: candidate -> (its time over that of the rule's choice, spread) where these two take turns.
+        duel: candidate -> (its time over that of the rule's plan, spread) where these two take turns.
+        plans: candidate -> the fields that it stands for.
 
     Raises:
         ValueError: no candidate was right.
@@ -159,13 +101,16 @@ def decide(rows: Sequence[Row], duel: Callable[[str], tuple[float, float]]) -> S
             best = RULE
     over, spread = ratio[best]
     rule_over = ratio[RULE][0] if RULE in ratio else None
-    return Settled(None if best == RULE else best, over, spread, rule_over, refused, rows[0].shape)
+    return Settled(plans[best], over, spread, rule_over, refused, rows[0].shape)
 
 
 def settle(
-    tunable: Tunable, problem: Problem, seconds: float, device: torch.device,
+    tunable: Tunable,
+    problem: Problem,
+    seconds: float,
+    device: torch.device,
     run: Callable[[str, Provider], Provider] | None = None,
-) -> Settled:  # fmt: skip
+) -> Settled:
     """Check and time every candidate for one problem, each taking turns with plain PyTorch, the best with the rule's.
 
     ``run``: (candidate, the op under it) -> what is measured; for tests.
@@ -176,13 +121,16 @@ def settle(
 
         def candidate(name: str) -> Provider:
             def call(inputs: Inputs) -> torch.Tensor:
-                force(None if name == RULE else name)  # stays so for the backward of this call
+                if forced != [name]:
+                    force(plans[name])  # stays so for the backward of this call
+                    forced[:] = [name]
                 return ours(inputs)
 
             return call if run is None else run(name, call)
 
-        names = (RULE, *tunable.candidates)
-        providers = {"plain": bench.providers["plain"], **{name: candidate(name) for name in names}}
+        plans = {words(fields): fields for fields in ({}, *tunable.candidates)}
+        forced: list[str] = []
+        providers = {"plain": bench.providers["plain"], **{name: candidate(name) for name in plans}}
 
         def duel(name: str) -> tuple[float, float]:
             inputs = bench.make(problem.shape, problem.dtype, device)
@@ -191,13 +139,19 @@ def settle(
             samples = interleaved(calls, seconds, device)
             return samples[name].over(samples[RULE])
 
-        return decide(measure(replace(bench, providers=providers), problem, providers, seconds, device), duel)
+        return decide(measure(replace(bench, providers=providers), problem, providers, seconds, device), duel, plans)
 
 
 def tune(
-    path: Path, work: Sequence[tuple[Tunable, Problem]], seconds: float, budget: float, device: torch.device, *,
-    again: bool = False, settle: Callable[..., Settled] = settle,
-) -> Iterator[tuple[str, Settled | str | None]]:  # fmt: skip
+    path: Path,
+    work: Sequence[tuple[Tunable, Problem]],
+    seconds: float,
+    budget: float,
+    device: torch.device,
+    *,
+    again: bool = False,
+    settle: Callable[..., Settled] = settle,
+) -> Iterator[tuple[str, Settled | str | None]]:
     """Settle what the table at ``path`` does not hold yet, and write it after each class of shapes.
 
     A table made under other conditions is started anew; the other device type's part stays. After ``budget`` seconds

@@ -28,6 +28,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--selftest", action="store_true", help="run every op once here: is it right, is it faster than plain PyTorch?"
     )
+    parser.add_argument(
+        "--explain", metavar='"OP M=16 ..."', help="what a call of an op with these sizes does, and why; runs nothing"
+    )
+    parser.add_argument("--dtype", help="of the call to explain (default float32)")
+    parser.add_argument("--training", action="store_true", help="the call to explain records gradients")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="of the call to explain: cpu, cuda, or cuda:sm_90 for any GPU without one"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -137,27 +145,111 @@ def print_table(rows: list[Row], indent: str = "  ") -> None:
 
 def _strategies() -> Iterator[Row]:
     """What the tile rules choose for common shapes: on this GPU or, without one, on an H100."""
-    from ..inspect.registry import family, family_names
+    from ..families import NAMES
+    from ..inspect.registry import family
     from ..kernels.target import TARGETS, target_of
 
     target = target_of(torch.device("cuda", 0)) if torch.cuda.is_available() else TARGETS["sm_90"]
-    for name in family_names():
+    for name in NAMES:
         for shape, choice in family(name).choices(target):
             yield target.arch, name, shape, choice
 
 
+def _call_of(words: str) -> tuple[str, dict[str, int]]:
+    """("lora_linear", {"M": 16, ...}) of "lora_linear M=16 ..."; commas do for spaces."""
+    from ..ops.examples import EXAMPLES
+
+    op, *pairs = words.replace(",", " ").split() or [""]
+    if op not in EXAMPLES:
+        raise ValueError(f"--explain: expected one of {', '.join(EXAMPLES)}, got {op!r}")
+    names = EXAMPLES[op].sizes.split()
+    try:
+        sizes = {name: int(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+    except ValueError:
+        sizes = {}
+    if sorted(sizes) != sorted(names) or len(sizes) != len(pairs) or min(sizes.values()) < 1:
+        raise ValueError(f"--explain: expected {op} with {' '.join(f'{name}=...' for name in names)}, got {words!r}")
+    return op, sizes
+
+
+def _target_of(device: str) -> tuple[torch.device, Any]:
+    """(device, target) of "cpu", "cuda" or "cuda:sm_90"; the target is None where the device says it."""
+    from ..kernels.target import TARGETS
+
+    kind, _, arch = device.partition(":")
+    archs = [name for name in TARGETS if name != "interpreter"]
+    if kind not in ("cpu", "cuda") or (arch and (kind == "cpu" or arch not in archs)):
+        raise ValueError(f"--device: expected cpu, cuda, or cuda: with one of {', '.join(archs)}, got {device!r}")
+    if kind == "cuda" and not arch and not torch.cuda.is_available():
+        raise ValueError(f"--device: this machine has no GPU; name one, as in cuda:sm_90, of {', '.join(archs)}")
+    return torch.device(kind), TARGETS[arch] if arch else None
+
+
+def _plan_rows(plan: Any, indent: str = "") -> Iterator[Row]:
+    for field, value, why in plan.reasons:
+        yield indent + field, value, why
+        if field == "norm" and not isinstance(plan.norm, str):
+            yield from _plan_rows(plan.norm, indent + "  ")
+
+
+def _explain(words: str, dtype: torch.dtype, training: bool, device: torch.device, target: Any) -> None:
+    """Print the plan of a call, and of its backward where it trains, made by the function that the op calls."""
+    from ..ops.examples import EXAMPLES
+    from ..ops.planning import plan
+
+    op, sizes = _call_of(words)
+    example = EXAMPLES[op]
+    if training and example.backward is None:
+        raise ValueError(f"--training: {op} records no gradients of its own")
+    shape = " ".join(f"{name}={sizes[name]}" for name in example.sizes.split())
+    where = str(device) if target is None else f"{target.arch} (not this machine)"
+    print(f"{op} {shape}, {str(dtype).removeprefix('torch.')}, {where}")
+    print_table(list(_plan_rows(plan(op, example.call(sizes, dtype, device), records=training, target=target))))
+    if training:
+        print("backward")
+        call = example.call(sizes, dtype, device, backward=True)
+        print_table(list(_plan_rows(plan(f"{op}_backward", call, target=target))))
+    if device.type == "cuda":
+        _predict(op, sizes, dtype, target)
+
+
+def _predict(op: str, sizes: dict[str, int], dtype: torch.dtype, target: Any) -> None:
+    """Print what the Triton kernels of a forward move and multiply, and the time that a roofline gives them."""
+    from ..bench import OPS
+    from ..kernels.roofline import seconds
+    from ..kernels.target import target_of
+
+    launches_of = OPS[op].launches
+    if launches_of is None:
+        return
+    target = target or target_of(torch.device("cuda", 0))
+    words, launches = launches_of(target, sizes, dtype)
+    moved, flops = sum(work.nbytes for work in launches), sum(work.flops for work in launches)
+    count = f"{len(launches)} launch{'es' if len(launches) > 1 else ''}"
+    print(
+        f"  predicted for Triton's kernels{f' ({words})' if words else ''}, forward: {count}, "
+        f"{moved / 1e6:.2f} MB, {flops / 1e9:.2f} GFLOP, {1e6 * seconds(target, launches):.1f} µs"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.explain is not None:
+        from .bench import DTYPES, one_of
+
+        device, target = _target_of(args.device or "cpu")
+        dtype = DTYPES[one_of("--dtype", args.dtype or "float32", DTYPES)[0]]
+        _explain(args.explain, dtype, args.training, device, target)
+        return 0
+    for option in ("--dtype", "--training", "--device"):
+        if option in args.given:
+            raise ValueError(f"{option}: it goes with --explain")
+    from ..families import OPS
+
     rows = [*_versions(), ("GPU", _gpu()), *_extension_rows()]
     print_table(rows)
     have_triton = importlib.util.find_spec("triton") is not None
-    if have_triton:
-        from ..inspect.registry import family, family_names
-
-        ops = tuple(op for name in family_names() for op in family(name).ops)
-    else:
-        ops = ("lora_linear",)
     print("\nbackend='auto' runs")
-    print_table(list(_path_rows(ops)))
+    print_table(list(_path_rows(OPS)))
     print("\nTable of lrk tune")
     print_table(list(_table_rows()))
     choices = list(_strategies()) if have_triton else []

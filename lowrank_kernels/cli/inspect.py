@@ -145,14 +145,15 @@ def _save_binaries(folder: Path, results: Iterable[tuple[OpFamily, Compiled]]) -
 def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise ValueError("inspect: expected TRITON_INTERPRET to be off, got 1; the interpreter compiles nothing")
+    from ..families import NAMES
     from ..inspect.budget import write_budget
     from ..inspect.compile import compile_launches, faults
     from ..inspect.launches import recorded_launches
-    from ..inspect.registry import ARCHITECTURES, family, family_names
+    from ..inspect.registry import ARCHITECTURES, family
     from ..kernels.target import TARGETS
 
     known = [arch for arch in TARGETS if arch != "interpreter"]
-    archs, families = args.arch or ARCHITECTURES, [family(name) for name in args.op or family_names()]
+    archs, families = args.arch or ARCHITECTURES, [family(name) for name in args.op or NAMES]
     for arch in archs:
         if arch not in known:
             raise ValueError(f"inspect: expected --arch to be one of {', '.join(known)}, got {arch!r}")

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import tuned
     from ..bench import OPS, Problem, keep_freed_memory
-    from ..bench.tune import Settled, shapes, tunables, tune
+    from ..bench.cases import tunables
+    from ..bench.tune import Settled, shapes, tune
 
     path = args.file or tuned.table_path()
     if path is None:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             some = [shape_of(words, dict(OPS[tunable.bench].shapes[0]), tunable.op) for words in args.shapes]
         work += [(tunable, Problem(shape, dtype, tunable.training)) for shape in some for dtype in dtypes]
     print(", ".join(f"{k} {v}" for k, v in tuned.conditions(device.type).items()))
-    rows: list[Row] = [("class of shapes", "choice", "/ plain", "spread", "rule / plain", "")]
+    rows: list[Row] = [("class of shapes", "plan", "/ plain", "spread", "rule / plain", "")]
     left = 0
     found = tune(path, work, args.seconds, args.budget, device, again=args.again)
     for key, settled in tqdm(found, total=len(work), unit="class", disable=None, file=sys.stderr):
@@ -76,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cells(settled: Any) -> Row:
-    """Choice, ratios and remarks of one class."""
+    """Fields of the plan, ratios and remarks of one class."""
+    from ..bench.tune import words
+
     remarks = [f"refused {name}: {why}" for name, why in settled.refused.items()]
     if settled.slower_than_plain:
         remarks.append("slower than plain PyTorch")
     rule = "refused" if settled.rule_over_plain is None else f"{settled.rule_over_plain:.2f}"
-    return settled.choice or "rule", f"{settled.over_plain:.2f}", f"±{settled.spread:.0%}", rule, "; ".join(remarks)
+    return words(settled.plan), f"{settled.over_plain:.2f}", f"±{settled.spread:.0%}", rule, "; ".join(remarks)

@@ -28,7 +28,7 @@ def _grad(
 ) -> LaunchCase:
     def run(target: Target) -> None:
         x, index = _empty(M, width, of=dtype), _empty(blocks, 2, of=torch.int32)
-        tiles = block_grad_tiles(target, M, blocks, *size, dtype, width % 8 == 0)
+        tiles = block_grad_tiles(target, M, blocks, *size, dtype, aligned=width % 8 == 0)
         launchers.block_grad(x, _empty(M, width, of=dtype), index, size, out, tiles)
 
     words = f"block grad M={M} {blocks} of {size[0]}×{size[1]} {_WORDS[dtype]}/{_WORDS[out]}"
@@ -40,21 +40,8 @@ def _adamw(size: int, blocks: torch.dtype, weight: torch.dtype, stochastic: bool
         packed = _empty(41, size, size, of=blocks)
         first, second = (_empty(41, size, size, of=_F32) for _ in range(2))
         seed = _empty(of=torch.int64) if stochastic else None
-        launchers.block_adamw_(
-            packed,
-            packed,
-            first,
-            second,
-            _empty(4096, 4096, of=weight),
-            _empty(41, 2, of=torch.int32),
-            1e-3,
-            0.9,
-            0.95,
-            1e-8,
-            0.0,
-            3,
-            seed,
-        )
+        tensors = packed, packed, first, second, _empty(4096, 4096, of=weight), _empty(41, 2, of=torch.int32)
+        launchers.block_adamw_(*tensors, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=3, seed=seed)
 
     words = f"block adamw {size} {_WORDS[blocks]}/{_WORDS[weight]}" + (" stochastic" if stochastic else "")
     return LaunchCase(words, run)
@@ -114,7 +101,6 @@ def _with_columns(x: Tensor, weight: Tensor, blocks: Tensor, index: Tensor, bias
 
 FAMILY = OpFamily(
     name="block_sparse",
-    ops=("block_sparse_linear", "block_sparse_weight_grad"),
     cases=_cases,
     work={
         "_block_grad_kernel": KernelWork(_grad_flops),

@@ -26,14 +26,16 @@ def _linear(
             return torch.empty(shape, dtype=of, device="meta")
 
         K = N = width
-        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy, width % 8 == 0, scaled=True)
+        options: dict[str, Any] = {"strategy": strategy, "aligned": width % 8 == 0, "scaled": True}
+        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, **options)
         x, weight, lora_a, lora_b = empty(M, K), empty(N, K), empty(R, K, of=_F32), empty(N, R, of=_F32)
         scale, bias = empty(N, of=_F32), empty(N)
         seed = empty(of=torch.int64) if dropout_p else None
-        _, p, u = launchers.dora_linear_fwd(x, weight, lora_a, lora_b, scale, bias, 0.5, dropout_p, seed, True, tiles)
-        needs = (True, True, True, True)
+        common: dict[str, Any] = {"scaling": 0.5, "dropout_p": dropout_p, "dropout_seed": seed}
+        _, p, u = launchers.dora_linear_fwd(x, weight, lora_a, lora_b, scale, tiles, bias=bias, save=True, **common)
+        saved: dict[str, Any] = {"norm": scale, "column_scale": scale, "p": p, "u": u}
         launchers.dora_linear_bwd(
-            empty(M, N), x, weight, lora_a, lora_b, scale, scale, p, u, 0.5, dropout_p, seed, False, needs, _F32, tiles
+            empty(M, N), x, weight, lora_a, lora_b, tiles, needs=(True,) * 4, magnitude_dtype=_F32, **saved, **common
         )
 
     words = f"dora {strategy} M={M} R={R} {'f32' if dtype == _F32 else 'bf16/f32'}" + (" dropout" if dropout_p else "")
@@ -46,9 +48,8 @@ def _norm(R: int, dtype: torch.dtype, cached: bool) -> LaunchCase:
             return torch.empty(shape, dtype=of, device="meta")
 
         sq_norm = empty(4096) if cached else None
-        launchers.dora_norm(
-            empty(4096, 4096, of=dtype), empty(R, 4096), empty(4096, R), 0.5, sq_norm, empty(4096), target
-        )
+        weight, lora_a, lora_b = empty(4096, 4096, of=dtype), empty(R, 4096), empty(4096, R)
+        launchers.dora_norm(weight, lora_a, lora_b, 0.5, target, weight_sq_norm=sq_norm, magnitude=empty(4096))
 
     return LaunchCase(f"dora norm R={R} {'f32' if dtype == _F32 else 'bf16/f32'}" + (" cached" if cached else ""), run)
 
@@ -113,7 +114,6 @@ def _with_everything(
 
 FAMILY = OpFamily(
     name="dora",
-    ops=("dora_weight_norm", "dora_linear"),
     cases=_cases,
     work={
         **LORA.work,

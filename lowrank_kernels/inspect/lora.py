@@ -39,16 +39,15 @@ def _case(
             return torch.empty(shape, dtype=of, device="meta")
 
         K = N = width
-        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy, width % 8 == 0)
+        tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy=strategy, aligned=width % 8 == 0)
         x, weight = empty(M, K), empty(N, K)
         lora_a, lora_b = empty(R, K, of=factor_dtype), empty(N, R, of=factor_dtype)
         bias, gate = (empty(N), empty(R, of=factor_dtype)) if extras else (None, None)
         seed = empty(of=torch.int64) if dropout_p else None
-        _, p = launchers.lora_linear_fwd(x, weight, lora_a, lora_b, bias, gate, 0.5, dropout_p, seed, store_p, tiles)
+        common: dict[str, Any] = {"scaling": 0.5, "gate": gate, "dropout_p": dropout_p, "dropout_seed": seed}
+        _, p = launchers.lora_linear_fwd(x, weight, lora_a, lora_b, tiles, bias=bias, store_p=store_p, **common)
         if any(needs):
-            launchers.lora_linear_bwd(
-                empty(M, N), x, weight, lora_a, lora_b, gate, p, 0.5, dropout_p, seed, needs, False, tiles
-            )
+            launchers.lora_linear_bwd(empty(M, N), x, weight, lora_a, lora_b, p, tiles, needs=needs, **common)
 
     words = [
         strategy,
@@ -128,7 +127,6 @@ def _choices(target: Target) -> Iterator[tuple[str, str]]:
 
 FAMILY = OpFamily(
     name="lora",
-    ops=("lora_linear",),
     cases=_cases,
     choices=_choices,
     work={

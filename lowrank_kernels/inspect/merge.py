@@ -24,7 +24,8 @@ def _case(R: int, dtype: torch.dtype, kind: str = "", width: int = 4096) -> Laun
 
         before, after = (empty(4096) if kind == k else None for k in ("unscaled", "scaled"))
         seed = empty(of=torch.int64) if kind == "stochastic" else None
-        merge_lora_(empty(4096, width, of=dtype), empty(R, width), empty(4096, R), 0.5, before, after, seed, target)
+        operands = empty(4096, width, of=dtype), empty(R, width), empty(4096, R)
+        merge_lora_(*operands, 0.5, target, before=before, after=after, seed=seed)
 
     words = ["merge", f"R={R}", "f32" if dtype == _F32 else "bf16/f32", kind, "" if width == 4096 else f"width={width}"]
     return LaunchCase(" ".join(w for w in words if w), run)
@@ -61,7 +62,6 @@ def _traced_tensors(device: str) -> tuple[Tensor, ...]:
 
 FAMILY = OpFamily(
     name="merge",
-    ops=("merge_lora_",),
     cases=_cases,
     work={"_merge_lora_kernel": KernelWork(_flops, in_place=("w_ptr",), matrix=False)},
     traced=(Traced("bfloat16", _merged_product, _traced_tensors),),

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import functional
 from ..kernels import multi_lora as launchers
 from ..kernels.multi_lora_tiles import (
+    AdapterRows,
     choose_multi_strategy,
     multi_lora_main_tiles,
     multi_lora_seconds,
@@ -44,29 +45,24 @@ def _case(
         p, seed = (empty(adapters, of=torch.float64), empty(of=torch.int64)) if dropout else (None, None)
         scale, bias, out = (empty(adapters, width, of=_F32), empty(width), empty(M, width)) if dora else (None,) * 3
         choice = multi_lora_tiles(target, tiles.shape[0], width, R, dtype)
-        down = launchers.multi_lora_down(x, factor, table, R, order, tiles, p, seed, choice)
-        launchers.multi_lora_up_(
-            x, down, factor, table, scalings, order, tiles, weights, p, seed, scale, bias, out, choice
-        )
+        rows = AdapterRows(table, scalings, order, bounds, tiles, weights, p, seed)
+        down = launchers.multi_lora_down(x, factor, rows, R, choice)
+        launchers.multi_lora_up_(x, down, factor, rows, choice, column_scale=scale, bias=bias, out=out)
         launchers.multi_lora_linear_fwd(
             x,
             empty(width, width),
             down,
             factor,
-            table,
-            scalings,
+            rows,
             empty(M, of=i32),
-            weights,
-            scale,
-            bias,
             empty(M, width),
-            out,
             multi_lora_main_tiles(target, M, dtype),
+            column_scale=scale,
+            bias=bias,
+            u=out,
         )
         grad = replace(choice, splits=1)
-        launchers.multi_lora_grad(
-            x, down[0], table, scalings, order, bounds, weights, p, seed, factor.shape[0], factor_dtype, grad
-        )
+        launchers.multi_lora_grad(x, down[0], rows, factor.shape[0], factor_dtype, grad)
 
     words = [f"multi M={M} R={R} {dtypes}"]
     words += [word for word, on in (("dora", dora), ("weighted", weighted), ("dropout", dropout)) if on]
@@ -142,7 +138,6 @@ def _choices(target: Target) -> Iterator[tuple[str, str]]:
 
 FAMILY = OpFamily(
     name="multi_lora",
-    ops=("multi_lora_linear",),
     cases=_cases,
     choices=_choices,
     work={

@@ -1,20 +1,16 @@
-"""Which op families there are, and what a family says of itself to be inspected, compiled and traced.
-
-A family is one module of this folder with a ``FAMILY``; its name stands in ``_MODULES`` and nowhere else.
-"""
+"""What a family says of itself to be inspected, compiled and traced: ``FAMILY`` in its module of this folder."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..families import NAMES
 from ..kernels.target import Target
-
-_MODULES = ("lora", "dora", "merge", "block_sparse", "multi_lora")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 """What every kernel variant is compiled for."""
@@ -59,24 +55,18 @@ class OpFamily:
     """What the tools need to know of one op family.
 
     Attributes:
-        name: as in ``kernels/<name>.py``.
+        name: as in ``families.py``.
         cases: launches that together make every kernel variant that the tile rule can choose.
         work: by kernel name.
-        ops: the public functions that the family is.
         traced: calls that must be traceable without a device; tensors that require grad are differentiated.
         choices: for common shapes, ("M = 16, R = 16", "fused: fused 12.3 µs, ...") on a target.
     """
 
     name: str
-    cases: Callable[[], Iterator[LaunchCase]]
-    work: Mapping[str, KernelWork]
-    ops: tuple[str, ...] = ()
+    cases: Callable[[], Iterable[LaunchCase]] = lambda: ()
+    work: Mapping[str, KernelWork] = field(default_factory=dict)
     traced: tuple[Traced, ...] = ()
     choices: Callable[[Target], Iterable[tuple[str, str]]] = lambda target: ()
-
-
-def family_names() -> tuple[str, ...]:
-    return _MODULES
 
 
 def family(name: str) -> OpFamily:
@@ -85,7 +75,7 @@ def family(name: str) -> OpFamily:
     Raises:
         ValueError: there is none.
     """
-    if name not in _MODULES:
-        raise ValueError(f"inspect: expected an op family of {', '.join(_MODULES)}, got {name!r}")
+    if name not in NAMES:
+        raise ValueError(f"inspect: expected an op family of {', '.join(NAMES)}, got {name!r}")
     found: OpFamily = importlib.import_module(f"{__package__}.{name}").FAMILY
     return found

@@ -33,7 +33,7 @@ from ..nn.dora import column_scale
 from ..nn.embedding import LoRAEmbedding, corrected
 from ..nn.frozen import has_global_hooks, has_hooks
 from ..nn.lora import LoRALinear, add_bias
-from ..nn.matrix import as_matrix, matrix_shape
+from ..nn.matrix import frozen_weight, matrix_shape
 from ..report import Replaced, Report, Skipped, count_parameters
 
 _LEFT_TO_PEFT = (
@@ -104,7 +104,7 @@ class AcceleratedLinear(_Accelerated, PeftLinear):
         if adapters[0] in self.lora_variant:
             return self._dora(x, adapters[0])
         base: Any = self.base_layer
-        weight = as_matrix(base, base.weight)
+        weight = frozen_weight(base)
         factors: list[Any] = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in adapters]
         lora_a, lora_b, scaling, gate = factors[0][0].weight, factors[0][1].weight, factors[0][2], None
         if len(factors) > 1:
@@ -124,21 +124,36 @@ class AcceleratedLinear(_Accelerated, PeftLinear):
         base: Any = self.base_layer
         layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         a, b, m = (layer.weight for layer in layers)
-        cache = None
-        if not self.training and not torch.compiler.is_compiling():
+        cache, compiling = None, torch.compiler.is_compiling()
+        if not self.training and not compiling:
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
+        scaling, weight = self.scaling[name], frozen_weight(base)
+        shows_bits = x.is_cpu and x.dtype == torch.float32 and torch.is_grad_enabled() and not compiling
+        if shows_bits and x.shape[:-1].numel() <= _FEW_ROWS and not b.detach().any():
+            # PEFT promises that a new adapter (B = 0) changes nothing: its sum starts with the base's own output. The
+            # op's product of few rows differs from that in the last bits.
+            dropped = self.lora_dropout[name](x)
+            scale = column_scale(weight, a, b, m, scaling=scaling, detach_norm=True)
+            y = base(x)
+            plain = y if dropped is x else base(dropped)
+            plain = plain if base.bias is None else plain - base.bias
+            correction: Tensor = scaling * nn.functional.linear(nn.functional.linear(dropped, a), b)
+            return (y + (scale - 1) * plain + scale * correction).to(y.dtype)
         return dora_linear(
             x,
-            as_matrix(base, base.weight),
+            weight,
             a,
             b,
             m,
             base.bias,
-            scaling=self.scaling[name],
+            scaling=scaling,
             scale_cache=cache,
             dropout_p=self._dropout(name) if self.training else 0.0,
             dropout_base=True,
         )
+
+
+_FEW_ROWS = 64  # for which the extension's product of W is its own
 
 
 class AcceleratedEmbedding(_Accelerated, PeftEmbedding):
@@ -153,7 +168,7 @@ class AcceleratedEmbedding(_Accelerated, PeftEmbedding):
         a, b, scaling = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
         if name in self.lora_variant:
             magnitude: Any = self.lora_magnitude_vector[name]
-            matrix = as_matrix(base, base.weight)
+            matrix = frozen_weight(base)
             scale = column_scale(matrix, a, b, magnitude.weight, scaling=scaling, detach_norm=True)
         return corrected(base(x), x, base, a, b, scaling, scale)
 

@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuned
-from .block_sparse_tiles import BlockGradTiles, block_grad_tiles
-from .lora import _can_describe, _ordered_sum, _precision
-from .target import Target, target_of
+from .block_sparse_tiles import BlockGradTiles
+from .launch import ordered_sum, precision
 from .tiles import cast, dot, load_tile
 
 
@@ -112,7 +110,7 @@ def _block_adamw_kernel(
 @triton.jit
 def _store_in_weight(
     weight_ptr, value, index_ptr, block, offs, N, K, stride_wn, stride_wk, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+):
     """Elements ``offs`` of a block to their places in W, rounded to its dtype."""
     row = tl.load(index_ptr + 2 * block).to(tl.int64) * BM + offs // BN
     column = tl.load(index_ptr + 2 * block + 1).to(tl.int64) * BN + offs % BN
@@ -123,9 +121,17 @@ def _store_in_weight(
 
 @triton.jit
 def _write_blocks_kernel(
-    blocks_ptr, weight_ptr, index_ptr, N, K, stride_wn, stride_wk,
-    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    blocks_ptr,
+    weight_ptr,
+    index_ptr,
+    N,
+    K,
+    stride_wn,
+    stride_wk,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """BLOCK elements of one block into W. Grid: (blocks, cdiv(BM * BN, BLOCK)); blocks contiguous (blocks, BM, BN)."""
     block = tl.program_id(0)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -137,9 +143,13 @@ def _write_blocks_kernel(
 
 
 def block_grad(
-    x: Tensor, grad_y: Tensor, block_index: Tensor, block_size: tuple[int, int], dtype: torch.dtype,
-    tiles: BlockGradTiles | None = None, target: Target | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    grad_y: Tensor,
+    block_index: Tensor,
+    block_size: tuple[int, int],
+    dtype: torch.dtype,
+    tiles: BlockGradTiles,
+) -> Tensor:
     """dW_b of every block, (n, bm, bn) in ``dtype``; x (M, K) and grad_y (M, N) with unit column stride.
 
     One launch, and an ordered sum where tokens are split. block_index (n, 2) int32, contiguous.
@@ -149,33 +159,29 @@ def block_grad(
     out = x.new_empty(n, bm, bn, dtype=dtype)
     if n == 0 or M == 0:
         return out.zero_()
-    t = tiles or block_grad_tiles(
-        target or target_of(x.device), M, n, bm, bn, x.dtype, _can_describe(x, grad_y),
-        tuned.choice("block_sparse_weight_grad", x, tuned.block_sizes, M, n, block_size),
-    )  # fmt: skip
+    t = tiles
     partial = out if t.splits == 1 else x.new_empty(t.splits, n, bm, bn, dtype=torch.float32)
     rows_per_split = triton.cdiv(triton.cdiv(M, t.splits), t.BLOCK_M) * t.BLOCK_M
     per_block = triton.cdiv(bm, t.BLOCK_R) * triton.cdiv(bn, t.BLOCK_C)
-    _block_grad_kernel[(per_block * n, t.splits)](
-        x, grad_y, block_index, partial, M, K, N, x.stride(0), grad_y.stride(0), out.numel(), rows_per_split,
-        BM=bm, BN=bn, BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_C=t.BLOCK_C,
-        PRECISION=_precision(x.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
-    return out if t.splits == 1 else _ordered_sum(partial, out)
+    sizes = M, K, N, x.stride(0), grad_y.stride(0), out.numel(), rows_per_split
+    blocks = {"BM": bm, "BN": bn, "BLOCK_M": t.BLOCK_M, "BLOCK_R": t.BLOCK_R, "BLOCK_C": t.BLOCK_C}
+    options = {"PRECISION": precision(x.dtype), "num_warps": t.num_warps, "num_stages": t.num_stages}
+    _block_grad_kernel[(per_block * n, t.splits)](x, grad_y, block_index, partial, *sizes, **blocks, **options)
+    return out if t.splits == 1 else ordered_sum(partial, out)
 
 
 def block_adamw_(
-    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: Tensor | None,
+    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, seed: Tensor | None,
 ) -> None:  # fmt: skip
     """One step of AdamW on packed blocks (n, bm, bn), and the blocks into W: one launch. All contiguous but W."""
     n, bm, bn = blocks.shape
     if blocks.numel() == 0:
         return
-    block = 1024
+    block, (beta1, beta2) = 1024, betas
+    corrected = lr / (1.0 - beta1**step), beta1, beta2, eps, 1.0 - lr * weight_decay, math.sqrt(1.0 - beta2**step)
     _block_adamw_kernel[(n, triton.cdiv(bm * bn, block))](
-        blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed, *weight.shape, *weight.stride(),
-        lr / (1.0 - beta1**step), beta1, beta2, eps, 1.0 - lr * weight_decay, math.sqrt(1.0 - beta2**step),
+        blocks, grad, exp_avg, exp_avg_sq, weight, block_index, seed, *weight.shape, *weight.stride(), *corrected,
         BM=bm, BN=bn, BLOCK=block, STOCHASTIC=seed is not None, num_warps=4,
     )  # fmt: skip
 

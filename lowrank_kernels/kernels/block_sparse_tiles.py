@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
 import torch
 
-from ..tuned import parse
 from .lora_tiles import _cdiv, _power_of_two
 from .target import Target
 
@@ -24,11 +24,17 @@ class BlockGradTiles:
     num_stages: int
 
 
-@lru_cache(maxsize=4096)
 def block_grad_tiles(
-    target: Target, M: int, n_blocks: int, bm: int, bn: int, dtype: torch.dtype, aligned: bool = True,
-    chosen: str | None = None,
-) -> BlockGradTiles:  # fmt: skip
+    target: Target,
+    M: int,
+    n_blocks: int,
+    bm: int,
+    bn: int,
+    dtype: torch.dtype,
+    *,
+    aligned: bool = True,
+    settled: Mapping[str, Any] | None = None,
+) -> BlockGradTiles:
     """Tiles for the gradients of n_blocks blocks of (bm, bn) from M tokens.
 
     Tokens are split where the blocks alone do not give every processor two programs, and never below 256 a part:
@@ -36,7 +42,7 @@ def block_grad_tiles(
 
     Args:
         aligned: rows of x and dY start at multiples of 16 bytes, with unit column stride.
-        chosen: what `lrk tune` settled, "tiles BLOCK_M=32 num_warps=8"; it was measured with aligned rows.
+        settled: by `lrk tune`, {"BLOCK_M": 32, "num_warps": 8}; measured with aligned rows, and taken for those alone.
     """
     wide = dtype == torch.float32
     # No matrix unit at full float32 precision, and loads one by one without alignment: smaller tiles keep in registers.
@@ -45,8 +51,12 @@ def block_grad_tiles(
     programs = n_blocks * _cdiv(bm, block_r) * _cdiv(bn, block_c)
     splits = max(1, min(_cdiv(M, 256), 2 * target.num_sms // max(1, programs)))
     tiles = BlockGradTiles(
-        16 if wide else 32 if not aligned else 64, block_r, block_c, splits,
-        num_warps=8 if block_r * block_c >= 128 * 128 else 4, num_stages=3,
-    )  # fmt: skip
-    name, changes = parse(chosen)
-    return replace(tiles, **changes) if name == "tiles" and aligned else tiles
+        16 if wide else 32 if not aligned else 64,
+        block_r,
+        block_c,
+        splits,
+        num_warps=8 if block_r * block_c >= 128 * 128 else 4,
+        num_stages=3,
+    )
+    changes = {f: value for f, value in (settled or {}).items() if f in BlockGradTiles.__dataclass_fields__}
+    return replace(tiles, **changes) if aligned else tiles

@@ -7,14 +7,17 @@ The products are those of the LoRA linear (``kernels/lora.py``) with a column sc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora import _dropout_arguments, _tiles, lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
+from .launch import dropout_arguments
+from .lora import lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
 from .lora_tiles import LoRATiles
-from .target import Target, target_of
+from .target import Target
 from .tiles import dot, dropout_keep, load_tile, store_tile
 
 
@@ -84,18 +87,24 @@ def dropout(x: Tensor, dropout_p: float, dropout_seed: Tensor, add: Tensor | Non
     """drop(x) (M, C), added to ``add`` where there is one, in x's dtype."""
     M, C = x.shape
     out = x.new_empty(M, C)
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    seed, *keep = dropout_arguments(dropout_p, dropout_seed)
     if out.numel():
         _dropout_kernel[(triton.cdiv(M, 32), triton.cdiv(C, 128))](
-            x, add, seed, out, M, C, x.stride(0), threshold_bits, keep_scale, BLOCK_M=32, BLOCK_C=128, num_warps=4
+            x, add, seed, out, M, C, x.stride(0), *keep, BLOCK_M=32, BLOCK_C=128, num_warps=4
         )
     return out
 
 
 def dora_norm(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    weight_sq_norm: Tensor | None, magnitude: Tensor | None, target: Target | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    target: Target,
+    *,
+    weight_sq_norm: Tensor | None,
+    magnitude: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(n, ‖W_i‖², g), each (N,) float32; g is empty without a magnitude. One launch, one read of W."""
     N, K = weight.shape
     R = lora_a.shape[0]
@@ -104,37 +113,37 @@ def dora_norm(
     if N == 0:
         return norm, sq_norm, scale
     # Three tf32 products a pair keep the digits of float32; without tf32, plain FMA.
-    nvidia = (target or target_of(weight.device)).arch.startswith("sm_")
+    nvidia = target.arch.startswith("sm_")
     options = {"maxnreg": 255} if nvidia else {}
     block_n, block_r = 32, 32 if R > 64 else max(16, triton.next_power_of_2(R))
+    blocks = {"BLOCK_N": block_n, "BLOCK_K": 64, "BLOCK_R": block_r, "WHOLE_RANK": R <= block_r}
+    strides = *weight.stride(), lora_a.stride(0), lora_b.stride(0)
     _dora_norm_kernel[(triton.cdiv(N, block_n),)](
-        weight, lora_a, lora_b, weight_sq_norm, magnitude, norm, sq_norm, scale,
-        N, K, R, weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0), scaling,
-        BLOCK_N=block_n, BLOCK_K=64, BLOCK_R=block_r, WHOLE_RANK=R <= block_r,
-        PRECISION="tf32x3" if nvidia else "ieee", num_warps=4, num_stages=3, **options,
+        weight, lora_a, lora_b, weight_sq_norm, magnitude, norm, sq_norm, scale, N, K, R, *strides, scaling,
+        **blocks, PRECISION="tf32x3" if nvidia else "ieee", num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return norm, sq_norm, scale
 
 
 def dora_linear_fwd(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, bias: Tensor | None,
-    scaling: float, dropout_p: float, dropout_seed: Tensor | None, save: bool, tiles: LoRATiles | None = None,
+    x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, column_scale: Tensor, tiles: LoRATiles, *,
+    scaling: float, save: bool, bias: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y = g ∘ u + bias (M, N), P (M, R), u (M, N), all in x's dtype; P and u are empty unless ``save``."""
     u = x.new_empty(x.shape[0], weight.shape[0]) if save else None
     y, p = lora_linear_fwd(
-        x, weight, lora_a, lora_b, bias, None, scaling, dropout_p, dropout_seed, save, tiles,
-        column_scale=column_scale, u=u,
+        x, weight, lora_a, lora_b, tiles, scaling=scaling, store_p=save, bias=bias,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, column_scale=column_scale, u=u,
     )  # fmt: skip
     empty = x.new_empty(0)
     return y, empty if p is None else p, empty if u is None else u
 
 
 def dora_linear_bwd(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor,
-    column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float, dropout_p: float,
-    dropout_seed: Tensor | None, dropout_base: bool, needs: tuple[bool, bool, bool, bool], magnitude_dtype: torch.dtype,
-    tiles: LoRATiles | None = None,
+    grad_y: Tensor, x: Tensor | None, weight: Any, lora_a: Tensor, lora_b: Tensor, tiles: LoRATiles, *,
+    norm: Tensor, column_scale: Tensor, p: Tensor | None, u: Tensor | None, scaling: float,
+    needs: tuple[bool, ...], magnitude_dtype: torch.dtype, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, dropout_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dX, dA, dB, dm = Σ_m dY ∘ u / n), each None unless in ``needs``.
 
@@ -150,15 +159,13 @@ def dora_linear_bwd(
             torch.zeros_like(lora_b) if need_b else None,
             grad_y.new_zeros(N, dtype=magnitude_dtype) if need_m else None,
         )
-    tiles = tiles or _tiles(grad_y, weight, R, dropout_p, scaled=True, backward=True)
     if p is None:
         p = grad_y.new_zeros(M, R)  # dB is not wanted; its share of the one pass is wasted, and small
     grad_u = torch.empty_like(grad_y) if need_x and (dropout_base or tiles.strategy == "library") else None
     grad_m = grad_y.new_empty(N, dtype=magnitude_dtype) if need_m else None
-    q, grad_b = lora_bwd_q_grad_b(
-        grad_y, lora_b, p, None, scaling, tiles,
-        column_scale=column_scale, u=u, norm=norm, grad_m=grad_m, grad_u=grad_u,
-    )  # fmt: skip
+    of_dora = {"column_scale": column_scale, "grad_u": grad_u}
+    dropped = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, tiles, scaling=scaling, u=u, norm=norm, grad_m=grad_m, **of_dora)
     grad_x = grad_a = None
     if need_x and dropout_base:
         assert grad_u is not None and dropout_seed is not None
@@ -166,11 +173,8 @@ def dora_linear_bwd(
         through_mask.addmm_(q, lora_a.to(q.dtype), alpha=scaling)
         grad_x = dropout(through_mask, dropout_p, dropout_seed, add=grad_y @ weight)
     elif need_x:
-        grad_x = lora_linear_bwd_dx(
-            grad_y, weight, q, lora_a, None, scaling, dropout_p, dropout_seed, tiles,
-            column_scale=column_scale, grad_u=grad_u,
-        )  # fmt: skip
+        grad_x = lora_linear_bwd_dx(grad_y, weight, q, lora_a, tiles, scaling=scaling, **dropped, **of_dora)
     if need_a:
         assert x is not None
-        grad_a = lora_grad(x, q, None, scaling, False, dropout_p, dropout_seed, lora_a.dtype, tiles)
+        grad_a = lora_grad(x, q, False, lora_a.dtype, tiles, scaling=scaling, **dropped)
     return grad_x, grad_a, grad_b if need_b else None, grad_m

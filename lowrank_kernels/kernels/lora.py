@@ -16,16 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import tuned
-from .lora_tiles import LoRATiles, lora_tiles
-from .target import target_of
-from .tiles import _ordered_sum_kernel, cast, dot, dropout_keep, load_tile, store_tile, tile_position
-
-_KEEP_ALL = (None, 0, 1.0)
-Dropout = tuple[Tensor | None, int, float]
-"""(seed, threshold as an int32 bit pattern, 1 / (1 - p)); seed None: no dropout."""
+from .launch import KEEP_ALL, describe, dropout_arguments, ordered_sum, precision
+from .lora_tiles import LoRATiles, ThinTiles
+from .tiles import cast, dot, dropout_keep, load_tile, store_tile, tile_position
 
 _NO_SPECIALIZE = ["M", "threshold_bits"]
 
@@ -306,78 +300,33 @@ def _lora_bwd_q_grad_b_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-def _dropout_arguments(dropout_p: float, dropout_seed: Tensor | None) -> Dropout:
-    if dropout_p == 0.0:
-        return _KEEP_ALL
-    threshold = int(dropout_p * 2.0**32)
-    return dropout_seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied: as PyTorch is told to multiply float32 matrices."""
-    if dtype != torch.float32:
-        return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
-
-
-def _can_describe(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can be made: 16-byte aligned rows, unit column stride, not empty."""
-    return all(
-        t.stride(1) == 1 and t.numel() > 0 and t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size()) % 16 == 0
-        for t in tensors
-    )
-
-
-def _describe(use_tma: bool, *tensors_and_blocks: tuple[Tensor, list[int]]) -> list[Any]:
-    if not use_tma:
-        return [tensor for tensor, _ in tensors_and_blocks]
-    return [TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t, block in tensors_and_blocks]
-
-
-def _ordered_sum(partial: Tensor, out: Tensor, tail: Tensor | None = None) -> Tensor:
-    """Sum the partials (count, …) into ``out`` and, where a row of them is longer, ``tail``."""
-    block, numel = 1024, partial[0].numel()
-    _ordered_sum_kernel[(triton.cdiv(numel, block),)](
-        partial, out, tail, partial.shape[0], out.numel(), numel, BLOCK=block, num_warps=4
-    )
-    return out
-
-
-def _tiles(
-    rows: Tensor, weight: Tensor, R: int, dropout_p: float, scaled: bool = False, backward: bool = False
-) -> LoRATiles:
-    """Tiles for a product of ``rows`` (x or dY) with the weight: those that `lrk tune` settled, or the rule's."""
-    M, (N, K) = rows.shape[0], weight.shape
-    op = ("dora_linear" if scaled else "lora_linear") + ("_backward" if backward else "")
-    return lora_tiles(
-        target_of(rows.device), M, K, N, R, rows.dtype, dropout_p > 0.0, aligned=_can_describe(rows, weight),
-        scaled=scaled, chosen=tuned.choice(op, rows, tuned.product_sizes, rows.shape, weight.shape, R),
-    )  # fmt: skip
-
-
 def lora_down(
-    x: Tensor, factor: Tensor, rank_last: bool, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles
+    x: Tensor, factor: Tensor, rank_last: bool, tiles: LoRATiles, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
     """drop(x) Aᵀ, or with ``rank_last`` x B (the factor stored as (C, R)); (M, R) in x's dtype."""
     M, K = x.shape
     R = factor.shape[1 if rank_last else 0]
-    stride_fr, stride_fk = (factor.stride(1), factor.stride(0)) if rank_last else factor.stride()
+    strides = x.stride(0), *(reversed(factor.stride()) if rank_last else factor.stride())
     out = x.new_empty(M, R)
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    seed, *keep = dropout_arguments(dropout_p, seed)
     t = tiles.down
-    grid = (triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, t.BLOCK_R))
-    _lora_down_kernel[grid](
-        x, factor, seed, out, M, K, R, x.stride(0), stride_fr, stride_fk, threshold_bits, keep_scale,
-        BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
-        DROPOUT=seed is not None, PRECISION=_precision(x.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+    blocks = {"BLOCK_M": t.BLOCK_M, "BLOCK_K": t.BLOCK_C, "BLOCK_R": t.BLOCK_R}
+    _lora_down_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, t.BLOCK_R))](
+        x, factor, seed, out, M, K, R, *strides, *keep, **blocks, **_thin_options(t, x, seed)
+    )
     return out
 
 
+def _thin_options(t: ThinTiles, of: Tensor, seed: Tensor | None) -> dict[str, Any]:
+    """The constants that all thin kernels take, but for their tiles."""
+    warps = {"num_warps": t.num_warps, "num_stages": t.num_stages}
+    return {"DROPOUT": seed is not None, "PRECISION": precision(of.dtype), **warps}
+
+
 def _up_add(
-    y: Tensor, p: Tensor, factor: Tensor, rank_last: bool, gate: Tensor | None, scaling: float,
-    dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles, *,
-    column_scale: Tensor | None = None, bias: Tensor | None = None, out: Tensor | None = None,
+    y: Tensor, p: Tensor, factor: Tensor, rank_last: bool, tiles: LoRATiles, *, gate: Tensor | None, scaling: float,
+    dropout_p: float = 0.0, seed: Tensor | None = None, column_scale: Tensor | None = None, bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:  # fmt: skip
     """y += drop'(s (p ∘ gate) factor) after a library product, in place; with ``column_scale`` see the kernel."""
     if dropout_p == 0.0 and column_scale is None:
@@ -385,21 +334,19 @@ def _up_add(
         y.addmm_(gated, (factor.T if rank_last else factor).to(p.dtype), alpha=scaling)
         return
     M, C = y.shape
-    R = p.shape[1]
-    stride_fr, stride_fc = (factor.stride(1), factor.stride(0)) if rank_last else factor.stride()
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    strides = reversed(factor.stride()) if rank_last else factor.stride()
+    seed, *keep = dropout_arguments(dropout_p, seed)
     t = tiles.up_add
+    blocks = {"BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R}
     _lora_up_add_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
-        y, p, factor, gate, seed, column_scale, bias, out,
-        M, C, R, stride_fr, stride_fc, scaling, threshold_bits, keep_scale,
-        BLOCK_M=t.BLOCK_M, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
-        DROPOUT=seed is not None, PRECISION=_precision(y.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+        y, p, factor, gate, seed, column_scale, bias, out, M, C, p.shape[1], *strides, scaling, *keep,
+        **blocks, **_thin_options(t, y, seed),
     )  # fmt: skip
 
 
 def lora_linear_fwd(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, gate: Tensor | None,
-    scaling: float, dropout_p: float, dropout_seed: Tensor | None, store_p: bool, tiles: LoRATiles | None = None, *,
+    x: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, tiles: LoRATiles, *, scaling: float, store_p: bool,
+    bias: Tensor | None = None, gate: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     column_scale: Tensor | None = None, u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y (M, N) and, when ``store_p``, P (M, R), both in x's dtype, by the strategy of ``tiles``.
@@ -411,48 +358,45 @@ def lora_linear_fwd(
     N, R = lora_b.shape
     if M == 0 or N == 0:
         return x.new_empty(M, N), x.new_empty(M, R) if store_p else None
-    tiles = tiles or _tiles(x, weight, R, dropout_p, column_scale is not None)
     fused = tiles.strategy == "fused"
-    p = None if fused else lora_down(x, lora_a, False, dropout_p, dropout_seed, tiles)
+    p = None if fused else lora_down(x, lora_a, False, tiles, dropout_p, dropout_seed)
     if tiles.strategy == "library":
         assert p is not None
         if column_scale is None:
             y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-            _up_add(y, p, lora_b, True, gate, scaling, 0.0, None, tiles)
+            _up_add(y, p, lora_b, True, tiles, gate=gate, scaling=scaling)
             return y, p
         product = torch.mm(x, weight.T, out=u)
         y = product if u is None else torch.empty_like(u)
-        _up_add(
-            product, p, lora_b, True, gate, scaling, 0.0, None, tiles,
-            column_scale=column_scale, bias=bias, out=None if u is None else y,
-        )  # fmt: skip
+        scaled = {"column_scale": column_scale, "bias": bias, "out": None if u is None else y}
+        _up_add(product, p, lora_b, True, tiles, gate=gate, scaling=scaling, **scaled)
         return y, p
 
     y = x.new_empty(M, N)
     if p is None:
         p = x.new_empty(M, R) if store_p else x.new_empty(1, R)
     t = tiles.main
-    use_tma = t.tma and _can_describe(x, weight, lora_a, y)
-    x_arg, w_arg, a_arg, y_arg = _describe(
-        use_tma, (x, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_N, t.BLOCK_K]),
-        (lora_a, [t.BLOCK_R, t.BLOCK_K]), (y, [t.BLOCK_M, t.BLOCK_N]),
-    )  # fmt: skip
+    x_arg, w_arg, a_arg, y_arg = describe(
+        t.tma,
+        (x, [t.BLOCK_M, t.BLOCK_K]),
+        (weight, [t.BLOCK_N, t.BLOCK_K]),
+        (lora_a, [t.BLOCK_R, t.BLOCK_K]),
+        (y, [t.BLOCK_M, t.BLOCK_N]),
+    )
     # Only the kernel that makes P draws the mask.
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed) if fused else _KEEP_ALL
+    seed, *keep = dropout_arguments(dropout_p, dropout_seed) if fused else KEEP_ALL
+    strides = x.stride(0), *weight.stride(), lora_a.stride(0), lora_b.stride(0)
+    what = {"FUSE_DOWN": fused, "STORE_P": store_p, "DROPOUT": seed is not None, "FLATTEN": t.flatten}
     _lora_linear_fwd_kernel[(t.programs(M, N),)](
-        x_arg, w_arg, a_arg, y_arg, p, lora_b, bias, gate, seed, column_scale, u,
-        M, N, K, R, x.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0),
-        scaling, threshold_bits, keep_scale,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
-        FUSE_DOWN=fused, STORE_P=store_p, DROPOUT=seed is not None,
-        USE_TMA=use_tma, FLATTEN=t.flatten, PRECISION=_precision(x.dtype), **t.options,
+        x_arg, w_arg, a_arg, y_arg, p, lora_b, bias, gate, seed, column_scale, u, M, N, K, R, *strides, scaling, *keep,
+        **t.blocks, **what, USE_TMA=t.tma, PRECISION=precision(x.dtype), **t.options,
     )  # fmt: skip
     return y, p if store_p else None
 
 
 def lora_linear_bwd_dx(
-    grad_y: Tensor, weight: Tensor, q: Tensor, lora_a: Tensor, gate: Tensor | None,
-    scaling: float, dropout_p: float, dropout_seed: Tensor | None, tiles: LoRATiles, *,
+    grad_y: Tensor, weight: Any, q: Tensor, lora_a: Tensor, tiles: LoRATiles, *, scaling: float,
+    gate: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     column_scale: Tensor | None = None, grad_u: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dX = dY W + drop'(s (Q ∘ gate) A), (M, K) in grad_y's dtype.
@@ -463,30 +407,36 @@ def lora_linear_bwd_dx(
     R, K = lora_a.shape
     if tiles.strategy == "library":
         grad_x = (grad_y if grad_u is None else grad_u) @ weight
-        _up_add(grad_x, q, lora_a, False, gate, scaling, dropout_p, dropout_seed, tiles)
+        _up_add(grad_x, q, lora_a, False, tiles, gate=gate, scaling=scaling, dropout_p=dropout_p, seed=dropout_seed)
         return grad_x
     grad_x = grad_y.new_empty(M, K)
     t = tiles.main_dx
-    use_tma = t.tma and _can_describe(grad_y, weight, grad_x)
     # The tile's N and K are those of the product dY W: its columns are K, its reduction is N.
-    dy_arg, w_arg, dx_arg = _describe(
-        use_tma, (grad_y, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_K, t.BLOCK_N]), (grad_x, [t.BLOCK_M, t.BLOCK_N])
+    dy_arg, w_arg, dx_arg = describe(
+        t.tma, (grad_y, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_K, t.BLOCK_N]), (grad_x, [t.BLOCK_M, t.BLOCK_N])
     )
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    blocks = {**t.blocks, "BLOCK_N": t.BLOCK_K, "BLOCK_K": t.BLOCK_N, "FLATTEN": t.flatten}
+    seed, *keep = dropout_arguments(dropout_p, dropout_seed)
+    strides = grad_y.stride(0), *weight.stride(), lora_a.stride(0)
     _lora_linear_bwd_dx_kernel[(t.programs(M, K),)](
-        dy_arg, w_arg, dx_arg, q, lora_a, gate, seed, column_scale,
-        M, N, K, R, grad_y.stride(0), weight.stride(0), weight.stride(1), lora_a.stride(0),
-        scaling, threshold_bits, keep_scale,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_K, BLOCK_K=t.BLOCK_N, BLOCK_R=t.BLOCK_R, GROUP_M=t.GROUP_M,
-        DROPOUT=seed is not None, USE_TMA=use_tma, FLATTEN=t.flatten, PRECISION=_precision(grad_y.dtype), **t.options,
+        dy_arg, w_arg, dx_arg, q, lora_a, gate, seed, column_scale, M, N, K, R, *strides, scaling, *keep,
+        **blocks, DROPOUT=seed is not None, USE_TMA=t.tma, PRECISION=precision(grad_y.dtype), **t.options,
     )  # fmt: skip
     return grad_x
 
 
 def lora_grad(
-    big: Tensor, small: Tensor, gate: Tensor | None, scaling: float, rank_last: bool,
-    dropout_p: float, dropout_seed: Tensor | None, out_dtype: torch.dtype, tiles: LoRATiles,
-) -> Tensor:  # fmt: skip
+    big: Tensor,
+    small: Tensor,
+    rank_last: bool,
+    out_dtype: torch.dtype,
+    tiles: LoRATiles,
+    *,
+    scaling: float,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
     """s (small ∘ gate)ᵀ drop(big): (R, C), or with ``rank_last`` its transpose (C, R); in ``out_dtype``."""
     M, C = big.shape
     R = small.shape[1]
@@ -495,20 +445,19 @@ def lora_grad(
     shape = (C, R) if rank_last else (R, C)
     out = big.new_empty(shape, dtype=out_dtype)
     partial = out if splits == 1 else big.new_empty((splits, *shape), dtype=torch.float32)
-    stride_or, stride_oc = (1, R) if rank_last else (C, 1)
-    seed, threshold_bits, keep_scale = _dropout_arguments(dropout_p, dropout_seed)
+    strides = big.stride(0), C * R, *((1, R) if rank_last else (C, 1))
+    seed, *keep = dropout_arguments(dropout_p, dropout_seed)
     rows_per_split = triton.cdiv(triton.cdiv(M, t.BLOCK_M), splits) * t.BLOCK_M
+    blocks = {"BLOCK_M": t.BLOCK_M, "BLOCK_C": t.BLOCK_C, "BLOCK_R": t.BLOCK_R}
     _lora_grad_kernel[(triton.cdiv(C, t.BLOCK_C), splits, triton.cdiv(R, t.BLOCK_R))](
-        big, small, gate, seed, partial, M, C, R, big.stride(0), C * R, stride_or, stride_oc, rows_per_split,
-        scaling, threshold_bits, keep_scale,
-        BLOCK_M=t.BLOCK_M, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R,
-        DROPOUT=seed is not None, PRECISION=_precision(big.dtype), num_warps=t.num_warps, num_stages=t.num_stages,
+        big, small, gate, seed, partial, M, C, R, *strides, rows_per_split, scaling, *keep,
+        **blocks, **_thin_options(t, big, seed),
     )  # fmt: skip
-    return out if splits == 1 else _ordered_sum(partial, out)
+    return out if splits == 1 else ordered_sum(partial, out)
 
 
 def lora_bwd_q_grad_b(
-    grad_y: Tensor, lora_b: Tensor, p: Tensor, gate: Tensor | None, scaling: float, tiles: LoRATiles, *,
+    grad_y: Tensor, lora_b: Tensor, p: Tensor, tiles: LoRATiles, *, scaling: float, gate: Tensor | None = None,
     column_scale: Tensor | None = None, u: Tensor | None = None, norm: Tensor | None = None,
     grad_m: Tensor | None = None, grad_u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -530,23 +479,23 @@ def lora_bwd_q_grad_b(
         stride_partial = N * R + (0 if grad_m is None else N)
         grad_b_out = grad_y.new_empty((row_programs, stride_partial), dtype=torch.float32)
         grad_m_out = None if grad_m is None else grad_b_out[0, N * R :]
+    tensors = grad_y, lora_b, p, gate, q_out, grad_b_out, column_scale, u, norm, grad_m_out, grad_u
+    sizes = M, N, R, grad_y.stride(0), lora_b.stride(0), stride_partial, scaling, t.columns_per_split
+    blocks = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "BLOCK_R": t.BLOCK_R, "PRECISION": precision(grad_y.dtype)}
     _lora_bwd_q_grad_b_kernel[(row_programs, splits, triton.cdiv(R, t.BLOCK_R))](
-        grad_y, lora_b, p, gate, q_out, grad_b_out, column_scale, u, norm, grad_m_out, grad_u,
-        M, N, R, grad_y.stride(0), lora_b.stride(0), stride_partial, scaling, t.columns_per_split,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_R=t.BLOCK_R, PRECISION=_precision(grad_y.dtype),
-        num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+        *tensors, *sizes, **blocks, num_warps=t.num_warps, num_stages=t.num_stages
+    )
     if splits > 1:
-        _ordered_sum(q_out, q)
+        ordered_sum(q_out, q)
     if row_programs > 1:
-        _ordered_sum(grad_b_out, grad_b, grad_m)
+        ordered_sum(grad_b_out, grad_b, grad_m)
     return q, grad_b
 
 
 def lora_linear_bwd(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None,
-    p: Tensor | None, scaling: float, dropout_p: float, dropout_seed: Tensor | None,
-    needs: tuple[bool, bool, bool], need_q: bool, tiles: LoRATiles | None = None,
+    grad_y: Tensor, x: Tensor | None, weight: Any, lora_a: Tensor, lora_b: Tensor, p: Tensor | None,
+    tiles: LoRATiles, *, scaling: float, needs: tuple[bool, ...], gate: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, need_q: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dX, dA, dB, Q), each None unless needed; ``needs`` is for (x, lora_a, lora_b), ``need_q`` for the caller."""
     M, (R, K) = grad_y.shape[0], lora_a.shape
@@ -559,22 +508,22 @@ def lora_linear_bwd(
             torch.zeros_like(lora_b) if need_b else None,
             grad_y.new_zeros(0, R) if need_q else None,
         )
-    tiles = tiles or _tiles(grad_y, weight, R, dropout_p, backward=True)
     q = grad_x = grad_a = grad_b = None
+    dropped = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
     if need_b and need_q:
         assert p is not None
-        q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, gate, scaling, tiles)
+        q, grad_b = lora_bwd_q_grad_b(grad_y, lora_b, p, tiles, scaling=scaling, gate=gate)
     elif need_b:
         assert p is not None
-        grad_b = lora_grad(grad_y, p, gate, scaling, True, 0.0, None, lora_b.dtype, tiles)
+        grad_b = lora_grad(grad_y, p, True, lora_b.dtype, tiles, scaling=scaling, gate=gate)
     elif need_q:
-        q = lora_down(grad_y, lora_b, True, 0.0, None, tiles)
+        q = lora_down(grad_y, lora_b, True, tiles)
     if need_x:
         assert q is not None
-        grad_x = lora_linear_bwd_dx(grad_y, weight, q, lora_a, gate, scaling, dropout_p, dropout_seed, tiles)
+        grad_x = lora_linear_bwd_dx(grad_y, weight, q, lora_a, tiles, scaling=scaling, gate=gate, **dropped)
     if need_a:
         assert q is not None and x is not None
-        grad_a = lora_grad(x, q, gate, scaling, False, dropout_p, dropout_seed, lora_a.dtype, tiles)
+        grad_a = lora_grad(x, q, False, lora_a.dtype, tiles, scaling=scaling, gate=gate, **dropped)
     return grad_x, grad_a, grad_b, q
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal, cast, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 
-from ..tuned import parse
 from .roofline import lora_forward_seconds
 from .target import Target
 
@@ -29,7 +29,8 @@ def _power_of_two(n: int) -> int:
 class MainTiles:
     """Tiles of a product with the frozen weight: (BLOCK_M, BLOCK_N) of the result, BLOCK_K of the reduction.
 
-    ``num_programs`` None launches one program a tile; a number makes programs persistent.
+    ``num_programs`` None launches one program a tile; a number makes programs persistent. ``tma``: operands and result
+    are copied by hardware, through tensor descriptors.
     """
 
     BLOCK_M: int
@@ -43,6 +44,12 @@ class MainTiles:
     flatten: bool
     num_programs: int | None
     max_registers: int | None
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "GROUP_M")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def options(self) -> dict[str, int]:
@@ -127,6 +134,7 @@ DECODE_ROWS = 64
 _PERSISTENT = ("sm_90", "sm_100", "sm_120")
 _NARROW_WHEN_FUSED = ("sm_100",)
 """P's accumulator is in tensor memory too, and two wide ones are all of it: Triton 3.5 and 3.6 make a trap of more."""
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _FUSED_MAX_RANK_DECODE = 64
 _FUSED_MAX_RANK = 16
 """Above it P costs more in every column of programs than a second read of x does."""
@@ -158,12 +166,19 @@ def main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned
         block_n = min(block_n, widest)
     persistent = target.arch in _PERSISTENT and aligned and not few and dtype != torch.float32
     return MainTiles(
-        block_m, block_n, block_k, block_r, GROUP_M=8, num_warps=warps, num_stages=stages,
-        tma=target.tma and aligned, flatten=persistent and target.arch == "sm_90",
+        block_m,
+        block_n,
+        block_k,
+        block_r,
+        GROUP_M=8,
+        num_warps=warps,
+        num_stages=stages,
+        tma=target.tma and aligned,
+        flatten=persistent and target.arch == "sm_90",
         num_programs=target.num_sms if persistent else None,
         # Left to itself the compiler spills for an occupancy that shared memory does not allow.
         max_registers=255 if target.arch.startswith("sm_") else None,
-    )  # fmt: skip
+    )
 
 
 def predicted_seconds(
@@ -189,32 +204,24 @@ def choose_strategy(
     return min(seconds, key=lambda s: seconds[s])
 
 
-@lru_cache(maxsize=4096)
 def lora_tiles(
-    target: Target,
-    M: int,
-    K: int,
-    N: int,
-    R: int,
-    dtype: torch.dtype,
-    dropout: bool,
-    strategy: Strategy | None = None,
-    aligned: bool = True,
-    scaled: bool = False,
-    chosen: str | None = None,
-) -> LoRATiles:
+    target: Target, M: int, K: int, N: int, R: int, dtype: torch.dtype, dropout: bool, *,
+    strategy: Strategy | None = None, aligned: bool = True, scaled: bool = False, settled: Mapping[str, Any] = _NOTHING,
+) -> LoRATiles:  # fmt: skip
     """Tiles for one shape. Reductions are cut by K, N and R alone, never by M, so that a row does not feel its batch.
 
     Args:
         strategy: take this one; None: the one that ``choose_strategy`` predicts to be fastest.
         aligned: rows of x and of the weight start at multiples of 16 bytes, with unit column stride.
         scaled: the sum is kept beside the result that is scaled (DoRA).
-        chosen: what `lrk tune` settled, "two_kernel BLOCK_M=64 num_warps=4"; not taken where it does not fit.
+        settled: by `lrk tune`, {"strategy": "two_kernel", "BLOCK_M": 64}; not taken where it does not fit.
     """
-    name, changes = parse(chosen)
+    settled = dict(settled)
+    name = settled.pop("strategy", None)
     if name not in get_args(Strategy) or not aligned or (name == "fused" and not fused_fits(M, R, dtype, dropout)):
-        name, changes = None, {}
-    strategy = strategy or cast(Strategy | None, name) or choose_strategy(target, M, K, N, R, dtype, dropout, aligned)
+        name, settled = None, {}
+    changes = {field: value for field, value in settled.items() if field in MainTiles.__dataclass_fields__}
+    strategy = strategy or name or choose_strategy(target, M, K, N, R, dtype, dropout, aligned)
     wide = dtype == torch.float32
     rank = min(max(16, _power_of_two(R)), 32 if wide else 64)
     appended = min(rank, 16 if wide else 32)
@@ -234,11 +241,13 @@ def lora_tiles(
             16 if rank <= 16 else 32, 32 if wide else 64, rank, num_warps=4 if rank <= 16 else 8, num_stages=4
         ),
         up_add=ThinTiles(64, 64 if wide or not aligned else 128, appended, num_warps=4, num_stages=2),
-        grad=ThinTiles(
-            16 if wide else 64, 64, rank, num_warps=4, num_stages=3, wanted_programs=2 * target.num_sms
-        ),
+        grad=ThinTiles(16 if wide else 64, 64, rank, num_warps=4, num_stages=3, wanted_programs=2 * target.num_sms),
         q_grad_b=FusedGradTiles(
-            32 if wide else 256 >> burdened * (1 + scaled), 32 if wide or (scaled and not burdened) else 64, rank,
-            columns_per_split=512, num_warps=8, num_stages=2,
+            32 if wide else 256 >> burdened * (1 + scaled),
+            32 if wide or (scaled and not burdened) else 64,
+            rank,
+            columns_per_split=512,
+            num_warps=8,
+            num_stages=2,
         ),
-    )  # fmt: skip
+    )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .target import Target, target_of
+from .target import Target
 from .tiles import dot, load_tile, store_tile
 
 
@@ -54,19 +54,25 @@ def _merge_lora_kernel(
 
 
 def merge_lora_(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
-    before: Tensor | None, after: Tensor | None, seed: Tensor | None, target: Target | None = None,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    target: Target,
+    *,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> None:
     """One launch. weight (N, K) of any strides; factors with unit column stride; before and after (N,) float32."""
     N, K = weight.shape
     if N == 0 or K == 0:
         return
     # Three tf32 products a pair keep float32's digits; without tf32, plain FMA.
-    nvidia = (target or target_of(weight.device)).arch.startswith("sm_")
+    nvidia = target.arch.startswith("sm_")
     block_n = block_k = 64
+    sizes = N, K, lora_a.shape[0], *weight.stride(), lora_a.stride(0), lora_b.stride(0), scaling
     _merge_lora_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
-        weight, lora_a, lora_b, before, after, seed,
-        N, K, lora_a.shape[0], weight.stride(0), weight.stride(1), lora_a.stride(0), lora_b.stride(0), scaling,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=16, PRECISION="tf32x3" if nvidia else "ieee",
-        num_warps=4, num_stages=2,
+        weight, lora_a, lora_b, before, after, seed, *sizes, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=16,
+        PRECISION="tf32x3" if nvidia else "ieee", num_warps=4, num_stages=2,
     )  # fmt: skip

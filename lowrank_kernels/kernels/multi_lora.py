@@ -15,26 +15,16 @@ that a captured graph replays with other ids and other ranks: programs without w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuned
-from .lora import _can_describe, _describe, _precision
+from .launch import TRITON_DTYPES, describe, precision
 from .lora_tiles import MainTiles
-from .multi_lora_tiles import (
-    DOWN_COLUMNS,
-    TILE_ROWS,
-    MultiLoRATiles,
-    MultiStrategy,
-    choose_multi_strategy,
-    multi_lora_main_tiles,
-    multi_lora_tiles,
-)
-from .target import target_of
+from .multi_lora_tiles import DOWN_COLUMNS, TILE_ROWS, AdapterRows, MultiLoRATiles
 from .tiles import cast, dot, dropout_keep_rows, load_tile, store_tile, tile_position
 
 _NO_SPECIALIZE = ["M"]
@@ -259,50 +249,49 @@ def _multi_lora_grad_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
-def _dropout_arguments(
-    dropout_p: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _dropout_arguments(rows: AdapterRows) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(thresholds as int32 bit patterns, 1 / (1 - p), seed), a value an adapter; None: no dropout."""
-    if dropout_p is None:
+    p = rows.dropout_p
+    if p is None:
         return None, None, None
     # int64 to int32 keeps the low bits, which is what a bit pattern is.
-    return (dropout_p * 2.0**32).to(torch.int64).to(torch.int32), (1.0 / (1.0 - dropout_p)).float(), seed
+    return (p * 2.0**32).to(torch.int64).to(torch.int32), (1.0 / (1.0 - p)).float(), rows.dropout_seed
 
 
-def _tiles(operand: Tensor, tiles: int, max_rank: int) -> MultiLoRATiles:
-    return multi_lora_tiles(target_of(operand.device), tiles, operand.shape[1], max_rank, operand.dtype)
+def _row_stride(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.stride(0)
 
 
-def multi_lora_down(
-    x: Tensor, factor: Tensor, table: Tensor, max_rank: int, order: Tensor, tiles: Tensor,
-    dropout_p: Tensor | None, dropout_seed: Tensor | None, choice: MultiLoRATiles | None = None,
-) -> Tensor:  # fmt: skip
+def multi_lora_down(x: Tensor, factor: Tensor, rows: AdapterRows, max_rank: int, t: MultiLoRATiles) -> Tensor:
     """P = drop(x) factorᵀ of each row's own adapter: (splits, M, max_rank) float32, to be summed over splits in order.
 
-    Zero past a row's rank. x (M, C) and factor (ΣR, C) with unit column stride; order (M,) and tiles (T, 3) of a plan.
+    Zero past a row's rank. x (M, C) and factor (ΣR, C) with unit column stride.
     """
     M, C = x.shape
-    t = choice or _tiles(x, tiles.shape[0], max_rank)
     out = x.new_zeros(t.splits, M, max_rank, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
-    parts = triton.cdiv(triton.cdiv(C, DOWN_COLUMNS), t.splits)
-    _multi_lora_down_kernel[(tiles.shape[0], t.splits, triton.cdiv(max_rank, t.BLOCK_R))](
-        x, factor, table, order, tiles, threshold, keep_scale, seed, out,
-        M, C, max_rank, x.stride(0), factor.stride(0), parts,
-        PART=DOWN_COLUMNS, BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_K, BLOCK_R=t.BLOCK_R, PRECISION=_precision(x.dtype),
-        **t.options,
+    threshold, keep_scale, seed = _dropout_arguments(rows)
+    sizes = M, C, max_rank, x.stride(0), factor.stride(0), triton.cdiv(triton.cdiv(C, DOWN_COLUMNS), t.splits)
+    _multi_lora_down_kernel[(rows.tiles.shape[0], t.splits, triton.cdiv(max_rank, t.BLOCK_R))](
+        x, factor, rows.table, rows.order, rows.tiles, threshold, keep_scale, seed, out, *sizes, PART=DOWN_COLUMNS,
+        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_K, BLOCK_R=t.BLOCK_R, PRECISION=precision(x.dtype), **t.options,
     )  # fmt: skip
     return out
 
 
 def multi_lora_up_(
-    y: Tensor, p: Tensor, factor: Tensor, table: Tensor, scalings: Tensor, order: Tensor, tiles: Tensor,
-    weights: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
-    column_scale: Tensor | None, bias: Tensor | None, out: Tensor | None, choice: MultiLoRATiles | None = None,
+    y: Tensor,
+    p: Tensor,
+    factor: Tensor,
+    rows: AdapterRows,
+    t: MultiLoRATiles,
+    *,
+    column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """y += drop'(s w P factor), each row by its own adapter, in place; with ``column_scale`` see the kernel.
 
     y and out (M, C) with unit column stride; p from :func:`multi_lora_down`; ``dtype``: what P and the factor are
@@ -312,22 +301,19 @@ def multi_lora_up_(
     C = y.shape[1]
     if y.numel() == 0:
         return
-    t = choice or _tiles(y, tiles.shape[0], max_rank)
     dtype = dtype or y.dtype
-    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
-    _multi_lora_up_kernel[(tiles.shape[0], triton.cdiv(C, t.BLOCK_C))](
-        y, p, factor, table, scalings, order, tiles, weights, threshold, keep_scale, seed, column_scale, bias, out,
-        M, C, max_rank, splits, y.stride(0), factor.stride(0),
-        0 if column_scale is None else column_scale.stride(0), 0 if out is None else out.stride(0),
-        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, DTYPE=_TRITON[dtype], PRECISION=_precision(dtype),
-        **t.options,
+    plan = rows.table, rows.scalings, rows.order, rows.tiles, rows.weights
+    strides = y.stride(0), factor.stride(0), _row_stride(column_scale), _row_stride(out)
+    _multi_lora_up_kernel[(rows.tiles.shape[0], triton.cdiv(C, t.BLOCK_C))](
+        y, p, factor, *plan, *_dropout_arguments(rows), column_scale, bias, out, M, C, max_rank, splits, *strides,
+        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, DTYPE=TRITON_DTYPES[dtype],
+        PRECISION=precision(dtype), **t.options,
     )  # fmt: skip
 
 
 def multi_lora_linear_fwd(
-    x: Tensor, weight: Tensor, p: Tensor, factor: Tensor, table: Tensor, scalings: Tensor, ids: Tensor,
-    weights: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, y: Tensor, u: Tensor | None,
-    tiles: MainTiles | None = None,
+    x: Tensor, weight: Any, p: Tensor, factor: Tensor, rows: AdapterRows, ids: Tensor, y: Tensor, t: MainTiles, *,
+    column_scale: Tensor | None = None, bias: Tensor | None = None, u: Tensor | None = None,
 ) -> None:  # fmt: skip
     """y = g ∘ (x Wᵀ + s w P factor) + bias, each row by its own adapter, in one kernel, rounded once.
 
@@ -338,57 +324,32 @@ def multi_lora_linear_fwd(
     N, K = weight.shape
     if M == 0 or N == 0:
         return
-    aligned = _can_describe(x, weight)
-    t = tiles or multi_lora_main_tiles(target_of(x.device), M, x.dtype, aligned)
-    use_tma = t.tma and aligned
-    x_arg, w_arg = _describe(use_tma, (x, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_N, t.BLOCK_K]))
+    x_arg, w_arg = describe(t.tma, (x, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_N, t.BLOCK_K]))
+    strides = x.stride(0), *weight.stride(), y.stride(0), factor.stride(0), _row_stride(column_scale), _row_stride(u)
     _multi_lora_linear_fwd_kernel[(t.programs(M, N),)](
-        x_arg, w_arg, y, p, factor, table, scalings, ids, weights, column_scale, bias, u,
-        M, N, K, max_rank, x.stride(0), weight.stride(0), weight.stride(1), y.stride(0), factor.stride(0),
-        0 if column_scale is None else column_scale.stride(0), 0 if u is None else u.stride(0),
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, SPLITS=splits,
-        GROUP_M=t.GROUP_M, USE_TMA=use_tma, DTYPE=_TRITON[x.dtype], PRECISION=_precision(x.dtype), **t.options,
+        x_arg, w_arg, y, p, factor, rows.table, rows.scalings, ids, rows.weights, column_scale, bias, u,
+        M, N, K, max_rank, *strides, **t.blocks, SPLITS=splits, USE_TMA=t.tma, DTYPE=TRITON_DTYPES[x.dtype],
+        PRECISION=precision(x.dtype), **t.options,
     )  # fmt: skip
 
 
-def multi_lora_strategy(
-    x: Tensor, weight: Tensor, factors: Sequence[Tensor], max_rank: int, adapters: int
-) -> MultiStrategy:
-    """How such a forward goes: our product with the correction in it, or the library's and then ``up``.
-
-    What `lrk tune` found, else by the rule. ``factors``: B of each slice.
-    """
-    N, K = weight.shape
-    chosen = tuned.choice("multi_lora_linear", x, tuned.product_sizes, x.shape, weight.shape)
-    aligned = _can_describe(x, weight, *factors)
-    return choose_multi_strategy(target_of(x.device), x.shape[0], K, N, max_rank, adapters, x.dtype, aligned, chosen)
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
 def multi_lora_grad(
-    big: Tensor, small: Tensor, table: Tensor, scalings: Tensor, order: Tensor, bounds: Tensor,
-    weights: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None, rows: int, out_dtype: torch.dtype,
-    choice: MultiLoRATiles | None = None,
-) -> Tensor:  # fmt: skip
-    """The factor's gradient (rows, C) in ``out_dtype``: s (w small)ᵀ drop(big) of each adapter over its rows.
+    big: Tensor, small: Tensor, rows: AdapterRows, factor_rows: int, out_dtype: torch.dtype, t: MultiLoRATiles
+) -> Tensor:
+    """The factor's gradient (factor_rows, C) in ``out_dtype``: s (w small)ᵀ drop(big) of each adapter over its rows.
 
     big (M, C), small (M, max_rank), both with unit column stride; rows of the factor that no adapter has are zero.
     """
     C, max_rank = big.shape[1], small.shape[1]
-    out = big.new_zeros(rows, C, dtype=out_dtype)
+    out = big.new_zeros(factor_rows, C, dtype=out_dtype)
     if out.numel() == 0 or big.shape[0] == 0:
         return out
-    t = choice or _tiles(big, 1, max_rank)
-    threshold, keep_scale, seed = _dropout_arguments(dropout_p, dropout_seed)
-    _multi_lora_grad_kernel[(triton.cdiv(C, t.BLOCK_C), table.shape[0], triton.cdiv(max_rank, t.BLOCK_R))](
-        big, small, table, scalings, order, bounds, weights, threshold, keep_scale, seed, out,
-        C, big.stride(0), small.stride(0),
-        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, PRECISION=_precision(big.dtype),
-        **t.options,
+    plan = rows.table, rows.scalings, rows.order, rows.bounds, rows.weights
+    _multi_lora_grad_kernel[(triton.cdiv(C, t.BLOCK_C), rows.table.shape[0], triton.cdiv(max_rank, t.BLOCK_R))](
+        big, small, *plan, *_dropout_arguments(rows), out, C, big.stride(0), small.stride(0),
+        BLOCK_M=TILE_ROWS, BLOCK_C=t.BLOCK_C, BLOCK_R=t.BLOCK_R, PRECISION=precision(big.dtype), **t.options,
     )  # fmt: skip
     return out
 
 
-__all__ = ["multi_lora_down", "multi_lora_grad", "multi_lora_linear_fwd", "multi_lora_strategy", "multi_lora_up_"]
+__all__ = ["multi_lora_down", "multi_lora_grad", "multi_lora_linear_fwd", "multi_lora_up_"]

@@ -41,9 +41,17 @@ def seconds(target: Target, launches: Iterable[Work]) -> float:
 
 
 def lora_forward(
-    strategy: str, M: int, K: int, N: int, R: int, size: int, columns: int = 1, *, store_p: bool = True,
+    strategy: str,
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    size: int,
+    columns: int = 1,
+    *,
+    store_p: bool = True,
     scaled: bool = False,
-) -> tuple[Work, ...]:  # fmt: skip
+) -> tuple[Work, ...]:
     """Launches of y = x Wᵀ + s (x Aᵀ) Bᵀ by one strategy ("fused", "two_kernel" or "library").
 
     Args:
@@ -104,8 +112,14 @@ def multi_lora_forward(
     multiplies by its own factor, rank by rank, on the units of float32 products. Without the plan: a few integers a
     row. Which rows are whose is not known beforehand: every adapter that can be there is taken to be.
     """
-    x, w, y, p, a, b = (size * M * K, size * N * K, size * M * N, 4 * splits * M * R, min(G, M) * R * K * size,
-                         min(G, M) * R * N * size)  # fmt: skip
+    x, w, y, p, a, b = (
+        size * M * K,
+        size * N * K,
+        size * M * N,
+        4 * splits * M * R,
+        min(G, M) * R * K * size,
+        min(G, M) * R * N * size,
+    )
     main, up = 2.0 * M * N * K, 2.0 * M * R * N
     down = Work(p, 0.0, 4), Work(x + a + p, 2.0 * M * R * K, size)
     if strategy == "one_kernel":

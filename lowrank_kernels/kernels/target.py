@@ -64,6 +64,10 @@ def target_of(device: torch.device) -> Target:
     name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
     known = TARGETS[_known_arch(name, (properties.major, properties.minor))]
     return Target(
-        known.arch, properties.multi_processor_count, known.shared_bytes, known.tma,
-        known.copy_bytes_per_s, known.matrix_flops_per_s,
-    )  # fmt: skip
+        known.arch,
+        properties.multi_processor_count,
+        known.shared_bytes,
+        known.tma,
+        known.copy_bytes_per_s,
+        known.matrix_flops_per_s,
+    )

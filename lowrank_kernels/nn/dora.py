@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
+from ..weights import Weight
 from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALayer, LoRALinear
-from .matrix import as_matrix, matrix_shape, weight_shape, write_matrix_
+from .matrix import as_matrix, frozen_weight, matrix_shape, weight_shape, write_matrix_
 from .sharded import by_rows_like, is_dtensor, own_part, whole
 
 
@@ -182,12 +183,13 @@ class DoRALinear(DoRALayer, LoRALinear):
         base, lora_a, lora_b, m = self.base_layer, self.lora_A, self.lora_B, self.lora_magnitude_vector
         if self._merged is not None or (self.base_only_depth is not None and runs_base_alone(self)):
             return base(x)
-        if must_be_called(base, lora_a, lora_b) or is_tracked_view(base.weight):
+        weight = frozen_weight(base)
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)
         a, b = lora_a.weight, lora_b.weight
         return dora_linear(
             x,
-            as_matrix(base, base.weight),
+            weight,
             a,
             b,
             m,
@@ -202,7 +204,7 @@ class DoRALinear(DoRALayer, LoRALinear):
 
 
 def column_scale(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, detach_norm: bool
+    weight: Weight, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, *, scaling: float, detach_norm: bool
 ) -> Tensor:
     """g = m / n (N,), 0 where n is 0; gradients reach m, and n unless detached.
 

@@ -12,11 +12,13 @@ from torch.nn.modules.module import _global_forward_hooks as _for_all_forwards
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_forwards
 from torch.nn.parameter import is_lazy
 
-from .matrix import as_matrix, is_conv1d, matrix_shape, weight_shape
+from ..weights import Weight, packed
+from .matrix import frozen_weight, is_conv1d, matrix_shape, weight_shape
 from .sharded import is_dtensor
 
 # Subclasses of nn.Linear that compute the same by other calls: that of transformers' Falcon adds the bias by itself.
 _SAME_FUNCTION = ("FalconLinear",)
+_HOOKED = "it carries hooks or a replaced forward; remove them first, and add them to base_layer afterwards"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -51,7 +53,8 @@ def must_be_called(*linears: nn.Module) -> bool:
 
 def _has_plain_forward(module: nn.Module) -> bool:
     kind = type(module)
-    return kind.forward in _PLAIN_FORWARDS or is_conv1d(module) or kind.__name__ in _SAME_FUNCTION
+    plain = kind.forward in _PLAIN_FORWARDS or is_conv1d(module) or kind.__name__ in _SAME_FUNCTION
+    return plain or packed(module) is not None
 
 
 def has_global_hooks() -> bool:
@@ -69,22 +72,24 @@ def check_weight_may_be_read(op: str, base_layer: nn.Linear) -> None:
             f"{op}: expected a base_layer without hooks and wrappers (or global module hooks), which would not run: "
             f"its weight is read, it is not called; attach them to the {op} itself, or remove them"
         )
-    if is_tracked_view(base_layer.weight):
+    if is_tracked_view(frozen_weight(base_layer)):
         raise RuntimeError(
             f"{op}: expected a frozen weight, got a view of FSDP1's flat parameter, of which other parts train; shard "
             f"the model with torch.distributed.fsdp.fully_shard instead"
         )
 
 
-def is_tracked_view(weight: Tensor) -> bool:
+def is_tracked_view(weight: Weight) -> bool:
     """Whether a frozen weight seems to need a gradient because it is a view of FSDP1's flat parameter, of which other
     parts train."""
-    return weight.requires_grad and not weight.is_leaf
+    return isinstance(weight, Tensor) and weight.requires_grad and not weight.is_leaf
 
 
 def why_not_frozen(module: nn.Module) -> str | None:
     """Why ``module`` cannot be used as x ↦ x Wᵀ + bias with a plain frozen weight W; None when it can."""
     kind = type(module).__name__
+    if packed(module) is not None:
+        return _HOOKED if has_hooks(module) else None
     if not isinstance(module, nn.Linear):
         if hasattr(module, "base_layer"):
             return f"already adapted ({kind})"
@@ -117,9 +122,7 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
         )
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout is not torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain tensor"
-    if has_hooks(module):
-        return "it carries hooks or a replaced forward; remove them first, and add them to base_layer afterwards"
-    return None
+    return _HOOKED if has_hooks(module) else None
 
 
 def check_wrappable(op: str, module: nn.Module) -> None:
@@ -161,9 +164,9 @@ class AroundBase(nn.Module):
         return self.base_layer.weight
 
     @property
-    def matrix(self) -> Tensor:
-        """W (N, K): the weight as a matrix."""
-        return as_matrix(self.base_layer, self.base_layer.weight)
+    def matrix(self) -> Any:
+        """W (N, K), as ops take it."""
+        return frozen_weight(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:

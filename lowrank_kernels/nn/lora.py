@@ -14,9 +14,10 @@ from ..finite import all_finite
 from ..functional import check_flag, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
+from ..weights import FrozenWeight
 from .base_only import runs_base_alone
 from .frozen import AroundBase, is_tracked_view, must_be_called, why_not_frozen, why_not_plain
-from .matrix import as_matrix, is_conv1d, matrix_shape, write_matrix_
+from .matrix import as_matrix, frozen_weight, is_conv1d, matrix_shape, write_matrix_
 from .sharded import is_dtensor, own_part, whole, why_not_written
 
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
@@ -67,7 +68,7 @@ class LoRALayer(AroundBase):
             raise TypeError(f"{kind}: expected a plain {self.wraps}, but this one cannot be wrapped: {reason}")
         check_lora_settings(kind, r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype, rslora=rslora, init=init)
         check_flag(kind, "lora_bias", lora_bias)
-        weight = base_layer.weight
+        weight = frozen_weight(base_layer)
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.weight_shared_with: tuple[str, ...] = ()
@@ -145,6 +146,8 @@ class LoRALayer(AroundBase):
     def prepare_merge(self) -> Any:
         """What ``put_in_`` takes to merge the layer. Raises what ``merge_`` raises; nothing is changed."""
         op, base = f"{type(self).__name__}.merge_", self.base_layer
+        if isinstance(self.matrix, FrozenWeight):
+            raise ValueError(f"{op}: expected a dense weight to merge into, got one stored as {self.matrix.format}")
         if self.weight_shared_with:
             raise ValueError(
                 f"{op}: this weight is also that of {', '.join(self.weight_shared_with)}, which "
@@ -234,7 +237,7 @@ class LoRALayer(AroundBase):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + "base_layer." + name in state_dict for name in ("weight", "bias")):
             # What is about to arrive is unmerged; what does not arrive has to be, too. On the meta device nothing is.
-            if self.base_layer.weight.is_meta:
+            if self._merged is not None and self.base_layer.weight.is_meta:
                 self._merged = None
             self.unmerge_()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -315,12 +318,12 @@ class LoRALinear(LoRALayer):
         base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
         if self._merged is not None or (self.base_only_depth is not None and runs_base_alone(self)):
             return base(x)
-        weight = base.weight
+        weight = frozen_weight(base)
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)
         return lora_linear(
             x,
-            as_matrix(base, weight),
+            weight,
             lora_a.weight,
             lora_b.weight,
             add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype),

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..weights import Weight, packed
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' Conv1D (GPT-2): a linear that keeps its weight as (K, N). Told without importing it."""
@@ -17,8 +19,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for an nn.Linear and for transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """True for an nn.Linear, transformers' Conv1D, and what keeps its weight in a format of ``weights``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or packed(module) is not None
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -52,6 +54,15 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, _ConvNd):
         return weight.flatten(1)
     return weight.T if _is_transposed(module) else weight
+
+
+def frozen_weight(module: Any) -> Weight:
+    """W (N, K) of a module, as ops take it: its weight as a matrix, or as stored in a format that is not dense."""
+    if type(module) is nn.Linear:  # at every forward of a layer: nothing is faster
+        weight: Tensor = module.weight
+        return weight
+    found = packed(module)
+    return as_matrix(module, module.weight) if found is None else found
 
 
 def write_matrix_(weight: Tensor, matrix: Tensor) -> None:

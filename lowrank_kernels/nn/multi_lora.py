@@ -14,10 +14,12 @@ from ..functional import BatchPlan, check_flag, multi_lora_linear, stack_column_
 from ..init.factors import init_factors_
 from ..merge import merge_dora_, merge_lora_
 from ..stack import LoRAStack
+from ..weights import FrozenWeight
 from .base_only import runs_base_alone
 from .batches import Batch, Batches
 from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
 from .lora import check_lora_settings
+from .matrix import frozen_weight
 from .sharded import why_not_written
 
 _BATCHES = Batches[Batch]("use_adapters", "use_adapters([-1])")
@@ -134,7 +136,7 @@ class MultiLoRALinear(AroundBase):
             raise ValueError(f"MultiLoRALinear: expected ranks to be one rank an adapter, got {ranks!r}")
         for r in ranks:
             check_lora_settings("MultiLoRALinear", r=r, alpha=alpha, dropout=0.0, dtype=dtype, rslora=rslora, init=init)
-        weight, n = linear.weight, linear.out_features
+        weight, n = frozen_weight(linear), linear.out_features
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         widths = (n,) if slices is None else tuple(slices)
         if any(not isinstance(w, int) or w < 1 for w in widths) or sum(widths) != n:
@@ -195,7 +197,7 @@ class MultiLoRALinear(AroundBase):
         dropout = self.dropout if self.training else 0.0
         base = self.base_layer
         check_weight_may_be_read("MultiLoRALinear", base)
-        return multi_lora_linear(x, base.weight, self.stack, adapter_ids, base.bias, dropout_p=dropout)
+        return multi_lora_linear(x, frozen_weight(base), self.stack, adapter_ids, base.bias, dropout_p=dropout)
 
     @torch.no_grad()
     def merge_(self, adapter: int = 0) -> MultiLoRALinear:
@@ -221,6 +223,8 @@ class MultiLoRALinear(AroundBase):
         reason = why_not_written(self.base_layer)
         if reason is not None:
             raise ValueError(f"MultiLoRALinear.merge_: expected a weight that can be changed in place, but {reason}")
+        if isinstance(frozen_weight(self.base_layer), FrozenWeight):
+            raise ValueError("MultiLoRALinear.merge_: expected a dense weight to merge into, got a packed one")
         stack, weight = self.stack, self.base_layer.weight
         kept = weight.detach().clone()
         row = self.places[adapter].magnitude

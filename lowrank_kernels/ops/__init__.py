@@ -1,5 +1,8 @@
 """Ops registered with torch: the only place of the package that registers anything."""
 
-from . import batch_plan, block_sparse, dora, lora, merge, multi_lora
+from importlib import import_module
 
-__all__ = ["batch_plan", "block_sparse", "dora", "lora", "merge", "multi_lora"]
+from ..families import NAMES
+
+for _name in NAMES:
+    import_module(f"{__name__}.{_name}")

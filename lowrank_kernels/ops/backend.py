@@ -1,19 +1,15 @@
-"""Which backend runs an op, and the words for the one that cannot."""
+"""Which backends can run an op here, and why the others cannot."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-from collections.abc import Hashable
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from .. import _extension, tuned
-
-logger = logging.getLogger("lowrank_kernels")
+from .. import _extension
+from ..families import CUDA_CPP, has_triton
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,12 +20,8 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "the package triton is not installed (pip install triton)"
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-# Ops with a CUDA C++ kernel, which "auto" prefers to Triton's where it was compiled.
-_CUDA_CPP = ("dora_weight_norm",)
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -43,14 +35,16 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
             return f"it takes CPU tensors, and these are on {device_type}"
         return None if _extension.available() else _extension.reason()
     if backend == "triton":
+        if not has_triton(op):
+            return f"{op} has no Triton kernel; use backend='reference'"
         if _triton_missing():
             return _triton_missing()
-        if device_type == "cpu" and not _interpreted():
+        if device_type == "cpu" and not interpreted():
             return "it takes CUDA tensors; on a CPU it runs in Triton's interpreter alone (set TRITON_INTERPRET=1)"
         if device_type not in ("cpu", "cuda"):
             return f"it takes CUDA tensors, and these are on {device_type}"
         return None
-    if op not in _CUDA_CPP:
+    if op not in CUDA_CPP:
         return f"{op} has no CUDA C++ kernel; use backend='triton'"
     if device_type != "cuda":
         return f"it takes CUDA tensors, and these are on {device_type}"
@@ -58,42 +52,11 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
 
 
 @cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
-
-
-@cache
 def automatic(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
-    """(what "auto" runs, why not what it would rather run; None where it runs that)."""
-    candidates = ("cpu",) if device_type != "cuda" else ("cuda", "triton") if op in _CUDA_CPP else ("triton",)
+    """(what "auto" runs, the reason why it is not the first candidate, or None)."""
+    candidates = ("cpu",) if device_type != "cuda" else ("cuda", "triton") if op in CUDA_CPP else ("triton",)
     reasons = [why_not(op, backend, device_type, dtype) for backend in candidates]
     for backend, reason in zip(candidates, reasons, strict=True):
         if reason is None:
             return backend, reasons[0]
     return "reference", reasons[-1]
-
-
-def resolve_backend(op: str, backend: str, x: Tensor, sizes: tuned.Sizes | None = None, *of: Hashable) -> str:
-    """The backend that runs ``op`` on tensors like ``x``.
-
-    "auto" takes Triton for CUDA tensors, or CUDA C++ where the op has it, and C++ for CPU tensors, unless `lrk tune`
-    found another that runs here best for shapes of these ``sizes(*of)``; it falls back to "reference" with one log
-    line. A named backend is taken or refused.
-
-    Raises:
-        ValueError: an unknown backend, or a named one that cannot run, with the reason.
-    """
-    if backend == "auto":
-        chosen = None if sizes is None else tuned.choice(op, x, sizes, *of)
-        if chosen in BACKENDS[1:] and why_not(op, chosen, x.device.type, x.dtype) is None:
-            return chosen
-        name, reason = automatic(op, x.device.type, x.dtype)
-        if name == "reference":
-            _say_once(f"{op}: backend 'auto' runs 'reference' here: {reason}")
-        return name
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(op, backend, x.device.type, x.dtype)
-    if reason is not None:
-        raise ValueError(f"{op}: backend '{backend}' cannot run here: {reason}")
-    return backend

@@ -15,10 +15,19 @@ from torch import Tensor
 
 from .. import _extension
 from ..kernels.multi_lora_tiles import TILE_ROWS, tile_capacity
-from .library import define, no_double_backward
+from .library import define
 from .operands import check_count
 
-_PLAN = "batch_plan(Tensor adapter_ids, int num_adapters) -> (Tensor, Tensor, Tensor)"
+
+class _Call(NamedTuple):
+    adapter_ids: Tensor
+    num_adapters: int
+
+
+class _Results(NamedTuple):
+    order: Tensor
+    bounds: Tensor
+    tiles: Tensor
 
 
 class BatchPlan(NamedTuple):
@@ -112,7 +121,9 @@ def plan_on_device(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tens
     return tuple(torch.stack(part).to(torch.int32) for part in (order, bounds, tiles))  # type: ignore[return-value]
 
 
-_call_plan = define(_PLAN, _plan, _empty, **no_double_backward("batch_plan"))
+_call_plan = define(
+    "batch_plan", _Call, _Results, lambda call, _: _Results(*_plan(*call)), lambda call: _Results(*_empty(*call))
+)
 
 
 def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
@@ -131,7 +142,7 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
     if ids.shape[1] == 0:
         raise ValueError(f"plan_batch: expected adapter_ids (M, J) with J of 1 or more, got {tuple(ids.shape)}")
     try:
-        return BatchPlan(ids, *_call_plan(ids, num_adapters))
+        return BatchPlan(ids, *_call_plan(_Call(ids, num_adapters)))
     except ValueError:
         check_range(adapter_ids, num_adapters, "plan_batch")  # in the words of the ids as they were given
         raise

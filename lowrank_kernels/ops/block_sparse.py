@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import tuned
+from ..cpp import cpp
+from ..kernels.block_sparse_tiles import block_grad_tiles
+from ..kernels.target import Target
 from ..reference.block_sparse import (
     block_adamw_ref_,
     block_sparse_linear_ref,
@@ -16,39 +19,101 @@ from ..reference.block_sparse import (
     read_blocks_ref,
     write_blocks_ref_,
 )
-from .backend import KERNEL_DTYPES, automatic, resolve_backend
-from .library import define, define_in_place, no_double_backward, unobserved
-from .lora import library_grad, library_linear, rows_in
-from .operands import as_rows, check_optional_vector, is_empty, like_rows_of, unit_columns
+from ..weights import FrozenWeight, Weight, dense, grad_product, product
+from .backend import KERNEL_DTYPES, automatic
+from .library import SymInt, Written, define, define_in_place, define_trained, unobserved
+from .lora import cast_products, rows_in, wanted
+from .operands import as_rows, check_optional_vector, frozen_error, like_rows_of, raise_error, unit_columns
+from .planning import Choosing, Plan, Planner
 
-_GRAD = (
-    "block_sparse_weight_grad(Tensor x, Tensor grad_y, Tensor block_index, int bm, int bn, ScalarType dtype, "
-    "str backend) -> Tensor"
-)
-_FORWARD = (
-    "block_sparse_linear(Tensor x, Tensor weight, Tensor blocks, Tensor block_index, Tensor? bias, Tensor? columns, "
-    "SymInt width, bool save, bool rewrite, str backend) -> (Tensor, Tensor)"
-)
-_BACKWARD = (
-    "block_sparse_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor block_index, Tensor? columns, "
-    "int bm, int bn, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
-)
-_ADAMW = (
-    "block_adamw_(Tensor(a!) blocks, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight, "
-    "Tensor block_index, float lr, float beta1, float beta2, float eps, float weight_decay, int step, Tensor? seed, "
-    "str backend) -> ()"
-)
-Needs = tuple[bool, bool, bool]
-"""Which of the gradients of (x, blocks, bias) to compute."""
+
+class BlockSparseWeightGrad(NamedTuple):
+    """Arguments of the op; see :func:`lowrank_kernels.block_sparse_weight_grad`. ``dtype``: of the gradient."""
+
+    x: Tensor
+    grad_y: Tensor
+    block_index: Tensor
+    bm: int
+    bn: int
+    dtype: torch.dtype
+    backend: str
+
+
+class BlockSparseLinear(NamedTuple):
+    """Arguments of the op; see :func:`lowrank_kernels.functional.block_sparse_linear`.
+
+    Attributes:
+        columns, width: the column blocks of x that the backward needs, and how many columns these are.
+        save: x, or those columns of it, are kept for the backward.
+    """
+
+    x: Tensor
+    weight: Weight
+    blocks: Tensor
+    block_index: Tensor
+    bias: Tensor | None
+    columns: Tensor | None
+    width: SymInt
+    save: bool
+    rewrite: bool
+    backend: str
+
+
+class BlockSparseLinearResults(NamedTuple):
+    """``saved``: the chosen columns of x."""
+
+    y: Tensor
+    saved: Tensor | None
+
+
+class BlockSparseLinearBackward(NamedTuple):
+    """Arguments of the backward. ``needs``: the gradients wanted, of (x, blocks, bias)."""
+
+    grad_y: Tensor
+    x: Tensor | None
+    weight: Weight
+    block_index: Tensor
+    columns: Tensor | None
+    bm: int
+    bn: int
+    blocks_dtype: torch.dtype
+    needs: tuple[bool, ...]
+    backend: str
+
+
+class BlockSparseLinearGradients(NamedTuple):
+    x: Tensor | None
+    blocks: Tensor | None
+    bias: Tensor | None
+
+
+class BlockAdamW(NamedTuple):
+    """Arguments of the op; see :func:`lowrank_kernels.functional.block_adamw_`."""
+
+    blocks: Written
+    grad: Tensor
+    exp_avg: Written
+    exp_avg_sq: Written
+    weight: Written
+    block_index: Tensor
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    seed: Tensor | None
+    backend: str
 
 
 def check_block_size(op: str, block_size: Any) -> tuple[int, int]:
     """(bm, bn) from what a user gives: one number or two, each a positive multiple of 16."""
     pair = (block_size, block_size) if isinstance(block_size, int) else block_size
     if (
-        not isinstance(pair, (tuple, list)) or len(pair) != 2
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
         or any(isinstance(b, bool) or not isinstance(b, int) or b < 16 or b % 16 for b in pair)
-    ):  # fmt: skip
+    ):
         raise ValueError(
             f"{op}: expected block_size to be a positive multiple of 16, or a pair of them, got {block_size!r}"
         )
@@ -122,11 +187,11 @@ def check_block_sparse_weight_grad(x: Tensor, grad_y: Tensor, block_index: Tenso
 
 
 def check_block_sparse_linear(
-    x: Tensor, weight: Tensor, blocks: Tensor, block_index: Tensor, bias: Tensor | None, *, values: bool
+    x: Tensor, weight: Weight, blocks: Tensor, block_index: Tensor, bias: Tensor | None, *, values: bool
 ) -> None:
     """Raise ValueError or TypeError for operands that do not fit together; ``values``: of the index too."""
     op = "block_sparse_linear"
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, (Tensor, FrozenWeight)) or weight.dim() != 2:
         given = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"{op}: expected weight of shape (N, K), got {given}")
     n, k = weight.shape
@@ -146,48 +211,73 @@ def check_block_sparse_linear(
     for name, tensor in (("weight", weight), ("blocks", blocks), ("block_index", block_index)):
         if tensor.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
-            f"cast x, or run under torch.autocast"
-        )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: expected a frozen weight, got one that requires grad; "
-            f"call weight.requires_grad_(False): its blocks train"
-        )
+    raise_error(frozen_error(op, x, weight, ": its blocks train"))
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def _decide_grad(call: Any, records: bool, target: Target | None) -> Plan:
+    x, grad_y, size = call.x, call.grad_y, (call.bm, call.bn)
+    c = Choosing("block_sparse_weight_grad", x, target)
+    blocks = call.block_index.shape[0]
+    fields, source = c.settled("block_sparse_weight_grad", tuned.block_sizes(x.rows, blocks, size))
+    backend = c.backend(call.backend, fields, source)
+    if x.empty or grad_y.empty:
+        c.take("backend", "reference", "rule: nothing to multiply")
+    elif backend == "triton":
+        x, grad_y = x.as_operand(), grad_y.as_operand()
+        aligned = x.describable and grad_y.describable
+        tiles = block_grad_tiles(c.target, x.shape[0], blocks, *size, x.dtype, aligned=aligned, settled=fields)
+        c.take("tiles", tiles, source if fields and aligned else f"rule: {c.target.arch}")
+    return c.done()
+
+
+def _decide_linear(call: Any, records: bool, target: Target | None) -> Plan:
+    c = Choosing("block_sparse_linear", call.x, target)
+    c.backend(call.backend, {}, "")
+    c.take("base", "library", "rule: the blocks are inside the weight")
+    return c.done()
+
+
+def _decide_adamw(call: Any, records: bool, target: Target | None) -> Plan:
+    weight = call.weight
+    c = Choosing("block_adamw_", call.blocks, target)
+    backend = c.backend(call.backend, {}, "")
+    if backend == "cpu" and weight.shape[1] > 1 and weight.stride[1] != 1:
+        if call.backend == "cpu":
+            raise ValueError(
+                f"block_adamw_: expected a weight with adjacent columns (stride 1) for backend 'cpu', got strides "
+                f"{tuple(weight.stride)}; use backend='auto'"
+            )
+        c.take("backend", "reference", "rule: the extension takes weights with adjacent columns")
+    return c.done()
+
+
+_plan_grad = Planner("block_sparse_weight_grad", BlockSparseWeightGrad, _decide_grad)
+_plan_linear = Planner("block_sparse_linear", BlockSparseLinear, _decide_linear)
+_plan_adamw = Planner("block_adamw_", BlockAdamW, _decide_adamw)
 
 
 # ----------------------------------------------------------------------------------------------------------- backends
 
 
-def _block_grad(
-    x: Tensor, grad_y: Tensor, block_index: Tensor, size: tuple[int, int], dtype: torch.dtype, op: str, backend: str
-) -> Tensor:
-    """dW_b from x (M, K) and dY (M, N)."""
-    name = resolve_backend(op, backend, x)
-    if backend == "auto":
-        chosen = tuned.choice("block_sparse_weight_grad", x, tuned.block_sizes, x.shape[0], len(block_index), size)
-        name = chosen if chosen == "reference" else name
-    if name == "reference" or is_empty(x, grad_y):
+def _weight_grad(call: BlockSparseWeightGrad, plan: Plan | None) -> Tensor:
+    plan = plan or _plan_grad.known(call)
+    x, grad_y, block_index, bm, bn, dtype, _ = call
+    x, grad_y, size = as_rows(x), as_rows(grad_y), (bm, bn)
+    if plan.backend == "reference":
         return block_sparse_weight_grad_ref(x, grad_y, block_index, size, dtype)
     if dtype == torch.float64:  # float64 blocks over a narrower weight: kernels sum in float32
-        return _block_grad(x, grad_y, block_index, size, torch.float32, op, name).to(dtype)
+        return _weight_grad(call._replace(dtype=torch.float32), plan).to(dtype)
     x, grad_y, block_index = unit_columns(x), unit_columns(grad_y), block_index.contiguous()
-    if name == "cpu":
+    if plan.backend == "cpu":
         out = x.new_empty(len(block_index), *size, dtype=dtype)
-        torch.ops.lowrank_kernels.block_grad_(out, x, grad_y, block_index)
+        cpp.block_grad_(out, x, grad_y, block_index)
         return out
     from ..kernels.block_sparse import block_grad
 
-    return block_grad(x, grad_y, block_index, size, dtype)
-
-
-def _weight_grad(
-    x: Tensor, grad_y: Tensor, block_index: Tensor, bm: int, bn: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    rows = (as_rows(x), as_rows(grad_y))
-    return _block_grad(*rows, block_index, (bm, bn), dtype, "block_sparse_weight_grad", backend)
+    return block_grad(x, grad_y, block_index, size, dtype, plan.tiles)
 
 
 def _take_columns(x: Tensor, columns: Tensor, bn: int, width: int) -> Tensor:
@@ -200,78 +290,62 @@ def _take_columns(x: Tensor, columns: Tensor, bn: int, width: int) -> Tensor:
     return x.index_select(1, elements)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, blocks: Tensor, block_index: Tensor, bias: Tensor | None, columns: Tensor | None,
-    width: int, save: bool, rewrite: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    name = resolve_backend("block_sparse_linear", backend, x)
+def _forward(call: BlockSparseLinear, plan: Plan | None) -> BlockSparseLinearResults:
+    x, weight, blocks, _, bias, columns, width, save, _, _ = call
     rows = as_rows(x)
-    # The blocks are inside the weight: the product is the library's, whatever else runs here.
-    y = block_sparse_linear_ref(rows, weight, bias) if name == "reference" else library_linear(rows, weight, bias)
-    if not save or columns is None:
-        return like_rows_of(x, y), x.new_empty(0)
-    return like_rows_of(x, y), _take_columns(rows, columns, blocks.shape[2], width)
+    if (plan or _plan_linear.known(call)).backend == "reference":
+        y = block_sparse_linear_ref(rows, dense(weight), bias)
+    else:
+        y = product(rows, weight, bias)
+    saved = None if not save or columns is None else _take_columns(rows, columns, blocks.shape[2], width)
+    return BlockSparseLinearResults(like_rows_of(x, y), saved)
 
 
-def _backward(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, block_index: Tensor, columns: Tensor | None, bm: int, bn: int,
-    dtype: torch.dtype, needs: Needs, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward(call: BlockSparseLinearBackward, plan: Plan | None) -> BlockSparseLinearGradients:
+    grad_y, x, weight, block_index, columns, bm, bn, dtype, needs, backend = call
     need_x, need_blocks, need_bias = needs
-    rows = as_rows(grad_y)
-    grad_x = grad_blocks = grad_bias = grad_y.new_empty(0)
-    if need_x:
-        grad_x = library_grad(grad_y, weight)
+    rows, grad_blocks = as_rows(grad_y), None
     if need_blocks:
         assert x is not None
         if columns is not None:
             # x holds the chosen column blocks alone: a block's column is its place among them.
             place = torch.searchsorted(columns, block_index[:, 1].contiguous(), out_int32=True)
             block_index = torch.stack((block_index[:, 0], place), 1)
-        grad_blocks = _block_grad(as_rows(x), rows, block_index, (bm, bn), dtype, "block_sparse_linear", backend)
-    if need_bias:
-        grad_bias = rows.sum(0)
-    return grad_x, grad_blocks, grad_bias
+        of_blocks = BlockSparseWeightGrad(as_rows(x), rows, block_index, bm, bn, dtype, backend)
+        grad_blocks = _weight_grad(of_blocks, None)
+    return BlockSparseLinearGradients(
+        grad_product(grad_y, weight) if need_x else None, grad_blocks, rows.sum(0) if need_bias else None
+    )
 
 
-def _adamw(
-    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: Tensor | None,
-    backend: str,
-) -> None:  # fmt: skip
-    name = resolve_backend("block_adamw_", backend, blocks)
-    grad, block_index = grad.contiguous(), block_index.contiguous()
-    if name == "cpu" and weight.shape[1] > 1 and weight.stride(1) != 1:
-        if backend == "cpu":
-            raise ValueError(
-                f"block_adamw_: expected a weight with adjacent columns (stride 1) for backend 'cpu', got strides "
-                f"{weight.stride()}; use backend='auto'"
-            )
-        name = "reference"
-    if name == "reference":
-        block_adamw_ref_(
-            blocks, grad, exp_avg, exp_avg_sq, weight, block_index,
-            lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step, seed=seed,
-        )  # fmt: skip
-    elif name == "cpu":
-        torch.ops.lowrank_kernels.block_adamw_step_(
-            blocks, grad, exp_avg, exp_avg_sq, weight, block_index,
-            lr / (1.0 - beta1**step), beta1, beta2, eps, 1.0 - lr * weight_decay, math.sqrt(1.0 - beta2**step), seed,
-        )  # fmt: skip
-    else:
-        from ..kernels.block_sparse import block_adamw_
+def _adamw(call: BlockAdamW, plan: Plan | None) -> None:
+    plan = plan or _plan_adamw.known(call)
+    blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, beta1, beta2, eps, weight_decay, step, seed, _ = call
+    tensors = blocks, grad.contiguous(), exp_avg, exp_avg_sq, weight, block_index.contiguous()
+    if plan.backend == "cpu":
+        corrected = lr / (1.0 - beta1**step), beta1, beta2, eps, 1.0 - lr * weight_decay, math.sqrt(1.0 - beta2**step)
+        cpp.block_adamw_step_(*tensors, *corrected, seed)
+        return
+    options: dict[str, Any] = {
+        "lr": lr,
+        "betas": (beta1, beta2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "step": step,
+        "seed": seed,
+    }
+    if plan.backend == "reference":
+        block_adamw_ref_(*tensors, **options)
+        return
+    from ..kernels.block_sparse import block_adamw_
 
-        block_adamw_(
-            blocks, grad, exp_avg, exp_avg_sq, weight, block_index, lr, beta1, beta2, eps, weight_decay, step, seed
-        )
+    block_adamw_(*tensors, **options)
 
 
-def check_block_adamw(
-    blocks: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, block_index: Tensor,
-    seed: Tensor | None,
-) -> None:  # fmt: skip
+def check_block_adamw(call: BlockAdamW) -> None:
     """Raise ValueError or TypeError for operands that do not fit together."""
-    op = "block_adamw_"
+    op, seed = "block_adamw_", call.seed
+    blocks, grad, exp_avg, exp_avg_sq, weight, block_index = call[:6]
     named = ("weight", weight), ("blocks", blocks), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)
     for name, tensor in named:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -312,12 +386,12 @@ def read_blocks(weight: Tensor, block_index: Tensor, block_size: tuple[int, int]
 def write_blocks_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Tensor:
     """W[block] ← blocks, rounded to W's dtype, in place; what sticks out of W is left out. One kernel where there is
     one for such tensors, else as ``reference.write_blocks_ref_``. Raises no version counter."""
-    adjacent = blocks.is_contiguous() and block_index.is_contiguous() and not is_empty(weight, blocks)
+    adjacent = blocks.is_contiguous() and block_index.is_contiguous() and weight.numel() > 0 and blocks.numel() > 0
     kernels = weight.dtype in KERNEL_DTYPES and blocks.dtype in KERNEL_DTYPES
     if adjacent and kernels and unobserved((weight, blocks, block_index)):
         name, _ = automatic("write_blocks_", weight.device.type, weight.dtype)
         if name == "cpu" and weight.stride(1) == 1:
-            torch.ops.lowrank_kernels.write_blocks_(weight, blocks, block_index)
+            cpp.write_blocks_(weight, blocks, block_index)
             return weight
         if name == "triton":
             from ..kernels import block_sparse
@@ -330,63 +404,52 @@ def write_blocks_(weight: Tensor, blocks: Tensor, block_index: Tensor) -> Tensor
 # ------------------------------------------------------------------------------------------- registration with torch
 
 
-def _weight_grad_fake(x, grad_y, block_index, bm, bn, dtype, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(block_index.shape[0], bm, bn, dtype=dtype)
+def _weight_grad_fake(call: BlockSparseWeightGrad) -> Tensor:
+    return call.x.new_empty(call.block_index.shape[0], call.bm, call.bn, dtype=call.dtype)
 
 
-def _forward_fake(x, weight, blocks, block_index, bias, columns, width, save, rewrite, backend):  # type: ignore[no-untyped-def]
-    saved = x.new_empty(rows_in(x), width) if save and columns is not None else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), saved
+def _forward_fake(call: BlockSparseLinear) -> BlockSparseLinearResults:
+    x = call.x
+    saved = x.new_empty(rows_in(x), call.width) if call.save and call.columns is not None else x.new_empty(0)
+    return BlockSparseLinearResults(x.new_empty(*x.shape[:-1], call.weight.shape[0]), saved)
 
 
-def _backward_fake(grad_y, x, weight, block_index, columns, bm, bn, dtype, needs, backend):  # type: ignore[no-untyped-def]
-    n, k = weight.shape
+def _backward_fake(call: BlockSparseLinearBackward) -> BlockSparseLinearGradients:
+    grad_y = call.grad_y
+    n, k = call.weight.shape
     shapes = (
-        grad_y.new_empty(*grad_y.shape[:-1], k), grad_y.new_empty(block_index.shape[0], bm, bn, dtype=dtype),
+        grad_y.new_empty(*grad_y.shape[:-1], k),
+        grad_y.new_empty(call.block_index.shape[0], call.bm, call.bn, dtype=call.blocks_dtype),
         grad_y.new_empty(n),
-    )  # fmt: skip
-    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+    )
+    return BlockSparseLinearGradients(*wanted(shapes, call.needs, grad_y))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, blocks, block_index, bias, columns, _, save, rewrite, backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    kept = None if not save else x if columns is None else output[1]
-    ctx.save_for_backward(kept, weight, block_index, columns, blocks if rewrite else None)
-    ctx.size, ctx.dtype, ctx.backend = tuple(blocks.shape[1:]), blocks.dtype, backend
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _keep(call: BlockSparseLinear, results: BlockSparseLinearResults) -> dict[str, Any]:
+    x = call.x if call.columns is None else results.saved
+    kept = {"x": x if call.save else None, "bm": call.blocks.shape[1], "bn": call.blocks.shape[2]}
+    return kept | {"ahead": call.blocks if call.rewrite else None}
 
 
-def _autograd_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 10
-    x, weight, block_index, columns, blocks = ctx.saved_tensors
-    if blocks is not None:
-        write_blocks_(weight.data, blocks.detach(), block_index)
-    need_x, _w, need_blocks, _i, need_bias = ctx.needs_input_grad[:5]
-    needs = (need_x, need_blocks, need_bias)
-    grads = _call_backward(
-        grad_y, x, weight, block_index, columns,
-        *ctx.size, ctx.dtype, needs, ctx.backend,
-    )  # fmt: skip
-    grad_x, grad_blocks, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, grad_blocks, None, grad_bias, None, None, None, None, None
-
-
-def _autocast(dtype: torch.dtype, x, weight, blocks, block_index, bias, *rest):  # type: ignore[no-untyped-def]
-    # Blocks keep their dtype: they are not read, and their gradient has it.
-    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    return x, weight, blocks, block_index, bias, *rest
+def _rewrite(kept: dict[str, Any]) -> None:
+    """Write the blocks into W again, which was gathered anew since the forward."""
+    if kept["ahead"] is not None:
+        write_blocks_(kept["weight"].data, kept["ahead"].detach(), kept["block_index"])
 
 
 call_block_sparse_weight_grad = define(
-    _GRAD, _weight_grad, _weight_grad_fake, **no_double_backward("block_sparse_weight_grad")
+    "block_sparse_weight_grad", BlockSparseWeightGrad, None, _weight_grad, _weight_grad_fake
 )
-call_block_sparse_linear = define(
-    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
+call_block_sparse_linear = define_trained(
+    "block_sparse_linear",
+    BlockSparseLinear,
+    BlockSparseLinearResults,
+    BlockSparseLinearBackward,
+    BlockSparseLinearGradients,
+    forward=(_forward, _forward_fake),
+    backwards=(_backward, _backward_fake),
+    keep=_keep,
+    ahead=_rewrite,
+    autocast=cast_products,
 )
-_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("block_sparse_linear"))
-call_block_adamw_ = define_in_place(_ADAMW, _adamw)
+call_block_adamw_ = define_in_place("block_adamw_", BlockAdamW, _adamw)

@@ -1,4 +1,4 @@
-"""How an op of this package is registered with torch: one call an op."""
+"""How an op of this package is registered with torch: one record of arguments, one record of results, one call."""
 
 from __future__ import annotations
 
@@ -9,70 +9,146 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..weights import unpacked
+
 NAMESPACE = "lowrank_kernels"
+Written = Tensor
+"""A tensor argument that the op changes in place."""
+SymInt = int
+"""A size, which torch.compile may trace as a symbol; where ``int`` is a constant of the trace."""
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Weight": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "bool": "bool",
+    "int": "int",
+    "SymInt": "SymInt",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+    "tuple[bool, ...]": "bool[]",
+    "Sequence[int] | None": "int[]?",
+}
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+def kinds_of(record: Any) -> dict[str, str]:
+    """The fields of a NamedTuple and their annotations, as they are written."""
+    return {field: kind.__forward_arg__ for field, kind in record.__annotations__.items()}
+
+
+def schema_of(name: str, record: type, results: int) -> str:
+    """The torch schema of an op whose arguments are the fields of a NamedTuple, in order, and which returns tensors.
+
+    A ``Weight`` that is no dense tensor is carried by its parts: the first in the weight's place, the rest at the end.
+    """
+    arguments = []
+    letters = iter("abcdefgh")
+    for field, annotation in kinds_of(record).items():
+        kind = f"Tensor({next(letters)}!)" if annotation == "Written" else _SCHEMA_TYPES[annotation]
+        arguments.append(f"{kind} {field}")
+    if "Weight" in kinds_of(record).values():
+        arguments += ["Tensor[]? weight_parts=None", "str weight_format=''"]
+    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    return f"{name}({', '.join(arguments)}) -> {returned}"
+
+
+class _Carried:
+    """A record as the dispatcher carries it: tensors, numbers and strings alone."""
+
+    def __init__(self, record: Any) -> None:
+        self.record, self.size = record, len(record._fields)
+        places = [i for i, kind in enumerate(kinds_of(record).values()) if kind == "Weight"]
+        self.place = places[0] if places else None
+
+    def arguments(self, call: Any) -> tuple[Any, ...]:
+        if self.place is None or isinstance(call[self.place], Tensor):
+            return tuple(call)
+        weight = call[self.place]
+        first, *rest = weight.parts()
+        values = [first if i == self.place else value for i, value in enumerate(call)]
+        return *values, rest, f"{weight.format} {weight.settings()}"
+
+    def call(self, *args: Any) -> Any:
+        call = self.record(*args[: self.size])
+        if self.place is None or len(args) == self.size or not args[-1]:
+            return call
+        return call._replace(weight=unpacked(args[-1], [call[self.place], *args[self.size]]))
+
+
+class Op:
+    """An op: called with its record, past torch's dispatcher where nobody listens there.
+
+    Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
+    """
+
+    def __init__(self, name: str, direct: Callable[..., Any], dispatched: Callable[..., Any]) -> None:
+        self.name, self.direct, self.dispatched = name, direct, dispatched
+
+    def __call__(self, call: Any, plan: Any = None, *, unseen: bool | None = None) -> Any:
+        """The results of a call.
+
+        Args:
+            call: the op's record.
+            plan: what was planned for such a call, where that is known.
+            unseen: ``unobserved(call)``, where that is known.
+        """
+        # dY may be a batch of them (is_grads_batched) that looks like a plain tensor: the dispatcher knows what to do.
+        first = call[0]
+        if (unobserved(call) if unseen is None else unseen) and not (isinstance(first, Tensor) and _is_batched(first)):
+            return self.direct(call, plan)
+        _refuse_shards(self.name, call)
+        return self.dispatched(call)
+
+
 def define(
-    schema: str,
+    name: str,
+    record: Any,
+    results: Any,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    autocast: Callable[..., tuple[Any, ...]] = lambda dtype, *args: args,
-) -> Callable[..., Any]:
-    """Define ``lowrank_kernels::<schema>`` with one implementation for every device, a fake, and autograd.
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    autocast: Callable[[torch.dtype, Any], Any] | None = None,
+    first_alone: bool = False,
+) -> Op:
+    """Define ``lowrank_kernels::<name>`` with one implementation for every device, a fake, and autograd.
 
     Args:
-        schema: torch schema with the op's name and no namespace.
-        implementation: chooses its backend itself; never sees tensors that record gradients.
-        fake: shapes, dtypes and layouts of the results, from metadata alone.
-        setup_context, backward: as those of ``torch.autograd.Function``; backward runs ops, or raises
-            (:func:`no_double_backward`). Autocast is off in both.
-        autocast: ``autocast(dtype, *args)`` casts the arguments where autocast is on. The op itself always runs
-            without it: what it computes, its own code casts.
-
-    Returns:
-        The op, called past torch's dispatcher where nobody listens there. Its arguments are all positional.
+        record: NamedTuple of the arguments; the op's schema is made from its annotations.
+        results: NamedTuple of tensors, or None for one tensor.
+        implementation: ``implementation(call, plan)``, where ``plan`` may be None; never sees tensors that record
+            gradients. It returns None for what is not wanted, which the dispatcher carries as an empty tensor.
+        fake: ``fake(call)``: shapes, dtypes and layouts of the results, from metadata alone.
+        save, backward: as those of ``torch.autograd.Function``, ``save(ctx, call, results)``; the first gradient is of
+            the plan, and None. Autocast is off in both. Without them, differentiating the op raises.
+        autocast: ``autocast(dtype, call)`` casts the arguments where autocast is on. The op itself always runs without
+            it: what it computes, its own code casts.
+        first_alone: a call that records gradients returns the first result alone; the others are for its backward.
     """
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    carried = _Carried(record)
+    if save is None or backward is None:
+        save, backward = _no_double_backward(name).values()
+    _library.define(
+        schema_of(name, record, 1 if results is None else len(results._fields)),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
+
+    def filled(*args: Any) -> Any:
+        found = implementation(carried.call(*args), None)
+        if results is None:
+            return found
+        return tuple(args[0].new_empty(0) if t is None else t for t in found)
+
+    _library.impl(name, filled, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(carried.call(*args)), lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    _library.impl(name, _above_autograd(name, op, setup_context, backward), "Autograd")
-    direct = _above_autograd(name, implementation, setup_context, backward)
-    _register_autocast(name, op, autocast)
-
-    def call(*args: Any) -> Any:
-        # Each way through the dispatcher carries all arguments to C++ and back: 50 microseconds on cold caches.
-        # dY may be a batch of them (is_grads_batched) that looks like a plain tensor: the dispatcher knows what to do.
-        if unobserved(args) and not _is_batched(args[0]):
-            return direct(*args)
-        _refuse_shards(name, args)
-        return op(*args)
-
-    return call
-
-
-def _above_autograd(
-    name: str, below: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """``below`` with autograd above it.
-
-    Does what ``torch.library.register_autograd`` does, for ops whose arguments are all positional and without default:
-    at 16 tokens its bookkeeping cost as much as the correction itself (30 microseconds a call on a CPU).
-    """
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = below(*args)
-        if ctx is not None:
-            setup_context(ctx, args, output)
-        return output
+    def dispatched(call: Any) -> Any:
+        found = op(*carried.arguments(call))
+        return found if results is None else results(*found)
 
     def without_autocast(ctx: Any, *grads: Any) -> Any:
         # The gradients of a forward have its dtypes, wherever backward is called.
@@ -81,20 +157,50 @@ def _above_autograd(
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return backward(ctx, *grads)
 
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(without_autocast)},
-    )
+    def function_over(below: Callable[..., Any], *, alone: bool) -> Any:
+        """An autograd function around ``below(call, plan)``; ``alone``: of its results, the first is returned.
 
-    def kernel(*args: Any) -> Any:
+        Does what ``torch.library.register_autograd`` does, for ops whose arguments are all positional and without
+        default: at 16 tokens its bookkeeping cost as much as the correction itself (30 microseconds a call on a CPU).
+        """
+
+        def forward(ctx: Any, plan: Any, *args: Any) -> Any:
+            call = record(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                found = below(call, plan)
+            save(ctx, call, found)
+            return found[0] if alone else found
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(without_autocast)}
+        function: Any = type(name, (torch.autograd.Function,), members)
+        return function
+
+    first_alone = first_alone and results is not None
+    dispatched_function = function_over(lambda call, plan: dispatched(call), alone=False)
+    direct_function = function_over(implementation, alone=first_alone)
+
+    def above_autograd(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        return forward(None, *args)
+            return dispatched_function.apply(None, *carried.call(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
-    return kernel
+    def direct(call: Any, plan: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*call):
+            found = direct_function.apply(plan, *call)
+            return (found,) if first_alone else found if results is None else results(*found)
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(call, plan)
+
+    _library.impl(name, above_autograd, "Autograd")
+
+    def cast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if autocast is None else carried.arguments(autocast(dtype, carried.call(*args)))
+
+    _register_autocast(name, op, cast)
+    return Op(name, direct, dispatched)
 
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -110,6 +216,11 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def traced() -> bool:
+    """True where operands have no plan: dynamo traces the call, or a transform does. They are checked at each call."""
+    return torch.compiler.is_dynamo_compiling() or transformed()
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -129,20 +240,12 @@ def _refuse_shards(name: str, args: tuple[Any, ...]) -> None:
 
 
 def unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether torch would do nothing with a call but hand it on: plain tensors, no mode, no profiler, no compiler."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch.autograd._profiler_enabled()
-    ):
+    """True where torch would do nothing with a call but hand it on: plain tensors, and :func:`unseen`."""
+    if not unseen():
         return False
     for a in args:
         kind = type(a)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is Tensor or kind is _Parameter:
             if not (a.is_cpu or a.is_cuda):
                 return False
         elif kind not in _NO_TENSOR and isinstance(a, Tensor):
@@ -150,48 +253,134 @@ def unobserved(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def unseen() -> bool:
+    """True where no dispatch mode, functorch transform, autocast, profiler or compiler is active."""
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or forward_ad._current_level >= 0
+        or _autocast()
+        or _profiler()
+    )
+
+
+_Parameter = torch.nn.Parameter
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _autocast = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+_profiler = torch.autograd._profiler_enabled
 _NO_TENSOR = frozenset((type(None), bool, int, float, str))
 
 
-def define_in_place(schema: str, implementation: Callable[..., None]) -> Callable[..., None]:
-    """Define an op that changes arguments and returns nothing, for every device; it records no gradients.
+def define_in_place(name: str, record: Any, implementation: Callable[..., None]) -> Callable[..., None]:
+    """Define an op that changes its ``Written`` arguments and returns nothing, for every device; it has no gradient.
 
     The version counters of the changed arguments are raised, as by any in-place operation of torch. Autocast is off
     inside.
 
     Returns:
-        The op, called past torch's dispatcher where nobody listens there. Its arguments are all positional.
+        ``call(record, plan=None)``, past torch's dispatcher where nobody listens there.
     """
-    name = schema[: schema.index("(")]
+    schema = schema_of(name, record, 1).removesuffix("Tensor") + "()"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    written = [
-        i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-    ]  # fmt: skip
+    written = [i for i, kind in enumerate(kinds_of(record).values()) if kind == "Written"]
 
-    def kernel(*args: Any) -> None:
+    def direct(call: Any, plan: Any = None) -> None:
         with torch._C._AutoDispatchBelowAutograd():
-            implementation(*args)
-        changed = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+            implementation(call, plan)
+        changed = [call[i] for i in written if not call[i].is_inference()]
         torch.autograd.graph.increment_version(changed)  # kernels write without torch's knowing
 
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, lambda *args: direct(record(*args)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
-    _register_autocast(name, op, lambda dtype, *args: args)
+    _register_autocast(name, op, lambda dtype, args: args)
 
-    def call(*args: Any) -> None:
+    def call_op(call: Any, plan: Any = None) -> None:
         if transformed():
             raise RuntimeError(
                 f"{name}: it changes its arguments in place and has no derivative; call it outside of torch.func "
                 f"transforms and of forward-mode differentiation"
             )
-        (kernel if unobserved(args) else op)(*args)
+        if unobserved(call):
+            direct(call, plan)
+        else:
+            op(*call)
 
-    return call
+    return call_op
 
 
-def no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:
-    """Autograd of a backward op: differentiating it says so, in the name that the user called."""
+def define_trained(
+    name: str,
+    record: Any,
+    results: Any,
+    backward: Any,
+    gradients: Any,
+    *,
+    forward: tuple[Callable[..., Any], Callable[..., Any]],
+    backwards: tuple[Callable[..., Any], Callable[..., Any]],
+    keep: Callable[[Any, Any], dict[str, Any]],
+    ahead: Callable[[dict[str, Any]], None] | None = None,
+    autocast: Callable[[torch.dtype, Any], Any],
+) -> Op:
+    """Define an op whose gradients are made by an op of its own, ``<name>_backward``. See :func:`define`.
+
+    Args:
+        backward: NamedTuple of the backward's arguments: ``grad_y``; ``needs``, which of the gradients are wanted; and
+            fields of the results or of the record by their names, which are kept for it. ``NAME_dtype`` is the dtype
+            of the argument NAME.
+        gradients: NamedTuple of gradients, by the names of their arguments. They are cast to the arguments' dtypes.
+        forward, backwards: (implementation, fake) of the op and of its backward.
+        keep: ``keep(call, results)`` gives what is kept in place of such fields, None for what is not needed.
+        ahead: called ahead of the backward with all that is kept, and what ``keep`` gave as "ahead".
+    """
+    refused: dict[str, Any] = {**_no_double_backward(name)}
+    call_backward = define(f"{name}_backward", backward, gradients, *backwards, **refused)
+    kept = [field for field in backward._fields if field not in ("grad_y", "needs")] + ["ahead"] * (ahead is not None)
+    trained = [record._fields.index(field) for field in gradients._fields]
+    needs_at, size = backward._fields.index("needs") - 1, len(record._fields)
+
+    def value_of(field: str, call: Any, found: Any) -> Any:
+        value = getattr(found, field, None)
+        if value is not None or hasattr(call, field):
+            return getattr(call, field) if value is None else value
+        of = getattr(call, field.removesuffix("_dtype"), None)
+        return None if of is None else of.dtype
+
+    def save(ctx: Any, call: Any, found: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if results is None:
+            found = (found,)
+        ctx.mark_non_differentiable(*[t for t in found[1:] if t is not None])
+        instead = keep(call, found)
+        values = [instead[field] if field in instead else value_of(field, call, found) for field in kept]
+        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
+        ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+        ctx.dtypes = [None if call[i] is None else call[i].dtype for i in trained]
+
+    def backward_of(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        out: list[Tensor | None] = [None] * (size + 1)
+        if grad_y is None:
+            return tuple(out)
+        values = [other if t is None else t for t, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        if ahead is not None:
+            ahead(dict(zip(kept, values, strict=True)))
+            values.pop()
+        need = ctx.needs_input_grad  # of the plan, and then of the record's fields
+        needs = tuple([need[i + 1] for i in trained])
+        found = call_backward(backward(grad_y, *values[:needs_at], needs, *values[needs_at:]))
+        for i, grad, wanted, dtype in zip(trained, found, needs, ctx.dtypes, strict=True):
+            if wanted:
+                out[i + 1] = grad if grad.dtype is dtype else grad.to(dtype)
+        return tuple(out)
+
+    ours: dict[str, Any] = {"save": save, "backward": backward_of, "autocast": autocast}
+    return define(name, record, results, *forward, **ours, first_alone=True)
+
+
+def _no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:
+    """Autograd of a backward op: differentiating it raises, in the name of the function that the user called."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -199,16 +388,16 @@ def no_double_backward(public_name: str) -> dict[str, Callable[..., Any]]:
             f"compute them through the plain formula, lowrank_kernels.reference.{public_name}_ref"
         )
 
-    return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
+    return {"save": lambda ctx, call, results: None, "backward": backward}
 
 
 def _register_autocast(name: str, op: Any, cast: Callable[..., tuple[Any, ...]]) -> None:
-    """Run ``cast(dtype, *args)`` on the arguments wherever autocast is on, then the op without autocast."""
+    """Run ``cast(dtype, args)`` on the arguments wherever autocast is on, then the op without autocast."""
     for device_type in ("cpu", "cuda"):
         key = "Autocast" + device_type.upper()
 
         def kernel(*args: Any, _device: str = device_type) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                return op(*cast(torch.get_autocast_dtype(_device), *args))
+                return op(*cast(torch.get_autocast_dtype(_device), args))
 
         _library.impl(name, kernel, key)

@@ -1,115 +1,184 @@
-"""``lowrank_kernels::multi_lora_linear``: schema, checks, backends, fakes, autograd, autocast."""
+"""``lowrank_kernels::multi_lora_linear``: record, check, plan, backends, fakes, autograd, autocast."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _extension, tuned
-from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
-from .backend import KERNEL_DTYPES, resolve_backend
-from .batch_plan import check_range
-from .library import define, no_double_backward, unobserved
-from .lora import (
-    Metadata,
-    library_grad,
-    library_linear,
-    own_by_rule,
-    own_product,
-    rows_in,
+from .. import tuned
+from ..cpp import cpp
+from ..kernels.lora_tiles import MainTiles
+from ..kernels.multi_lora_tiles import (
+    AdapterRows,
+    MultiLoRATiles,
+    MultiStrategy,
+    choose_multi_strategy,
+    multi_lora_main_tiles,
+    multi_lora_tiles,
+    tile_capacity,
 )
+from ..kernels.target import Target
+from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
+from ..weights import Weight, dense, grad_product, product
+from ..weights import rows as weight_rows
+from .backend import KERNEL_DTYPES
+from .batch_plan import check_range
+from .library import define_trained
+from .lora import cast_products, empty_factor, rows_in, wanted
 from .operands import (
     as_rows,
-    check_optional_vector,
+    backend_error,
+    device_error,
     factor,
     float32_vector,
-    is_empty,
+    floats_error,
+    frozen_error,
     like_rows_of,
+    product_error,
     unit_columns,
     vector,
+    vector_error,
 )
-
-_STACK = "Tensor table, Tensor scalings, int max_rank, int[]? slices"
-_PLAN = "Tensor adapter_ids, Tensor? order, Tensor? bounds, Tensor? tiles, Tensor? weights"
-_OPTIONS = "Tensor? norm, Tensor? column_scale, Tensor? dropout_p, Tensor? dropout_seed"
-_FORWARD = (
-    "multi_lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? magnitude, Tensor? bias, "
-    f"{_STACK}, {_PLAN}, {_OPTIONS}, bool save_p, bool save_u, str backend) -> (Tensor, Tensor, Tensor)"
-)
-_BACKWARD = (
-    "multi_lora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
-    f"Tensor? p, Tensor? u, {_STACK}, {_PLAN}, {_OPTIONS}, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-Needs = tuple[bool, bool, bool, bool, bool]
-"""Which of the gradients of (x, lora_a, lora_b, magnitude, bias) to compute."""
+from .planning import OWN, Choosing, Meta, Plan, Planner
 
 
-def check_multi_lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None,
-    weights: Tensor | None, has_dora: bool,
-) -> None:  # fmt: skip
-    """Raise ValueError or TypeError, in the op's name, for operands that do not fit together.
+class MultiLoRALinear(NamedTuple):
+    """Arguments of the op; see :func:`lowrank_kernels.multi_lora_linear`.
 
-    ``adapter_ids`` and ``weights`` are (M, J), and M rows are in x.
+    Attributes:
+        table, scalings, max_rank, slices: of the stack.
+        adapter_ids: (M, J) int32; where a call is only planned, integers as the caller gave them.
+        order, bounds, tiles: of the batch's plan; None where rows need not be sorted.
+        weights: (M, J) float32.  norm, column_scale: (D, N).  dropout_p: (G,) float64.
+        save_p, save_u: P and u are kept for the backward.
     """
-    op = "multi_lora_linear"
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+
+    x: Tensor
+    weight: Weight
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None
+    bias: Tensor | None
+    table: Tensor
+    scalings: Tensor
+    max_rank: int
+    slices: Sequence[int] | None
+    adapter_ids: Tensor
+    order: Tensor | None
+    bounds: Tensor | None
+    tiles: Tensor | None
+    weights: Tensor | None
+    norm: Tensor | None
+    column_scale: Tensor | None
+    dropout_p: Tensor | None
+    dropout_seed: Tensor | None
+    save_p: bool
+    save_u: bool
+    backend: str
+
+
+class MultiLoRALinearResults(NamedTuple):
+    y: Tensor
+    p: Tensor | None
+    u: Tensor | None
+
+
+class MultiLoRALinearBackward(NamedTuple):
+    """Arguments of the backward. ``needs``: the gradients wanted, of (x, lora_a, lora_b, magnitude, bias)."""
+
+    grad_y: Tensor
+    x: Tensor | None
+    weight: Weight
+    lora_a: Tensor
+    lora_b: Tensor
+    p: Tensor | None
+    u: Tensor | None
+    table: Tensor
+    scalings: Tensor
+    max_rank: int
+    slices: Sequence[int] | None
+    adapter_ids: Tensor
+    order: Tensor | None
+    bounds: Tensor | None
+    tiles: Tensor | None
+    weights: Tensor | None
+    norm: Tensor | None
+    column_scale: Tensor | None
+    dropout_p: Tensor | None
+    dropout_seed: Tensor | None
+    needs: tuple[bool, ...]
+    backend: str
+
+
+class MultiLoRALinearGradients(NamedTuple):
+    x: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    magnitude: Tensor | None
+    bias: Tensor | None
+
+
+def check_multi_lora_linear(call: MultiLoRALinear) -> Exception | None:
+    """The error of operands that do not fit together; None where they do."""
+    op, x, weight, weights = "multi_lora_linear", call.x, call.weight, call.weights
+    error = backend_error(op, call.backend) or floats_error(op, x=x, weight=weight) or product_error(op, x, weight)
+    if error is not None:
+        return error
     n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"{op}: expected x of shape (..., K) = (..., {k}), got {tuple(x.shape)}")
-    if (lora_a.shape[-1], lora_b.shape[1]) != (k, n):
-        raise ValueError(
-            f"{op}: expected a stack for (K, N) = ({k}, {n}), got one for ({lora_a.shape[-1]}, {lora_b.shape[1]})"
+    if (call.lora_a.shape[-1], call.lora_b.shape[1]) != (k, n):
+        return ValueError(
+            f"{op}: expected a stack for (K, N) = ({k}, {n}), "
+            f"got one for ({call.lora_a.shape[-1]}, {call.lora_b.shape[1]})"
         )
-    rows = x.shape[:-1].numel()
-    if adapter_ids.shape[0] != rows:
-        raise ValueError(
+    return (
+        _ids_error(op, x, call.adapter_ids, weights, call.magnitude is not None)
+        or vector_error(op, "bias", "N", call.bias, n, x.device)
+        or device_error(op, x, weight=weight, stack=call.lora_a, adapter_ids=call.adapter_ids, weights=weights)
+        or frozen_error(op, x, weight)
+    )
+
+
+def ids_shape(ids: Tensor, x: Tensor) -> tuple[int, ...]:
+    """(M, J) of ids that are given as (M, J), (M,), or in x's leading shape."""
+    if ids.shape == x.shape[:-1] or ids.dim() == 1:
+        return ids.numel(), 1
+    return tuple(ids.shape)
+
+
+def _ids_error(op: str, x: Tensor, ids: Any, weights: Any, has_dora: bool) -> Exception | None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        said = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        return TypeError(f"{op}: expected adapter_ids to be a tensor of integers, got {said}")
+    if ids.dim() not in (1, 2) and ids.shape != x.shape[:-1]:
+        return ValueError(f"{op}: expected adapter_ids of shape (M,) or (M, J), got {tuple(ids.shape)}")
+    if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return TypeError(f"{op}: expected adapter_ids of a signed integer dtype or uint8, got {ids.dtype}")
+    shape, rows = ids_shape(ids, x), x.shape[:-1].numel()
+    if shape[0] != rows:
+        return ValueError(
             f"{op}: expected adapter_ids of x's leading shape, {tuple(x.shape[:-1])}, {rows} rows in all, "
-            f"got {adapter_ids.shape[0]} rows"
+            f"got {shape[0]} rows"
         )
-    if adapter_ids.shape[1] == 0:
-        raise ValueError(f"{op}: expected adapter_ids (M, J) with J of 1 or more, got {tuple(adapter_ids.shape)}")
+    if shape[1] == 0:
+        return ValueError(f"{op}: expected adapter_ids (M, J) with J of 1 or more, got {shape}")
     if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
         said = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"{op}: expected weights to be a tensor of a floating dtype or None, got {said}")
-    if weights is not None and weights.shape != adapter_ids.shape:
-        raise ValueError(
-            f"{op}: expected weights of adapter_ids' shape (M, J) = {tuple(adapter_ids.shape)}, "
-            f"got {tuple(weights.shape)}"
-        )
+        return TypeError(f"{op}: expected weights to be a tensor of a floating dtype or None, got {said}")
+    if weights is not None and weights.shape != shape:
+        return ValueError(f"{op}: expected weights of adapter_ids' shape (M, J) = {shape}, got {tuple(weights.shape)}")
     if weights is not None and weights.requires_grad:
-        raise ValueError(f"{op}: expected weights that do not require grad; detach them")
-    if has_dora and (weights is not None or adapter_ids.shape[1] > 1):
-        raise ValueError(
+        return ValueError(f"{op}: expected weights that do not require grad; detach them")
+    if has_dora and (weights is not None or shape[1] > 1):
+        return ValueError(
             f"{op}: expected one adapter a row, without weights, since the stack holds DoRA adapters, whose columns "
-            f"are scaled and do not add up; got (M, J) = {tuple(adapter_ids.shape)}"
+            f"are scaled and do not add up; got (M, J) = {shape}"
         )
-    check_optional_vector(op, "bias", "N", bias, n, x.device)
-    others = ("weight", weight), ("stack", lora_a), ("adapter_ids", adapter_ids), ("weights", weights)
-    for name, optional in others:
-        if optional is not None and optional.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {optional.device}")
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
-            f"cast x, or run under torch.autocast"
-        )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: expected a frozen weight, got one that requires grad; "
-            f"call weight.requires_grad_(False), or train it with torch.nn.functional.linear"
-        )
+    return None
 
 
 def check_stack_scale(norm_and_scale: tuple[Tensor, Tensor] | None, magnitude: Tensor | None) -> None:
@@ -128,87 +197,148 @@ def check_stack_scale(norm_and_scale: tuple[Tensor, Tensor] | None, magnitude: T
             )
 
 
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class MultiTiles:
+    """For Triton: how the base product is made, and the tiles of products with factors by the width of the factor."""
+
+    strategy: MultiStrategy
+    main: MainTiles
+    by_width: dict[int, MultiLoRATiles]
+
+
+def _take_tiles(c: Choosing, call: Any, rows: Meta, settled: tuple[tuned.Fields, str]) -> None:
+    n, k = call.weight.shape
+    adapters, max_rank, slices = call.table.shape[-2], call.max_rank, tuple(call.slices or (n,))
+    rows = rows.as_operand()
+    sizes = rows.shape[0], k, n, max_rank, adapters
+    aligned = rows.describable and call.weight.describable and call.weight.format == "dense"
+    main = multi_lora_main_tiles(c.target, rows.shape[0], rows.dtype, aligned)
+    factor = call.lora_b.as_operand()
+    begins = list(itertools.accumulate(slices, initial=0))[:-1]  # of each slice's columns of B
+    described = aligned and factor.describable and all(b * factor.dtype.itemsize % 16 == 0 for b in begins)
+    one = ids_shape_of(call)[1] == 1 and max_rank > 0
+    strategy = choose_multi_strategy(
+        c.target, *sizes, rows.dtype, aligned=described and one, settled=settled[0].get("strategy")
+    )
+    capacity = tile_capacity(rows.shape[0], adapters)
+    widths = {k, n, *slices}
+    by_width = {w: multi_lora_tiles(c.target, capacity, w, max_rank, rows.dtype) for w in widths}
+    source = settled[1] if settled[0].get("strategy") == strategy else f"rule: roofline of {c.target.arch}"
+    c.take("tiles", MultiTiles(strategy, main, by_width), source, strategy)
+
+
+def ids_shape_of(call: Any) -> tuple[int, ...]:
+    ids: Any = call.adapter_ids
+    x = call.x if hasattr(call, "save_p") else call.grad_y
+    if tuple(ids.shape) == tuple(x.shape[:-1]) or len(ids.shape) == 1:
+        return x.rows, 1
+    return tuple(ids.shape)
+
+
+def _decide(call: Any, records: bool, target: Target | None) -> Plan:
+    x, weight, ids = call.x, call.weight, call.adapter_ids
+    c = Choosing("multi_lora_linear", x, target)
+    settled = c.settled("multi_lora_linear", tuned.product_sizes(x.shape, weight.shape))
+    backend = c.backend(call.backend, *settled)
+    extras = call.weights, call.magnitude, call.dropout_p, call.slices
+    simple = not records and ids_shape_of(call)[1] == 1 and all(extra is None for extra in extras[:3])
+    if x.empty or weight.empty:
+        c.take("backend", "reference", "rule: nothing to multiply")
+    elif backend == "cpu":
+        c.base(x, weight, *settled)
+        if simple:
+            c.take("unsorted", True, "rule: the extension sorts rows as it runs")
+        whole = x.whole and call.lora_a.whole and call.lora_b.whole and ids.whole and weight.stride[1] == 1
+        narrow = all(t is None or t.dtype in KERNEL_DTYPES for t in (call.lora_a, call.lora_b, call.bias))
+        known = ids.dtype in (torch.int32, torch.int64) and weight.format == "dense"
+        if simple and call.slices is None and whole and narrow and known:
+            c.take("direct", True, "rule: no gradient is recorded, and operands are contiguous")
+    elif backend == "triton":
+        _take_tiles(c, call, x, settled)
+    return c.done()
+
+
+def _decide_backward(call: Any, records: bool, target: Target | None) -> Plan:
+    c = Choosing("multi_lora_linear", call.grad_y, target)
+    backend = c.backend(call.backend, {}, "")
+    if call.grad_y.empty or call.weight.empty:
+        c.take("backend", "reference", "rule: nothing to multiply")
+    elif backend == "triton":
+        _take_tiles(c, call, call.grad_y, ({}, ""))
+    return c.done()
+
+
+plan_multi_lora_linear = Planner("multi_lora_linear", MultiLoRALinear, _decide, check_multi_lora_linear)
+_plan_backward = Planner("multi_lora_linear_backward", MultiLoRALinearBackward, _decide_backward)
+
+
 # ----------------------------------------------------------------------------------------------------------- backends
 
 
-@tuned.remembered
-def _direct_way(
-    forced: str | None, x: Metadata, weight: Metadata, lora_a: Metadata, lora_b: Metadata, ids: Metadata,
-    bias: Metadata | None,
-) -> str | None:  # fmt: skip
-    """How such operands are computed best without the op: "own_product", "library_product", or None: not."""
-    (rows, dtype, device), (n, k), height = x, weight[0], lora_a[0][0]
-    fit = (
-        device.type == "cpu" and dtype in KERNEL_DTYPES and weight[1] is dtype and _extension.available()
-        and rows[-1] == k and 0 not in weight[0]
-        and lora_a[0] == (height, k) and lora_b[0] == (height, n)
-        and ids[0] in (rows[:-1], (rows[:-1].numel(), 1))
-        and ids[1] in (torch.int32, torch.int64) and (bias is None or bias[0] == (n,))
-        and all(t is None or t[1] in KERNEL_DTYPES for t in (lora_a, lora_b, bias))
-        and all(t is None or t[2] == device for t in (weight, lora_a, lora_b, ids, bias))
-    )  # fmt: skip
-    if not fit:
-        return None
-    chosen = forced
-    if chosen == tuned.TABLE:
-        chosen = tuned.settled("multi_lora_linear", "cpu", dtype, tuned.product_sizes, rows, weight[0])
-    if chosen == "reference":
-        return None
-    return "own_product" if own_by_rule(chosen, dtype, rows, weight[0]) else "library_product"
-
-
-def multi_lora_linear_directly(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, table: Tensor, scalings: Tensor, ids: Tensor,
-    bias: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """y of LoRA adapters, one a row, past this package's op: the C++ kernels' own calls on a CPU, where no gradient is
-    recorded and nobody notices; None anywhere else. Operands are checked and settled once for all of their metadata.
+def multi_lora_linear_directly(call: MultiLoRALinear, plan: Plan) -> Tensor:
+    """y of LoRA adapters, one a row, by the extension's own calls, for what is planned so.
 
     Raises:
         ValueError: ids out of range.
     """
-    if torch.compiler.is_compiling():
-        return None
+    x, weight, lora_a, lora_b, _, bias, table, scalings, _, _, ids, *_ = call
     try:
-        if torch.is_grad_enabled() and (
-            weight.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
-            or (bias is not None and bias.requires_grad)
-        ):  # fmt: skip
-            return None
-        way = _direct_way(
-            tuned.forced.get("multi_lora_linear", tuned.TABLE),
-            (x.shape, x.dtype, x.device), (weight.shape, weight.dtype, weight.device),
-            (lora_a.shape, lora_a.dtype, lora_a.device), (lora_b.shape, lora_b.dtype, lora_b.device),
-            (ids.shape, ids.dtype, ids.device), None if bias is None else (bias.shape, bias.dtype, bias.device),
-        )  # fmt: skip
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return None
-    adjacent = (
-        way is not None and x.is_contiguous() and weight.stride(1) == 1 and lora_a.is_contiguous()
-        and lora_b.is_contiguous() and ids.is_contiguous()
-    )  # fmt: skip
-    if not adjacent or not unobserved((x, weight, lora_a, lora_b, ids, bias)):
-        return None
-    try:
-        if way == "own_product":
-            return torch.ops.lowrank_kernels.multi_lora_linear_inference(
-                x, weight, lora_a, lora_b, bias, table, scalings, ids
-            )
-        y = library_linear(x, weight, bias)
-        torch.ops.lowrank_kernels.multi_lora_add_(y, x, lora_a, lora_b, table, scalings, ids)
+        if plan.base == OWN:
+            y: Tensor = cpp.multi_lora_linear_inference(x, weight, lora_a, lora_b, bias, table, scalings, ids)
+        else:
+            y = product(x, weight, bias)
+            cpp.multi_lora_add_(y, x, lora_a, lora_b, table, scalings, ids)
         return y
     except RuntimeError:
         check_range(ids, len(table))
         raise
 
 
-def _kernels(name: str) -> Any:
-    """Where ``multi_lora_down``, ``multi_lora_up_`` and ``multi_lora_grad`` of a backend are, with one signature."""
-    if name == "triton":
+class _OnCpu:
+    """The C++ kernels of a factor."""
+
+    def down(self, x: Tensor, factor: Tensor, rows: AdapterRows, max_rank: int) -> Tensor:
+        p: Tensor = cpp.multi_lora_down(
+            x, factor, rows.table, max_rank, rows.order, rows.tiles, rows.dropout_p, rows.dropout_seed
+        )
+        return p
+
+    def up_(
+        self, y: Tensor, p: Tensor, factor: Tensor, rows: AdapterRows, *, column_scale: Tensor | None = None,
+        bias: Tensor | None = None, out: Tensor | None = None, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        cpp.multi_lora_up_(
+            y, p, factor, rows.table, rows.scalings, rows.order, rows.tiles, rows.weights, rows.dropout_p,
+            rows.dropout_seed, column_scale, bias, out,
+        )  # fmt: skip
+
+    def grad(self, big: Tensor, small: Tensor, rows: AdapterRows, factor_rows: int, dtype: torch.dtype) -> Tensor:
+        grad: Tensor = cpp.multi_lora_grad(
+            big, small, rows.table, rows.scalings, rows.order, rows.bounds, rows.weights, rows.dropout_p,
+            rows.dropout_seed, factor_rows, dtype,
+        )  # fmt: skip
+        return grad
+
+
+class _OnTriton:
+    """The same in Triton."""
+
+    def __init__(self, tiles: MultiTiles) -> None:
         from ..kernels import multi_lora
 
-        return multi_lora
-    return torch.ops.lowrank_kernels
+        self.kernels, self.tiles = multi_lora, tiles.by_width
+
+    def down(self, x: Tensor, factor: Tensor, rows: AdapterRows, max_rank: int) -> Tensor:
+        return self.kernels.multi_lora_down(x, factor, rows, max_rank, self.tiles[x.shape[1]])
+
+    def up_(self, y: Tensor, p: Tensor, factor: Tensor, rows: AdapterRows, **options: Any) -> None:
+        self.kernels.multi_lora_up_(y, p, factor, rows, self.tiles[y.shape[1]], **options)
+
+    def grad(self, big: Tensor, small: Tensor, rows: AdapterRows, factor_rows: int, dtype: torch.dtype) -> Tensor:
+        return self.kernels.multi_lora_grad(big, small, rows, factor_rows, dtype, self.tiles[big.shape[1]])
 
 
 def _summed(parts: Tensor) -> Tensor:
@@ -244,160 +374,158 @@ def _slices_of(
     return found
 
 
-def _column(weights: Tensor | None, j: int) -> Tensor | None:
-    return None if weights is None else weights[:, j].contiguous()
+def _rows(call: Any, part: _Slice, j: int) -> AdapterRows:
+    """Which rows are whose in the j-th choice of adapters, for a slice."""
+    weights = None if call.weights is None else call.weights[:, j].contiguous()
+    plan = call.order[j], call.bounds[j], call.tiles[j]
+    return AdapterRows(part.table, part.scalings, *plan, weights, call.dropout_p, call.dropout_seed)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, bias: Tensor | None,
-    table: Tensor, scalings: Tensor, max_rank: int, slices: Sequence[int] | None,
-    adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
-    norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
-    save_p: bool, save_u: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x2 = as_rows(x)
-    name = resolve_backend("multi_lora_linear", backend, x, tuned.product_sizes, x.shape, weight.shape)
-    if name == "reference" or is_empty(x2, weight):
+def _forward(call: MultiLoRALinear, plan: Plan | None) -> MultiLoRALinearResults:
+    plan = plan or plan_multi_lora_linear.known(call)
+    x, weight = as_rows(call.x), call.weight
+    if plan.backend == "reference":
         y, p, u = multi_lora_linear_ref(
-            x2, weight, lora_a, lora_b, table, scalings, adapter_ids, bias,
-            slices=slices, weights=weights, column_scale=column_scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            x, dense(weight), call.lora_a, call.lora_b, call.table, call.scalings, call.adapter_ids, call.bias,
+            slices=call.slices, weights=call.weights, column_scale=call.column_scale, dropout_p=call.dropout_p,
+            dropout_seed=call.dropout_seed,
         )  # fmt: skip
-        p = torch.nn.functional.pad(p, (0, max_rank - p.shape[-1]))
+        p = torch.nn.functional.pad(p, (0, call.max_rank - p.shape[-1]))
     else:
-        x2, parts = unit_columns(x2), _slices_of(lora_a, lora_b, table, scalings, slices)
-        bias, column_scale, weights = vector(bias), float32_vector(column_scale), float32_vector(weights)
-        own = None if column_scale is not None else bias  # DoRA's scale comes before the bias
-        if order is None or tiles is None:
-            u = _base_product(name, x2, weight, own)
-            for part in parts:
-                _add_unplanned(part, u, x2, adapter_ids)
-            return like_rows_of(x, u), x.new_empty(0), x.new_empty(0)
-        kernels, choices = _kernels(name), order.shape[0]
-        one_kernel = (
-            name == "triton" and choices == 1 and max_rank
-            and kernels.multi_lora_strategy(
-                x2, weight, [part.lora_b for part in parts], max_rank, table.shape[-2]
-            ) == "one_kernel"
-        )  # fmt: skip
-        u = x2.new_empty(x2.shape[0], weight.shape[0]) if one_kernel else _base_product(name, x2, weight, own)
-        y = torch.empty_like(u) if save_u else u
-        p = x.new_empty(choices * len(parts), x2.shape[0], max_rank) if save_p else x.new_empty(0)
-        # Several corrections are added up in float32, so that the sum is rounded once.
-        total = u.float() if choices > 1 and max_rank else u
-        for i, (j, part) in enumerate(itertools.product(range(choices if max_rank else 0), parts)):
-            down = kernels.multi_lora_down(
-                x2, part.lora_a, part.table, max_rank, order[j], tiles[j], dropout_p, dropout_seed
-            )
-            w, scale = _column(weights, j), part.of(column_scale)
-            if one_kernel:
-                kernels.multi_lora_linear_fwd(
-                    x2, weight if part.columns is None else weight[part.columns], down, part.lora_b, part.table,
-                    part.scalings, adapter_ids[:, j].contiguous(), w, scale, part.of(bias), part.of(y),
-                    part.of(u) if save_u else None,
-                )  # fmt: skip
-            else:
-                rounding = {} if name == "cpu" else {"dtype": x.dtype}
-                kernels.multi_lora_up_(
-                    part.of(total), down, part.lora_b, part.table, part.scalings, order[j], tiles[j], w, None, None,
-                    scale, None if scale is None else part.of(bias), part.of(y) if save_u else None, **rounding,
-                )  # fmt: skip
-            if save_p:
-                p[i] = _summed(down)
-        if total is not u:
-            y = total.to(x.dtype)
-    return (
-        like_rows_of(x, y),
-        p if save_p else x.new_empty(0),
-        u if save_u else x.new_empty(0),
-    )
-
-
-def _base_product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if name == "cpu" and own_product(x, weight, "multi_lora_linear"):
-        return torch.ops.lowrank_kernels.frozen_linear(x, weight, bias)
-    return library_linear(x, weight, bias)
-
-
-def may_stay_unplanned(x: Tensor, adapter_ids: Tensor, backend: str) -> bool:
-    """Whether plain corrections of these rows need no plan beforehand: the C++ kernels then plan as they run."""
-    return adapter_ids.shape[1] == 1 and resolve_backend("multi_lora_linear", backend, x) == "cpu"
-
-
-def _add_unplanned(part: _Slice, y: Tensor, x: Tensor, adapter_ids: Tensor) -> None:
-    """y += s P Bᵀ in one call of the extension, from ids to sum."""
-    try:
-        torch.ops.lowrank_kernels.multi_lora_add_(
-            part.of(y), x, part.lora_a, part.lora_b, part.table, part.scalings, adapter_ids
+        given = call._replace(
+            x=unit_columns(x),
+            bias=vector(call.bias),
+            column_scale=float32_vector(call.column_scale),
+            weights=float32_vector(call.weights),
         )
+        parts = _slices_of(call.lora_a, call.lora_b, call.table, call.scalings, call.slices)
+        if call.order is None:
+            y, p, u = _unsorted(given, parts, plan), None, None
+        else:
+            y, p, u = _sorted(given, parts, plan)
+    return MultiLoRALinearResults(like_rows_of(call.x, y), p if call.save_p else None, u if call.save_u else None)
+
+
+def _base_product(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if plan.backend == "cpu" and plan.base == OWN:
+        y: Tensor = cpp.frozen_linear(x, weight, bias)
+        return y
+    return product(x, weight, bias)
+
+
+def _unsorted(call: MultiLoRALinear, parts: list[_Slice], plan: Plan) -> Tensor:
+    """x Wᵀ + bias, and to each slice s P Bᵀ in one call of the extension, from ids to sum."""
+    y = _base_product(plan, call.x, call.weight, call.bias)
+    try:
+        for part in parts:
+            cpp.multi_lora_add_(
+                part.of(y), call.x, part.lora_a, part.lora_b, part.table, part.scalings, call.adapter_ids
+            )
     except RuntimeError:
-        check_range(adapter_ids, len(part.table))
+        check_range(call.adapter_ids, call.table.shape[-2])
         raise
+    return y
 
 
-def _backward(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, p: Tensor | None,
-    u: Tensor | None, table: Tensor, scalings: Tensor, max_rank: int, slices: Sequence[int] | None,
-    adapter_ids: Tensor, order: Tensor | None, bounds: Tensor | None, tiles: Tensor | None, weights: Tensor | None,
-    norm: Tensor | None, column_scale: Tensor | None, dropout_p: Tensor | None, dropout_seed: Tensor | None,
-    needs: Needs, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    need_x, need_a, need_b, need_m, need_bias = needs
-    dy = unit_columns(as_rows(grad_y))
-    x2 = None if x is None else unit_columns(as_rows(x))
-    name = resolve_backend("multi_lora_linear", backend, grad_y)
-    if name == "reference" or is_empty(dy, weight):
+def _sorted(call: MultiLoRALinear, parts: list[_Slice], plan: Plan) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(y, P, u) by kernels that go through the rows adapter by adapter."""
+    x, weight, bias, column_scale, max_rank = call.x, call.weight, call.bias, call.column_scale, call.max_rank
+    assert call.order is not None
+    choices, on_triton = call.order.shape[0], plan.backend == "triton"
+    kernels: Any = _OnTriton(plan.tiles) if on_triton else _OnCpu()
+    one_kernel = on_triton and plan.tiles.strategy == "one_kernel"
+    if one_kernel:
+        u = x.new_empty(x.shape[0], weight.shape[0])
+    else:  # DoRA's scale comes before the bias
+        u = _base_product(plan, x, weight, bias if column_scale is None else None)
+    y = torch.empty_like(u) if call.save_u else u
+    p = x.new_empty(choices * len(parts), x.shape[0], max_rank) if call.save_p else None
+    # Several corrections are added up in float32, so that the sum is rounded once.
+    total = u.float() if choices > 1 and max_rank else u
+    for i, (j, part) in enumerate(itertools.product(range(choices if max_rank else 0), parts)):
+        rows, scale = _rows(call, part, j), part.of(column_scale)
+        down = kernels.down(x, part.lora_a, rows, max_rank)
+        rows = rows.kept()
+        if one_kernel:
+            columns = part.columns
+            part_weight = weight if columns is None else weight_rows(weight, columns.start, columns.stop)
+            kernels.kernels.multi_lora_linear_fwd(
+                x, part_weight, down, part.lora_b, rows, call.adapter_ids[:, j].contiguous(), part.of(y),
+                plan.tiles.main, column_scale=scale, bias=part.of(bias), u=part.of(u) if call.save_u else None,
+            )  # fmt: skip
+        else:
+            scaled = {} if scale is None else {"column_scale": scale, "bias": part.of(bias)}
+            out = part.of(y) if call.save_u else None
+            kernels.up_(part.of(total), down, part.lora_b, rows, out=out, dtype=x.dtype, **scaled)
+        if p is not None:
+            p[i] = _summed(down)
+    return y if total is u else total.to(x.dtype), p, u
+
+
+def _backward(call: MultiLoRALinearBackward, plan: Plan | None) -> MultiLoRALinearGradients:
+    plan = plan or _plan_backward.known(call)
+    need_bias = call.needs[4]
+    dy, x = unit_columns(as_rows(call.grad_y)), None if call.x is None else unit_columns(as_rows(call.x))
+    if plan.backend == "reference":
         grads: tuple[Tensor | None, ...] = multi_lora_linear_backward_ref(
-            dy, x2, weight, lora_a, lora_b, table, scalings, adapter_ids, p,
-            slices=slices, weights=weights, column_scale=column_scale, norm=norm, u=u,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, needs=needs,
+            dy, x, dense(call.weight), call.lora_a, call.lora_b, call.table, call.scalings, call.adapter_ids, p=call.p,
+            slices=call.slices, weights=call.weights, column_scale=call.column_scale, norm=call.norm, u=call.u,
+            dropout_p=call.dropout_p, dropout_seed=call.dropout_seed, needs=call.needs,
         )  # fmt: skip
     else:
-        assert order is not None and bounds is not None and tiles is not None  # what may train was planned
-        du, grad_m = dy, None
-        norm, column_scale, weights = float32_vector(norm), float32_vector(column_scale), float32_vector(weights)
-        if column_scale is not None:
-            du, grad_m = _dora_gradients(dy, u if need_m else None, table, adapter_ids, norm, column_scale)
-        grad_x = library_grad(du, weight) if need_x else None
-        parts = _slices_of(lora_a, lora_b, table, scalings, slices)
-        choices = range(order.shape[0] if max_rank and dy.shape[0] else 0)
-        # What several corrections add up to is added up in float32, so that it is rounded once.
-        several = order.shape[0] > 1
-        total = grad_x.float() if grad_x is not None and len(parts) * len(choices) > 1 else grad_x
-        dtype_a, dtype_b = (torch.float32 if several or t.dtype == torch.float64 else t.dtype for t in (lora_a, lora_b))
-        of_a: list[Tensor | None] = [None] * len(parts)
-        of_b: list[Tensor | None] = [None] * len(parts)
-        kernels = _kernels(name)
-        for i, (j, (s, part)) in enumerate(itertools.product(choices, enumerate(parts))):
-            w, du_s, down = _column(weights, j), part.of(du), None
-            if need_x or need_a:
-                down = kernels.multi_lora_down(du_s, part.lora_b, part.table, max_rank, order[j], tiles[j], None, None)
-            if total is not None:
-                rounding = {} if name == "cpu" else {"dtype": dy.dtype}
-                kernels.multi_lora_up_(
-                    total, down, part.lora_a, part.table, part.scalings, order[j], tiles[j], w, dropout_p,
-                    dropout_seed, None, None, None, **rounding,
-                )  # fmt: skip
-            if need_a:
-                assert down is not None and x2 is not None
-                more = kernels.multi_lora_grad(
-                    x2, _summed(down), part.table, part.scalings, order[j], bounds[j], w, dropout_p, dropout_seed,
-                    lora_b.shape[0], dtype_a,
-                )  # fmt: skip
-                of_a[s] = _plus(of_a[s], more)
-            if need_b:
-                assert p is not None
-                more = kernels.multi_lora_grad(
-                    du_s, p[i], part.table, part.scalings, order[j], bounds[j], w, None, None, lora_b.shape[0], dtype_b
-                )
-                of_b[s] = _plus(of_b[s], more)
-        grad_x = None if total is None else total.to(dy.dtype)
-        grad_a = _joined(of_a, lora_a, slices is not None, torch.stack) if need_a else None
-        grad_b = _joined(of_b, lora_b, slices is not None, lambda of: torch.cat(of, dim=1)) if need_b else None
-        grads = (grad_x, grad_a, grad_b, grad_m, dy.sum(0) if need_bias else None)
-    grad_x = grads[0]
+        given = call._replace(
+            grad_y=dy,
+            x=x,
+            norm=float32_vector(call.norm),
+            column_scale=float32_vector(call.column_scale),
+            weights=float32_vector(call.weights),
+        )
+        grads = *_sorted_backward(given, plan), dy.sum(0) if need_bias else None
+    grad_x, *others = grads
     if grad_x is not None:
-        grad_x = like_rows_of(grad_y, grad_x)
-    return tuple(grad_y.new_empty(0) if g is None else g for g in (grad_x, *grads[1:]))
+        grad_x = like_rows_of(call.grad_y, grad_x)
+    return MultiLoRALinearGradients(grad_x, *others)
+
+
+def _sorted_backward(call: MultiLoRALinearBackward, plan: Plan) -> tuple[Tensor | None, ...]:
+    """(dX, dA, dB, dm): slice by slice, choice by choice, by kernels that go through the rows adapter by adapter."""
+    need_x, need_a, need_b, need_m, _ = call.needs
+    dy, x, lora_a, lora_b, max_rank = call.grad_y, call.x, call.lora_a, call.lora_b, call.max_rank
+    assert call.order is not None  # what may train was sorted
+    du, grad_m = dy, None
+    if call.column_scale is not None:
+        u = call.u if need_m else None
+        du, grad_m = _dora_gradients(dy, u, call.table, call.adapter_ids, call.norm, call.column_scale)
+    grad_x = grad_product(du, call.weight) if need_x else None
+    parts = _slices_of(lora_a, lora_b, call.table, call.scalings, call.slices)
+    choices = range(call.order.shape[0] if max_rank and dy.shape[0] else 0)
+    # What several corrections add up to is added up in float32, so that it is rounded once.
+    several = call.order.shape[0] > 1
+    total = grad_x.float() if grad_x is not None and len(parts) * len(choices) > 1 else grad_x
+    dtype_a, dtype_b = (torch.float32 if several or t.dtype == torch.float64 else t.dtype for t in (lora_a, lora_b))
+    of_a: list[Tensor | None] = [None] * len(parts)
+    of_b: list[Tensor | None] = [None] * len(parts)
+    kernels: Any = _OnTriton(plan.tiles) if plan.backend == "triton" else _OnCpu()
+    for i, (j, (s, part)) in enumerate(itertools.product(choices, enumerate(parts))):
+        rows, du_s = _rows(call, part, j), part.of(du)
+        kept, down = rows.kept(), None
+        if need_x or need_a:
+            down = kernels.down(du_s, part.lora_b, kept, max_rank)
+        if total is not None:
+            kernels.up_(total, down, part.lora_a, rows, dtype=dy.dtype)
+        if need_a:
+            assert down is not None and x is not None
+            of_a[s] = _plus(of_a[s], kernels.grad(x, _summed(down), rows, lora_b.shape[0], dtype_a))
+        if need_b:
+            assert call.p is not None
+            of_b[s] = _plus(of_b[s], kernels.grad(du_s, call.p[i], kept, lora_b.shape[0], dtype_b))
+    sliced = call.slices is not None
+    return (
+        None if total is None else total.to(dy.dtype),
+        _joined(of_a, lora_a, sliced, torch.stack) if need_a else None,
+        _joined(of_b, lora_b, sliced, lambda of: torch.cat(of, dim=1)) if need_b else None,
+        grad_m if need_m else None,
+    )
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -435,70 +563,46 @@ def _dora_gradients(
 # ------------------------------------------------------------------------------------------- registration with torch
 
 
-def _forward_fake(  # type: ignore[no-untyped-def]
-    x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, slices, adapter_ids, order, bounds, tiles,
-    weights, norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend,
-):  # fmt: skip
-    rows, n = rows_in(x), weight.shape[0]
-    return (
-        x.new_empty(*x.shape[:-1], n),
-        x.new_empty(order.shape[0] * len(slices or (0,)), rows, max_rank) if save_p else x.new_empty(0),
-        x.new_empty(rows, n) if save_u else x.new_empty(0),
-    )
+def _forward_fake(call: MultiLoRALinear) -> MultiLoRALinearResults:
+    x, rows, n = call.x, rows_in(call.x), call.weight.shape[0]
+    p = u = x.new_empty(0)
+    if call.save_p:
+        assert call.order is not None
+        p = x.new_empty(call.order.shape[0] * len(call.slices or (0,)), rows, call.max_rank)
+    if call.save_u:
+        u = x.new_empty(rows, n)
+    return MultiLoRALinearResults(x.new_empty(*x.shape[:-1], n), p, u if u is not p else u.clone())
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, max_rank, slices, adapter_ids, order, bounds, tiles,
-    weights, norm, column_scale, dropout_p, dropout_seed, needs, backend,
-):  # fmt: skip
-    n, k = weight.shape
+def _backward_fake(call: MultiLoRALinearBackward) -> MultiLoRALinearGradients:
+    grad_y = call.grad_y
+    n, k = call.weight.shape
     shapes = (
-        grad_y.new_empty(*grad_y.shape[:-1], k), torch.empty_like(lora_a, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_b, memory_format=torch.contiguous_format),
-        grad_y.new_empty(0) if norm is None else torch.empty_like(norm), grad_y.new_empty(n),
-    )  # fmt: skip
-    return tuple(shape if need else grad_y.new_empty(0) for shape, need in zip(shapes, needs, strict=True))
+        grad_y.new_empty(*grad_y.shape[:-1], k),
+        empty_factor(call.lora_a),
+        empty_factor(call.lora_b),
+        grad_y.new_empty(0) if call.norm is None else torch.empty_like(call.norm),
+        grad_y.new_empty(n),
+    )
+    return MultiLoRALinearGradients(*wanted(shapes, call.needs, grad_y))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (x, weight, lora_a, lora_b, magnitude, bias, table, scalings, max_rank, slices, ids, order, bounds, tiles, weights,
-     norm, column_scale, dropout_p, dropout_seed, save_p, save_u, backend) = inputs  # fmt: skip
-    _, p, u = output
-    ctx.mark_non_differentiable(p, u)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if lora_a.requires_grad else None, weight, lora_a, lora_b, p if save_p else None, u if save_u else None,
-        table, scalings, ids, order, bounds, tiles, weights, norm, column_scale, dropout_p, dropout_seed,
-    )  # fmt: skip
-    ctx.max_rank, ctx.slices, ctx.backend = max_rank, slices, backend
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.magnitude_dtype = None if magnitude is None else magnitude.dtype
+def _keep(call: MultiLoRALinear, results: MultiLoRALinearResults) -> dict[str, Any]:
+    return {
+        "x": call.x if call.lora_a.requires_grad else None,
+        "p": results.p if call.save_p else None,
+        "u": results.u if call.save_u else None,
+    }
 
 
-def _autograd_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 22
-    x, weight, lora_a, lora_b, p, u, table, scalings, *rest = ctx.saved_tensors
-    need_x, _, need_a, need_b, need_m, need_bias = ctx.needs_input_grad[:6]
-    needs = (need_x, need_a, need_b, need_m, need_bias)
-    grads = _call_backward(
-        grad_y, x, weight, lora_a, lora_b, p, u, table, scalings, ctx.max_rank, ctx.slices, *rest, needs, ctx.backend
-    )  # fmt: skip
-    grad_x, grad_a, grad_b, grad_m, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    if grad_m is not None:
-        grad_m = grad_m.to(ctx.magnitude_dtype)
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, None, grad_a, grad_b, grad_m, grad_bias, *(None,) * 16
-
-
-def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
-    x, weight, lora_a, lora_b, magnitude, bias, *rest = args
-    x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    return x, weight, lora_a, lora_b, magnitude, bias, *rest
-
-
-call_multi_lora_linear = define(
-    _FORWARD, _forward, _forward_fake, setup_context=_setup_context, backward=_autograd_backward, autocast=_autocast
+call_multi_lora_linear = define_trained(
+    "multi_lora_linear",
+    MultiLoRALinear,
+    MultiLoRALinearResults,
+    MultiLoRALinearBackward,
+    MultiLoRALinearGradients,
+    forward=(_forward, _forward_fake),
+    backwards=(_backward, _backward_fake),
+    keep=_keep,
+    autocast=cast_products,
 )
-_call_backward = define(_BACKWARD, _backward, _backward_fake, **no_double_backward("multi_lora_linear"))

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..weights import FrozenWeight
+from .backend import BACKENDS
+
 _FLOAT32 = torch.finfo(torch.float32)
 _LEAST_FLOAT32 = 2.0**-149  # the smallest one above 0
 
@@ -55,18 +58,19 @@ def is_empty(*tensors: Tensor) -> bool:
     return any(t.numel() == 0 for t in tensors)
 
 
+def flag_error(op: str, name: str, value: Any) -> Exception | None:
+    return (
+        None if isinstance(value, bool) else TypeError(f"{op}: expected {name} to be True or False, got {value!r:.60}")
+    )
+
+
 def check_flag(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: expected {name} to be True or False, got {value!r:.60}")
+    raise_error(flag_error(op, name, value))
 
 
 def check_number(op: str, name: str, value: Any, least: float, below: float = math.inf) -> None:
     """Raise for what is no number with least <= value < below."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    if not least <= value < below:
-        limit = f"{least:g} <= {name}" + (f" < {below:g}" if below < math.inf else ", finite")
-        raise ValueError(f"{op}: expected {limit}, got {value}")
+    raise_error(number_error(op, name, value, least, below))
 
 
 def seed_tensor(op: str, name: str, seed: Any, device: torch.device) -> Tensor:
@@ -85,30 +89,107 @@ def check_count(op: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{op}: expected {name} to be an integer of {least} or more, got {value!r:.60}")
 
 
-def check_scaling(op: str, scaling: Any, dtype: torch.dtype) -> None:
-    """Raise for a scaling that is no finite number, or that float32, in which kernels apply it, turns into 0 or
+def scaling_error(op: str, scaling: Any, dtype: torch.dtype) -> Exception | None:
+    """The error of a scaling that is no finite number, or that float32, in which kernels apply it, turns into 0 or
     infinity."""
     if type(scaling) is float or (isinstance(scaling, (int, float)) and not isinstance(scaling, bool)):
         size = abs(scaling)
         if size == 0.0 or _LEAST_FLOAT32 <= size <= _FLOAT32.max:
-            return
+            return None
         if dtype == torch.float64 and math.isfinite(scaling):
-            return
-        raise ValueError(f"{op}: expected scaling to be a finite number that float32 can hold, got {scaling!r}")
-    raise TypeError(f"{op}: expected scaling to be a number, got {type(scaling).__name__}")
+            return None
+        return ValueError(f"{op}: expected scaling to be a finite number that float32 can hold, got {scaling!r}")
+    return TypeError(f"{op}: expected scaling to be a number, got {type(scaling).__name__}")
+
+
+def check_scaling(op: str, scaling: Any, dtype: torch.dtype) -> None:
+    raise_error(scaling_error(op, scaling, dtype))
+
+
+def raise_error(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def vector_error(
+    op: str, name: str, letter: str, values: Any, size: int, device: torch.device, *, like: str = "x"
+) -> Exception | None:
+    """The error of what is neither None nor floats of shape (size,) on the device."""
+    if values is None:
+        return None
+    if not isinstance(values, Tensor):
+        return TypeError(f"{op}: expected {name} to be a tensor or None, got {type(values).__name__}")
+    if values.shape != (size,):
+        return ValueError(f"{op}: expected {name} of shape ({letter},) = ({size},), got {tuple(values.shape)}")
+    if values.device != device:
+        return ValueError(f"{op}: expected {name} on {device} like {like}, got {values.device}")
+    if not values.is_floating_point():
+        return TypeError(f"{op}: expected {name} of a floating dtype, got {values.dtype}")
+    return None
 
 
 def check_optional_vector(
-    op: str, name: str, letter: str, values: Any, size: int, device: torch.device, like: str = "x"
+    op: str, name: str, letter: str, values: Any, size: int, device: torch.device, *, like: str = "x"
 ) -> None:
-    """Raise for what is neither None nor floats of shape (size,) on the device."""
-    if values is None:
-        return
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a tensor or None, got {type(values).__name__}")
-    if values.shape != (size,):
-        raise ValueError(f"{op}: expected {name} of shape ({letter},) = ({size},), got {tuple(values.shape)}")
-    if values.device != device:
-        raise ValueError(f"{op}: expected {name} on {device} like {like}, got {values.device}")
-    if not values.is_floating_point():
-        raise TypeError(f"{op}: expected {name} of a floating dtype, got {values.dtype}")
+    raise_error(vector_error(op, name, letter, values, size, device, like=like))
+
+
+def floats_error(op: str, **tensors: Any) -> Exception | None:
+    """The error of the first argument that is no tensor of floats."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, (Tensor, FrozenWeight)):
+            return TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            return TypeError(f"{op}: expected {name} of a floating dtype, got {tensor.dtype}")
+    return None
+
+
+def device_error(op: str, x: Tensor, **others: Tensor | FrozenWeight | None) -> Exception | None:
+    """The error of the first argument that is on another device than x."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            return ValueError(f"{op}: expected {name} on {x.device} like x, got {other.device}")
+    return None
+
+
+def product_error(op: str, x: Tensor, weight: Tensor | FrozenWeight) -> Exception | None:
+    """The error of shapes of x (..., K) and W (N, K) that do not fit together."""
+    if weight.dim() != 2:
+        return ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+    k = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != k:
+        return ValueError(f"{op}: expected x of shape (..., K) = (..., {k}), got {tuple(x.shape)}")
+    return None
+
+
+def frozen_error(
+    op: str, x: Tensor, weight: Tensor | FrozenWeight, cure: str = "or train it with torch.nn.functional.linear"
+) -> Exception | None:
+    """The error of a W that has another dtype than x outside of autocast, or that trains."""
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return TypeError(
+            f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
+            f"cast x, or run under torch.autocast"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        return ValueError(
+            f"{op}: expected a frozen weight, got one that requires grad; "
+            f"call weight.requires_grad_(False){cure if cure.startswith(':') else ', ' + cure}"
+        )
+    return None
+
+
+def number_error(op: str, name: str, value: Any, least: float, below: float = math.inf) -> Exception | None:
+    """The error of what is no number with least <= value < below."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+    if not least <= value < below:
+        limit = f"{least:g} <= {name}" + (f" < {below:g}" if below < math.inf else ", finite")
+        return ValueError(f"{op}: expected {limit}, got {value}")
+    return None
+
+
+def backend_error(op: str, backend: Any) -> Exception | None:
+    if backend not in BACKENDS:
+        return ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return None

@@ -102,7 +102,7 @@ def block_sparse_linear_backward_ref(
     block_size: tuple[int, int],
     *,
     dtype: torch.dtype | None = None,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: tuple[bool, ...] = (True, True, True),
 ) -> BlockSparseGradients:
     """dX = dY W, dW_b as :func:`block_sparse_weight_grad_ref`, dbias = Σ_m dY.
 

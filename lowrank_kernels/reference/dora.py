@@ -84,14 +84,14 @@ def dora_linear_backward_ref(
     column_scale: Tensor,
     norm: Tensor,
     p: Tensor | None,
-    u: Tensor | None,
     *,
+    u: Tensor | None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     dropout_base: bool = False,
     detach_norm: bool = True,
-    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+    needs: tuple[bool, ...] = (True, True, True, True, True),
 ) -> DoRAGradients:
     """With dU = g ∘ dY and Q = dU B: dX = dU W + drop'(s Q A), dA = s Qᵀ drop(x), dB = s dUᵀ P, dbias = Σ_m dY,
     dm = S / n with S = Σ_m dY ∘ u (0 where n is 0).

@@ -86,7 +86,7 @@ def lora_linear_backward_ref(
     gate: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+    needs: tuple[bool, ...] = (True, True, True, True, True),
 ) -> LoRAGradients:
     """With Q = dY B: dX = dY W + drop'(s (Q ∘ gate) A), dA = s (Q ∘ gate)ᵀ drop(x), dB = s dYᵀ (P ∘ gate),
     dbias = Σ_m dY, dgate = s Σ_m Q ∘ P.

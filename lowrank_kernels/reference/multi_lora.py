@@ -139,8 +139,8 @@ def multi_lora_linear_backward_ref(
     table: Tensor,
     scalings: Tensor,
     adapter_ids: Tensor,
-    p: Tensor | None,
     *,
+    p: Tensor | None,
     slices: Sequence[int] | None = None,
     weights: Tensor | None = None,
     column_scale: Tensor | None = None,
@@ -148,7 +148,7 @@ def multi_lora_linear_backward_ref(
     u: Tensor | None = None,
     dropout_p: Tensor | None = None,
     dropout_seed: Tensor | None = None,
-    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+    needs: tuple[bool, ...] = (True, True, True, True, True),
 ) -> MultiLoRAGradients:
     """With dU = g ∘ dY and, over the rows of adapter i, Q = dU B_i: dX = dU W + drop_i'(s_i w Q A_i),
     dA_i = s_i (w Q)ᵀ drop_i(x), dB_i = s_i dUᵀ (w P), dm_i = (Σ_m dY ∘ u) / n_i, and dbias = Σ_m dY over all rows.

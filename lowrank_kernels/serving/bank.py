@@ -24,8 +24,10 @@ from ..functional import dora_column_scale, multi_lora_linear
 from ..names import named_modules, place, submodule
 from ..nn.batches import Batch, Batches
 from ..nn.frozen import AroundBase, check_weight_may_be_read
-from ..nn.matrix import as_matrix, is_linear
+from ..nn.matrix import frozen_weight, is_linear
 from ..stack import LoRAStack
+from ..weights import Weight
+from ..weights import rows as rows_of
 from .fingerprint import fingerprint
 
 
@@ -60,7 +62,7 @@ class _Part(NamedTuple):
     def is_dora(self) -> bool:
         return self.norm is not None
 
-    def rescaled(self, weight: Tensor) -> _Part:
+    def rescaled(self, weight: Weight) -> _Part:
         """The same over another weight."""
         if self.magnitude is None:
             return self
@@ -73,13 +75,13 @@ class _Untouched(_Part):
     """What leaves a slice as it is, beside DoRA's others: B = 0, and a scale of 1 over any weight."""
 
     @classmethod
-    def of(cls, weight: Tensor) -> _Untouched:
+    def of(cls, weight: Weight) -> _Untouched:
         n, k = weight.shape
         ones, dtype = torch.ones(n), weight.dtype
         zeros = torch.zeros(1, k, dtype=dtype), torch.zeros(n, 1, dtype=dtype)
         return cls(*zeros, 0.0, ones.to(dtype), ones, ones)
 
-    def rescaled(self, weight: Tensor) -> _Part:
+    def rescaled(self, weight: Weight) -> _Part:
         return self
 
 
@@ -110,9 +112,11 @@ class _SlicedPart(NamedTuple):
     def is_dora(self) -> bool:
         return any(part is not None and part.is_dora for part in self.parts)
 
-    def rescaled(self, weight: Tensor) -> _SlicedPart:
-        own = zip(self.parts, weight.split(self.widths), strict=True)
-        return self._replace(parts=tuple(None if part is None else part.rescaled(rows) for part, rows in own))
+    def rescaled(self, weight: Weight) -> _SlicedPart:
+        ends = itertools.accumulate(self.widths)
+        rows = [rows_of(weight, end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        own = zip(self.parts, rows, strict=True)
+        return self._replace(parts=tuple(None if part is None else part.rescaled(of_part) for part, of_part in own))
 
     @property
     def norm(self) -> Tensor | None:
@@ -457,12 +461,13 @@ class AdapterBank:
                 parts[name] = _SlicedPart(tuple(own), tuple(widths.values()))
         return parts
 
-    def _weight(self, name: str) -> Tensor:
+    def _weight(self, name: str) -> Weight:
         """Of a linear as the model has it now, or of a part of one."""
         whole, rows = self._parts_of.get(name, (name, slice(None)))
         module: Any = submodule(self.model, whole)
         linear = getattr(module, "base_layer", module)
-        return as_matrix(linear, linear.weight).detach()[rows]
+        weight = frozen_weight(linear).detach()
+        return weight if rows.stop is None else rows_of(weight, rows.start, rows.stop)
 
     def _follow_weights(self, adapters: Sequence[_Adapter]) -> None:
         """Compute the norms of DoRA adapters again over weights that are not what they were computed from."""
@@ -519,7 +524,7 @@ class AdapterBank:
         self._publish(parts)
 
     def _stack(self, name: str, part: _Part | _SlicedPart, slot: int) -> None:
-        weight, factors = self._wrapped[name].matrix, part.factors(self._wrapped[name].weight.device)
+        weight, factors = self._wrapped[name].matrix, part.factors(self._wrapped[name].matrix.device)
         slices = part.widths if isinstance(part, _SlicedPart) else None
         if name not in self._stacks:
             n, k = weight.shape
@@ -619,7 +624,7 @@ def _holds(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> bool:
     return all(same_values(tensors[f"{name}.{key}"], t) for key, t in state.items() if isinstance(t, Tensor))
 
 
-def _part(name: str, weight: Tensor, file: AdapterFile) -> _Part:
+def _part(name: str, weight: Weight, file: AdapterFile) -> _Part:
     """An adapter on one linear, in its weight's dtype; DoRA's norm from the tensors as they were saved."""
     config, tensors, dtype = file.config, file.tensors, weight.dtype
     lora_a, lora_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..weights import FrozenWeight, Weight
+
 _WORDS_AT_ONCE = 1 << 24
 _WORDS_IN_CACHE = 1 << 17
 
@@ -17,12 +19,14 @@ def _multipliers(words: int, device: torch.device) -> Tensor:
     return (torch.randint(2**62, (words,), generator=generator) * 2 + 1).to(device)
 
 
-def fingerprint(weight: Tensor) -> Tensor:
+def fingerprint(weight: Weight) -> Tensor:
     """(N,) int64: of each row of ``weight`` (N, K), Σ_j c_j f(w_j) mod 2⁶⁴ over its 8-byte words w_j, random odd c_j.
 
     f(w) is w with its upper half xored into the lower one: products carry bits up alone, so that without f two flipped
     signs would cancel. One word that changes always changes the sum; several do but for one chance in 2³³ or less.
     """
+    if isinstance(weight, FrozenWeight):
+        return torch.cat([fingerprint(part.reshape(1, -1)) for part in weight.parts()])
     rows = weight.detach()
     size = rows.shape[1] * rows.element_size()
     missing = -size % 8 // rows.element_size()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,13 +75,26 @@ def test_turns_are_taken_and_sampled():
     assert {("a", "b"), ("b", "a")} == set(turns)
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capsys):
-    files = {kind: tmp_path / f"rows.{kind}" for kind in ("csv", "json", "png")}
-    arguments = ["--op", "merge_lora_", "--op", "dora_weight_norm", "--dtypes", "float32", "--seconds", "0"]
-    arguments += ["--shapes", "K=64,N=96,R=4", "--shapes", "K=65,N=9,R=70"]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(arguments, files by kind, what was printed) of a run of the command that writes every kind of file."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = {kind: folder / f"rows.{kind}" for kind in ("csv", "json", "png")}
+    arguments = ["bench", "--op", "merge_lora_", "--op", "dora_weight_norm", "--dtypes", "float32", "--seconds", "0"]
+    arguments += ["--shapes", "K=64,N=96,R=4", "--shapes", "K=65,N=9,R=70", "--modes", "inference"]
     arguments += ["--csv", str(files["csv"]), "--json", str(files["json"]), "--plot", str(files["png"])]
-    assert main(["bench", *arguments, "--modes", "inference"]) == 0
-    out = capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(arguments) == 0
+    return arguments, files, out.getvalue()
+
+
+def test_the_command_prints_a_table_and_the_roofs(written):
+    _, _, out = written
+    assert out.count("merge_lora_") >= 4 and "measured roofs, float32" in out
+
+
+def test_the_command_writes_rows_with_where_they_are_from(written):
+    _, files, _ = written
     with files["csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (2 + 3)
@@ -86,11 +102,20 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     again, where = read_csv(files["csv"])
     assert [r.provider for r in again] == [r["provider"] for r in rows] and where["torch"] == torch.__version__
     assert all(r.median_us > 0 for r in again)
-    assert main(["bench", *arguments, "--modes", "inference", "--append"]) == 0
-    assert len(read_csv(files["csv"])[0]) == 2 * len(rows)
     assert len(json.loads(files["json"].read_text())["rows"]) == len(rows)
+
+
+def test_the_command_draws_a_picture(written):
+    _, files, _ = written
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
-    assert out.count("merge_lora_") >= 4 and "measured roofs, float32" in out
+
+
+def test_the_command_appends_rows(written, tmp_path):
+    arguments, files, _ = written
+    rows, longer = read_csv(files["csv"])[0], shutil.copy(files["csv"], tmp_path / "longer.csv")
+    arguments = [str(longer) if word == str(files["csv"]) else word for word in arguments]
+    assert main([*arguments, "--append"]) == 0
+    assert len(read_csv(longer)[0]) == 2 * len(rows)
 
 
 @pytest.mark.parametrize(

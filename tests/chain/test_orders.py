@@ -43,9 +43,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float = 1.0)
 @pytest.mark.parametrize(
     ("train", "make", "settings"),
     [
-        ("both", adamw, {}), ("both", rite, {"warmup": 2}), ("b", adamw, {"master": True}), ("a", adamw, {}),
+        ("both", adamw, {}),
+        ("both", rite, {"warmup": 2}),
+        ("b", adamw, {"master": True}),
+        ("a", adamw, {}),
     ],
-)  # fmt: skip
+)
 def test_a_chain_made_after_loading_goes_on_bit_for_bit(
     train: str, make: Callable[..., torch.optim.Optimizer], settings: dict[str, Any], steps: int
 ) -> None:

@@ -40,9 +40,15 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
 
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-        )  # fmt: skip
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+        )
         return LlamaForCausalLM(config).eval(), Tokenizer(), examples, examples
 
     monkeypatch.setattr(demo_serve, "load_task", load)

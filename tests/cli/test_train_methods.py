@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -39,21 +41,27 @@ def tiny_model(dtype: torch.dtype) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
 EXAMPLES = [docstrings.Example("t", f"f{i}", f"def f{i}", "abab" * (1 + i % 3)) for i in range(24)]
 
 
+def load_tiny_task(args: Any) -> Any:
+    return tiny_model(train.DTYPES[args.dtype or "float32"]), Tokenizer(), EXAMPLES, EXAMPLES[:8]
+
+
 @pytest.fixture(autouse=True)
 def tiny_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(args: Any) -> Any:
-        return tiny_model(train.DTYPES[args.dtype or "float32"]), Tokenizer(), EXAMPLES, EXAMPLES[:8]
-
-    monkeypatch.setattr(train, "load_task", load)
+    monkeypatch.setattr(train, "load_task", load_tiny_task)
 
 
 SMALL = {
@@ -67,6 +75,8 @@ SMALL = {
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [name for name, row in METHODS.items() if FACTORS in row.options or BLOCKS in row.options]
+LOADED = (save_adapter, save_from_start, save_blocks)
+"""What writes files that are loaded over the base."""
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
 
 
@@ -82,33 +92,82 @@ def command(method: str, *more: str, steps: int = 12) -> int:
     return main(["train", "--method", method, "--steps", str(steps), *options(method), *rate, *more])
 
 
-@pytest.mark.parametrize(
-    ("method", "more"), [*((method, ()) for method in METHODS), ("cola", ("--link-ranks", "4", "2", "1"))]
-)
-def test_it_learns_stops_and_goes_on_bit_for_bit(
-    method: str, more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole, resumed, state = tmp_path / "whole.json", tmp_path / "resumed.json", tmp_path / "state.pt"
+class Runs(NamedTuple):
+    """One run of a method in one piece, and one that was stopped after step 6 of 12 and went on."""
+
+    method: str
+    whole: dict[str, Any]
+    resumed: dict[str, Any]
+    stopped_said: str
+    folders: tuple[Path, Path]  # what each wrote
+
+    def files(self) -> list[list[str]]:
+        return [sorted(p.name for p in folder.iterdir()) for folder in self.folders]
+
+
+def by_method(*methods: str) -> Any:
+    """Runs of these methods, or of all; one of CoLA's links have ranks of their own."""
+    cases = [(method, ()) for method in METHODS] + [("cola", ("--link-ranks", "4", "2", "1"))]
+    chosen = [case for case in cases if not methods or case[0] in methods]
+    return pytest.mark.parametrize("runs", chosen, indirect=True, ids=lambda case: " ".join((case[0], *case[1])))
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    method, more = request.param
+    folder = tmp_path_factory.mktemp("runs")
+    whole, resumed, state = folder / "whole.json", folder / "resumed.json", folder / "state.pt"
+    folders = (folder / "out", folder / "again")
     dropout = ["--dropout", "0.1"] if method in WITH_RANK else []
-    assert command(method, "--json", str(whole), "--output", str(tmp_path / "out"), *dropout, *more) == 0
     parts = ["--checkpoint", str(state), *dropout, *more]
-    assert command(method, *parts, "--stop-after", "6") == 0  # in the middle of a link
-    assert "stopped after step 6 of 12" in capsys.readouterr().out
-    assert command(method, *parts, "--json", str(resumed), "--output", str(tmp_path / "again")) == 0
-    first, second = (json.loads(path.read_text()) for path in (whole, resumed))
-    assert first["held_out_after"] < first["held_out_before"]
+    stopped = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_task", load_tiny_task)
+        assert command(method, "--json", str(whole), "--output", str(folders[0]), *dropout, *more) == 0
+        with contextlib.redirect_stdout(stopped):
+            assert command(method, *parts, "--stop-after", "6") == 0  # in the middle of a link
+        assert command(method, *parts, "--json", str(resumed), "--output", str(folders[1])) == 0
+    found = (json.loads(path.read_text()) for path in (whole, resumed))
+    return Runs(method, *found, stopped.getvalue(), folders)
+
+
+@by_method()
+def test_a_run_lowers_the_loss_on_what_it_has_not_seen(runs: Runs) -> None:
+    assert runs.whole["held_out_after"] < runs.whole["held_out_before"]
+
+
+@by_method()
+def test_a_run_that_stops_says_where(runs: Runs) -> None:
+    assert "stopped after step 6 of 12" in runs.stopped_said
+
+
+@by_method()
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs: Runs) -> None:
     for key in ("losses", "held_out_before", "held_out_after", "links"):
-        assert first[key] == second[key], key
-    assert first["links"] == (3 if METHODS[method].ride else 0)
-    saved = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("out", "again")]
-    assert saved[0] == saved[1]
-    if METHODS[method].save is save_model:
-        assert "model.safetensors" in saved[0] and "adapter_config.json" not in saved[0]
-    elif METHODS[method].save is save_blocks:
-        lk.smt.load_delta(tiny_model(torch.float32), tmp_path / "out")
-    elif METHODS[method].save in (save_adapter, save_from_start):
-        lk.load_adapter(tiny_model(torch.float32), tmp_path / "out")
-    assert METHODS[method].ride is None or METHODS[method].save is save_model
+        assert runs.whole[key] == runs.resumed[key], key
+
+
+@by_method()
+def test_a_chain_has_its_links_and_the_others_none(runs: Runs) -> None:
+    assert runs.whole["links"] == (3 if METHODS[runs.method].ride else 0)
+
+
+@by_method()
+def test_a_run_that_was_stopped_writes_the_same_files(runs: Runs) -> None:
+    whole, resumed = runs.files()
+    assert whole == resumed
+
+
+@by_method(*(name for name, row in METHODS.items() if row.save is save_model))
+def test_a_chain_writes_a_whole_model(runs: Runs) -> None:
+    files = runs.files()[0]
+    assert "model.safetensors" in files and "adapter_config.json" not in files
+
+
+@by_method(*(name for name, row in METHODS.items() if row.save in LOADED))
+def test_what_a_run_writes_is_loaded_over_the_base(runs: Runs) -> None:
+    load = lk.smt.load_delta if METHODS[runs.method].save is save_blocks else lk.load_adapter
+    load(tiny_model(torch.float32), runs.folders[0])
 
 
 @pytest.mark.parametrize("more", [["--rounding", "stochastic"], ["--master"]])
@@ -213,26 +272,49 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """What a run of LoRA of rank 4 wrote after its first step."""
     state = tmp_path / "state.pt"
     assert command("lora", "--checkpoint", str(state), "--stop-after", "1") == 0
-    for arguments, words in (
-        (["lora", "--checkpoint", str(state), "--rank", "3"], "is of a run with rank=4"),
-        (["cola", "--checkpoint", str(state)], "is of a run with method=lora"),
+    return state
+
+
+def last_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Of what a run that is refused says."""
+    capsys.readouterr()
+    assert command(*arguments) == 2, arguments
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["lora", "--rank", "3"], "is of a run with rank=4"), (["cola"], "is of a run with method=lora")],
+)
+def test_the_state_of_another_run_is_refused(
+    arguments: list[str], words: str, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in last_line(capsys, *arguments, "--checkpoint", str(state))
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state.pt").write_bytes(b"nothing")
+    assert command("lora", "--checkpoint", str(tmp_path / "state.pt")) == 2
+    assert "to be one of `lrk train`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["rac-lora", "--rounding", "stochastic"], "rac_lora: expected bfloat16 weights for stochastic rounding"),
         (["cola", "--link-ranks", "4", "5"], "cola: expected ranks from 1 to the layers' own of 4, one a link"),
         (["cola", "--steps-per-link", "0"], "--steps-per-link: expected an integer from 1 to 2147483647, got '0'"),
         (["lora-ga", "--rank", "20"], "lora_ga: expected a rank of at most"),
-        (
-            ["lora-ga", "--gradient-batches", "0"],
-            "--gradient-batches: expected an integer from 1 to",
-        ),
+        (["lora-ga", "--gradient-batches", "0"], "--gradient-batches: expected an integer from 1 to"),
         (["smt", "--warmup-steps", "0"], "--warmup-steps: expected an integer from 1 to 2147483647, got '0'"),
-    ):
-        capsys.readouterr()
-        assert command(*arguments) == 2, arguments
-        assert words in capsys.readouterr().err.splitlines()[-1]
-    state.write_bytes(b"nothing")
-    capsys.readouterr()
-    assert command("lora", "--checkpoint", str(state)) == 2
-    assert "to be one of `lrk train`" in capsys.readouterr().err
+    ],
+)
+def test_options_that_a_method_cannot_take_are_refused_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in last_line(capsys, *arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 import lowrank_kernels as lk
 from lowrank_kernels.functional import read_blocks, write_blocks_
 from lowrank_kernels.stack import LoRAStack
+from lowrank_kernels.tuned import Fields
 
 from .draw import F32, F64, Draw
 
@@ -32,6 +33,7 @@ class Call:
         relative: an error that the result has beside roundings to its dtype, such as that of a norm.
         backends: what may be asked for.
         dtype: of x and W.
+        tuned: the op whose plans may be told what to do, and ``choices`` what they may be told.
     """
 
     words: str
@@ -43,7 +45,7 @@ class Call:
     relative: float = 0.0
     backends: tuple[str, ...] = ("auto", "cpu", "reference", "triton")
     tuned: str | None = None
-    choices: tuple[str, ...] = field(default=("own_product", "library_product"))
+    choices: tuple[Fields, ...] = field(default=({"base": "own"}, {"base": "library"}))
 
 
 def _norm(t: Tensor | None) -> float:
@@ -120,12 +122,15 @@ def lora(d: Draw) -> Call:
         tensors["gate"] = d.laid_out(d.normal(tensors["lora_a"].shape[0], of=d.any_dtype(dtype)))
     scaling, options = d.scaling(), _dropout(d)
     return Call(
-        f"lora_linear(scaling={scaling}, {options})", tensors,
+        f"lora_linear(scaling={scaling}, {options})",
+        tensors,
         lambda t, backend: lk.lora_linear(**t, scaling=scaling, **options, backend=backend),
-        _Sizes(tensors, scaling, options.get("dropout_p", 0.0)), dtype,
-        ("x", "lora_a", "lora_b", "bias", "gate"), tuned="lora_linear",
-        choices=("own_product", "library_product", "eager", "reference"),
-    )  # fmt: skip
+        _Sizes(tensors, scaling, options.get("dropout_p", 0.0)),
+        dtype,
+        ("x", "lora_a", "lora_b", "bias", "gate"),
+        tuned="lora_linear",
+        choices=({"base": "own"}, {"base": "library"}, {"eager": True}, {"backend": "reference"}),
+    )
 
 
 def _norm_terms(t: Tensors, scaling: float) -> tuple[Tensor, Tensor]:
@@ -196,9 +201,15 @@ def dora(d: Draw) -> Call:
         return sizes(name, dy) + more
 
     return Call(
-        f"dora_linear(scaling={scaling}, detach_norm={detach_norm}, {list(options)})", tensors, run, size, dtype,
-        ("x", "lora_a", "lora_b", "magnitude", "bias"), min(2 * relative, 1e6), tuned="dora_linear",
-    )  # fmt: skip
+        f"dora_linear(scaling={scaling}, detach_norm={detach_norm}, {list(options)})",
+        tensors,
+        run,
+        size,
+        dtype,
+        ("x", "lora_a", "lora_b", "magnitude", "bias"),
+        min(2 * relative, 1e6),
+        tuned="dora_linear",
+    )
 
 
 def dora_norm(d: Draw) -> Call:
@@ -210,10 +221,12 @@ def dora_norm(d: Draw) -> Call:
     # What is compared is n, whose error is not relative to it: as a size, at one unit in the last place.
     size = _largest(error) / torch.finfo(_accumulation(dtype)).eps + _largest(norm)
     return Call(
-        f"dora_weight_norm(scaling={scaling})", tensors,
+        f"dora_weight_norm(scaling={scaling})",
+        tensors,
         lambda t, backend: lk.dora_weight_norm(**t, scaling=scaling, backend=backend),
-        lambda name, dy: size, _accumulation(dtype),
-    )  # fmt: skip
+        lambda name, dy: size,
+        _accumulation(dtype),
+    )
 
 
 def block_sparse(d: Draw) -> Call:
@@ -235,15 +248,20 @@ def block_sparse(d: Draw) -> Call:
 
     def size(name: str, dy: float) -> float:
         return {
-            "y": x * w + _largest(tensors.get("bias")), "x": dy * all_w, "blocks": dy * all_x,
+            "y": x * w + _largest(tensors.get("bias")),
+            "x": dy * all_w,
+            "blocks": dy * all_x,
             "bias": max(1, m) ** 0.5 * dy,
-        }[name]  # fmt: skip
+        }[name]
 
     return Call(
-        f"block_sparse_linear({len(index)} of {bm}×{bn})", tensors,
+        f"block_sparse_linear({len(index)} of {bm}×{bn})",
+        tensors,
         lambda t, backend: lk.block_sparse_linear(**t, block_index=index, backend=backend),
-        size, dtype, ("x", "blocks", "bias"),
-    )  # fmt: skip
+        size,
+        dtype,
+        ("x", "blocks", "bias"),
+    )
 
 
 def block_grad(d: Draw) -> Call:
@@ -251,15 +269,15 @@ def block_grad(d: Draw) -> Call:
     bm, bn = d.one_of(16, 16, 32, 48), d.one_of(16, 16, 32, 48)
     every = [(i, j) for i in range(-(-n // bm)) for j in range(-(-k // bn))]
     index = torch.tensor(d.random.sample(every, d.random.randint(0, len(every))), dtype=torch.int32).reshape(-1, 2)
-    tensors = {
-        "x": d.laid_out(d.normal(m, k, of=dtype)), "grad_y": d.laid_out(d.normal(m, n, of=dtype))
-    }  # fmt: skip
+    tensors = {"x": d.laid_out(d.normal(m, k, of=dtype)), "grad_y": d.laid_out(d.normal(m, n, of=dtype))}
     size = _norm(tensors["x"]) * _norm(tensors["grad_y"])
     return Call(
-        f"block_sparse_weight_grad({len(index)} of {bm}×{bn})", tensors,
+        f"block_sparse_weight_grad({len(index)} of {bm}×{bn})",
+        tensors,
         lambda t, backend: lk.block_sparse_weight_grad(**t, block_index=index, block_size=(bm, bn), backend=backend),
-        lambda name, dy: size, dtype,
-    )  # fmt: skip
+        lambda name, dy: size,
+        dtype,
+    )
 
 
 def multi_lora(d: Draw) -> Call:
@@ -287,8 +305,9 @@ def multi_lora(d: Draw) -> Call:
     tensors = {
         "x": d.laid_out(d.normal(m, k, of=dtype)),
         "weight": d.laid_out(d.normal(n, k, of=dtype, scale=max(k, 1) ** -0.5)),
-        "lora_a": stack.lora_a, "lora_b": stack.lora_b,
-    }  # fmt: skip
+        "lora_a": stack.lora_a,
+        "lora_b": stack.lora_b,
+    }
     if stack.magnitude is not None:
         tensors["magnitude"] = stack.magnitude
     if d.chance(0.5):
@@ -332,18 +351,23 @@ def multi_lora(d: Draw) -> Call:
 
     return Call(
         f"multi_lora_linear(ranks={stack.ranks}, slices={widths}, J={choices}, dora={stack.has_dora}, {list(options)})",
-        tensors, run, size, dtype,
-        ("x", "lora_a", "lora_b", *(("magnitude",) if stack.has_dora else ()), "bias"), min(2 * relative, 1e6),
+        tensors,
+        run,
+        size,
+        dtype,
+        ("x", "lora_a", "lora_b", *(("magnitude",) if stack.has_dora else ()), "bias"),
+        min(2 * relative, 1e6),
         tuned="multi_lora_linear",
-    )  # fmt: skip
+    )
 
 
 def merge(d: Draw) -> Call:
     k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
     tensors = {
-        "weight": d.laid_out(d.normal(n, k, of=dtype)), "lora_a": d.laid_out(d.normal(r, k, of=d.any_dtype(dtype))),
+        "weight": d.laid_out(d.normal(n, k, of=dtype)),
+        "lora_a": d.laid_out(d.normal(r, k, of=d.any_dtype(dtype))),
         "lora_b": d.laid_out(d.normal(n, r, of=d.any_dtype(dtype), scale=r**-0.5)),
-    }  # fmt: skip
+    }
     if 0 in tensors["weight"].stride():
         tensors["weight"] = tensors["weight"].clone()
     scaling, way = d.scaling(), d.one_of("merge_lora_", "merge_dora_", "unmerge_dora_")
@@ -366,7 +390,12 @@ def merge(d: Draw) -> Call:
 
 
 FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
-    "lora": (6, lora), "dora": (5, dora), "multi_lora": (5, multi_lora), "block_sparse": (3, block_sparse),
-    "block_grad": (2, block_grad), "dora_norm": (2, dora_norm), "merge": (2, merge),
-}  # fmt: skip
+    "lora": (6, lora),
+    "dora": (5, dora),
+    "multi_lora": (5, multi_lora),
+    "block_sparse": (3, block_sparse),
+    "block_grad": (2, block_grad),
+    "dora_norm": (2, dora_norm),
+    "merge": (2, merge),
+}
 """How often each is drawn, and by what."""

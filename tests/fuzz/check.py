@@ -40,23 +40,23 @@ def faults(seed: int, backends: tuple[str, ...] = ("auto", "cpu", "reference")) 
         call = FAMILIES[family][1](d)
     except Exception as error:
         return [f"seed {seed}: operands of {family}\n  -> {type(error).__name__}: {error}"]
-    possible = [b for b in call.backends if b in backends]
+    possible = [b for b in call.backends if b in backends] or ["reference"]
     backend = d.random.choice(
         possible if call.dtype != F64 else [b for b in possible if b in ("auto", "reference")] or ["reference"]
     )
     wanted = [name for name in call.trained if name in call.tensors and d.chance(0.6)]
     way = d.one_of("plain", "plain", "no_grad", "inference")
-    choice = d.random.choice((None, *call.choices)) if call.tuned and backend == "auto" else None
+    fields = d.random.choice((None, *call.choices)) if call.tuned and backend == "auto" else None
     grad_layout = d.one_of("plain", "plain", "expanded", "laid out")
     words = (
-        f"seed {seed}: {call.words}, backend {backend}, choice {choice}, {way}, gradients of {wanted}, "
+        f"seed {seed}: {call.words}, backend {backend}, plan {fields}, {way}, gradients of {wanted}, "
         f"dY {grad_layout}\n"
         + "\n".join(f"  {n}: {tuple(t.shape)} {t.dtype} strides {t.stride()}" for n, t in call.tensors.items())
     )
     try:
         with poisoned_memory(), tuned.forcing(call.tuned) if call.tuned else nullcontext() as force:
             if force is not None:
-                force(choice)
+                force(fields)
             found = _compare(call, d, backend, wanted, way, grad_layout)
     except Exception as error:  # a refusal of a valid call
         found = [f"{type(error).__name__}: {error}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ def test_scales() -> None:
     unit_a, unit_b = lora_ga_factors(g, R, scale="unit")
     singular = torch.linalg.svdvals(w)[:R].mean().item()
     for scale, factor in (
-        ("stable", N**0.25 / 8.0), ("gd", 1 / 0.5), ("weight_svd", math.sqrt(singular / 0.5)),
-    ):  # fmt: skip
+        ("stable", N**0.25 / 8.0),
+        ("gd", 1 / 0.5),
+        ("weight_svd", math.sqrt(singular / 0.5)),
+    ):
         a, b = lora_ga_factors(g, R, scale=scale, gamma=64.0, scaling=0.5, weight=w)
         torch.testing.assert_close(a, factor * unit_a)
         torch.testing.assert_close(b, factor * unit_b)
@@ -121,38 +124,73 @@ def test_the_randomised_svd_finds_the_same_and_is_seeded() -> None:
     assert error < 1.01 * torch.linalg.svdvals(g)[6:].norm()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_start_is_the_pretrained_function_and_the_export_fits_the_untouched_base(
-    rslora: bool, tmp_path: Path
-) -> None:
+class Started(NamedTuple):
+    """A model that LoRA-GA has given its start, and the one it came from."""
+
+    model: Model
+    base: Model
+    starts: Any
+    layers: tuple[str, ...]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "rslora"])
+def started(request: pytest.FixtureRequest) -> Started:
     model, linears = model_and_linears()
     base = copy.deepcopy(model)
-    weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     gradients = estimate_gradients(model, BATCHES, cross_entropy, linears)
-    lk.adapt(model, lk.LoRAConfig(
-        r=3, alpha=6, target_modules=("one", "two"), rslora=rslora, rank_pattern={"two": 2}, alpha_pattern={"two": 5}
-    ))  # fmt: skip
-    starts = lora_ga_(model, gradients)
-    for name, weight in weights.items():
-        layer = model.get_submodule(name)
-        assert layer.lora_B.weight.abs().max() > 0
-        start = layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
-        torch.testing.assert_close(start, weight, rtol=1e-6, atol=2e-7)
-    torch.testing.assert_close(model(BATCHES[0]), base(BATCHES[0]), rtol=1e-5, atol=1e-6)
+    config = lk.LoRAConfig(
+        r=3,
+        alpha=6,
+        target_modules=("one", "two"),
+        rslora=request.param,
+        rank_pattern={"two": 2},
+        alpha_pattern={"two": 5},
+    )
+    lk.adapt(model, config)
+    return Started(model, base, lora_ga_(model, gradients), tuple(linears))
+
+
+def train_for(model: nn.Module, steps: int) -> list[float]:
+    """The losses."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(steps):
         optimizer.zero_grad()
-        losses.append(cross_entropy(model, BATCHES[0]))
-        losses[-1].backward()
+        loss = cross_entropy(model, BATCHES[0])
+        loss.backward()
         optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_start_is_the_pretrained_function(started: Started) -> None:
+    for name in started.layers:
+        layer = started.model.get_submodule(name)
+        assert layer.lora_B.weight.abs().max() > 0
+        start = layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+        torch.testing.assert_close(start, started.base.get_submodule(name).weight, rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(started.model(BATCHES[0]), started.base(BATCHES[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_training_from_the_start_lowers_the_loss(started: Started) -> None:
+    losses = train_for(started.model, 20)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_export_fits_the_untouched_base(started: Started, tmp_path: Path) -> None:
+    model, base, starts, _ = started
+    train_for(model, 20)
     lk.save_lora_ga_adapter(model, starts, tmp_path / "adapter")
-    ours = copy.deepcopy(base)
-    report = lk.load_adapter(ours, tmp_path / "adapter")
+    report = lk.load_adapter(base, tmp_path / "adapter")
     assert {r.name: r.rank for r in report.replaced} == {"one": 6, "two": 4}
-    torch.testing.assert_close(ours(BATCHES[0]), model(BATCHES[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(base(BATCHES[0]), model(BATCHES[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_reads_the_export(started: Started, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    model, base, starts, _ = started
+    train_for(model, 20)
+    lk.save_lora_ga_adapter(model, starts, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     torch.testing.assert_close(theirs(BATCHES[0]), model(BATCHES[0]), rtol=1e-4, atol=1e-5)
 

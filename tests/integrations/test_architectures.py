@@ -12,9 +12,12 @@ transformers = pytest.importorskip("transformers")
 
 TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT = TEXT | {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": 40,
-}  # fmt: skip
+}
 LLAMA = BERT | {"num_key_value_heads": 2, "head_dim": 8}
 ONE_IMAGE = {"image_size": 16, "patch_size": 8}
 
@@ -45,19 +48,38 @@ MODELS: dict[str, tuple[str, dict]] = {
     "t5": ("Seq2SeqLM", TEXT | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
     "bart": (
         "Seq2SeqLM",
-        TEXT | {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-                "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
-                "max_position_embeddings": 40},
+        TEXT
+        | {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 40,
+        },
     ),
     "vit": ("ImageClassification", BERT | ONE_IMAGE),
     "dinov2": ("ImageClassification", BERT | ONE_IMAGE | {"mlp_ratio": 2}),
     "whisper": (
         "SpeechSeq2Seq",
-        TEXT | {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-                "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-                "max_source_positions": 20, "max_target_positions": 20, "decoder_start_token_id": 1},
+        TEXT
+        | {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_mel_bins": 8,
+            "max_source_positions": 20,
+            "max_target_positions": 20,
+            "decoder_start_token_id": 1,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def build(name: str) -> nn.Module:

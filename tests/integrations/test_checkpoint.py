@@ -85,22 +85,41 @@ def peft_config(settings):
     return peft.LoraConfig(**{"lora_alpha": 16, "r": 8, **translated})
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_peft_loads_what_we_save(llama, tokens, tmp_path, settings):
+@pytest.fixture(params=SETTINGS, ids=str)
+def settings(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(llama, settings, tmp_path):
+    """(a model with a random adapter of these settings, the folder it was saved to)."""
     model = llama()
     adapt(model, our_config(settings))
     randomise(model)
-    logits = model(tokens).logits
-    assert (logits - llama()(tokens).logits).abs().max() > 0.01
-    assert save_adapter(model, tmp_path / "a", base_model_name="tiny/llama", task_type="CAUSAL_LM") == tmp_path / "a"
-    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
-    assert_the_same_model(theirs, model, tokens)
+    folder = save_adapter(model, tmp_path / "a", base_model_name="tiny/llama", task_type="CAUSAL_LM")
+    assert folder == tmp_path / "a"
+    return model, folder
+
+
+def test_peft_computes_the_same_with_what_we_save(saved, llama, tokens):
+    model, folder = saved
+    assert (model(tokens).logits - llama()(tokens).logits).abs().max() > 0.01
+    assert_the_same_model(peft.PeftModel.from_pretrained(llama(), folder).eval(), model, tokens)
+
+
+def test_peft_reads_our_settings_as_its_own(saved, settings, llama):
+    _, folder = saved
+    theirs = peft.PeftModel.from_pretrained(llama(), folder).eval()
     wanted, config = peft_config(settings), theirs.peft_config["default"]
     for option in ("r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "lora_bias", "use_dora"):
         assert getattr(config, option) == getattr(wanted, option), option
     assert config.rank_pattern == wanted.rank_pattern and config.alpha_pattern == wanted.alpha_pattern
     assert (config.base_model_name_or_path, config.task_type) == ("tiny/llama", "CAUSAL_LM")
-    written = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+
+
+def test_targets_are_written_as_they_were_given(saved, settings):
+    _, folder = saved
+    written = json.loads((folder / CONFIG_FILE).read_text())
     targets = settings["target_modules"]
     if targets == "all-linear":
         targets = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -125,49 +144,74 @@ def test_we_load_what_peft_saves(llama, tokens, tmp_path, settings):
     assert {k: getattr(config_of(model), k) for k in wanted} == wanted
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_rank_over_the_matrix_size_that_peft_wrote_is_read(llama, tokens, tmp_path, use_dora):
-    """``adapt`` refuses one; what exists is loaded, run and written as it is."""
-    config = peft_config({"target_modules": ("q_proj", "v_proj"), "r": 40, "use_dora": use_dora})
+@pytest.fixture(params=[False, True], ids=["lora", "dora"])
+def wide(request, llama, tokens, tmp_path):
+    """(PEFT's model, the folder it wrote, its logits), of a rank over the matrix size.
+
+    ``adapt`` refuses such a rank; what exists is loaded, run and written as it is.
+    """
+    config = peft_config({"target_modules": ("q_proj", "v_proj"), "r": 40, "use_dora": request.param})
     theirs = peft.get_peft_model(llama(), config).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
-    logits = theirs(tokens).logits
+    with torch.no_grad():
+        return theirs, tmp_path / "theirs", theirs(tokens).logits
+
+
+@torch.no_grad()
+def test_a_rank_over_the_matrix_size_that_peft_wrote_is_read_and_written(wide, llama, tokens, tmp_path):
+    _, folder, logits = wide
     model = llama()
-    report = load_adapter(model, tmp_path / "theirs")
+    report = load_adapter(model, folder)
     assert {r.rank for r in report.replaced} == {40} and {min(r.shape) for r in report.replaced} == {16, 32}
     assert_close(model(tokens).logits, logits)
     save_adapter(model, tmp_path / "ours")
-    ours, written = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "theirs"))
+    ours, written = (load_file(path / WEIGHTS_FILE) for path in (tmp_path / "ours", folder))
     assert ours.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in ours.items())
+
+
+@torch.no_grad()
+def test_a_rank_over_the_matrix_size_is_served(wide, llama, tokens):
+    _, folder, logits = wide
     with AdapterBank(llama()) as bank:
-        bank.load("wide", tmp_path / "theirs")
+        bank.load("wide", folder)
         with bank.batch([None, "wide"]):
             assert_close(bank.model(tokens).logits[1], logits[1])
+
+
+@torch.no_grad()
+def test_a_rank_over_the_matrix_size_is_accelerated(wide, tokens):
+    theirs, _, logits = wide
     assert len(accelerate(theirs).replaced) == 4
     assert_close(theirs(tokens).logits, logits)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_our_own_round_trip_is_exact_and_undoes(llama, tokens, tmp_path, settings):
-    model = llama()
-    adapt(model, our_config(settings))
-    randomise(model)
-    save_adapter(model, tmp_path)
+def test_our_own_round_trip_is_exact(saved, llama, tokens):
+    model, folder = saved
+    again = llama()
+    load_adapter(again, folder, trainable=True)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
+
+
+def test_what_was_loaded_is_saved_byte_for_byte(saved, llama, tmp_path):
+    _, folder = saved
+    again = llama()
+    load_adapter(again, folder, trainable=True)
+    save_adapter(again, tmp_path / "again", base_model_name="tiny/llama", task_type="CAUSAL_LM")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_undoing_a_load_leaves_the_model_as_it_was(saved, llama):
+    _, folder = saved
     again = llama()
     before = {
         n: (t.clone(), p.requires_grad)
         for (n, t), p in zip(again.state_dict().items(), again.parameters(), strict=True)
     }
-    report = load_adapter(again, tmp_path, trainable=True)
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
-    save_adapter(again, tmp_path / "again")
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        assert (tmp_path / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
-    report.undo()
+    load_adapter(again, folder, trainable=True).undo()
     state = again.state_dict()
     assert state.keys() == before.keys()
     assert all(torch.equal(state[n], t) for n, (t, _) in before.items())

@@ -24,7 +24,7 @@ from lowrank_kernels.patterns import FilePattern
 from lowrank_kernels.serving import AdapterBank
 from lowrank_kernels.smt.delta import load_delta, save_delta
 
-SECONDS = 10  # a hang is the fault, not a slow machine
+SECONDS = 10  # of the processor: an endless search is the fault, not a slow or busy machine
 MEMORY = 64 << 20
 
 
@@ -314,10 +314,10 @@ HOSTILE = {
 
 
 def assert_refused(model, call, match):
-    """In time, with little memory, in words that name the place, and with the model as it was."""
+    """Soon, with little memory, in words that name the place, and with the model as it was."""
     before = {name: t.clone() for name, t in model.state_dict().items()}
     modules = [id(module) for module in model.modules()]
-    start = time.monotonic()
+    start = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises((ValueError, TypeError), match=match) as error:
@@ -325,7 +325,7 @@ def assert_refused(model, call, match):
         assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert type(error.value) in (ValueError, TypeError) and len(str(error.value)) < 4000
     assert [id(module) for module in model.modules()] == modules
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -482,13 +482,13 @@ SLOW = [  # of which ``re`` needs a step for every way to match
 def test_a_slow_pattern_is_answered_or_refused(pattern, sound, tmp_path):
     folder = shutil.copytree(sound, tmp_path / "adapter")
     config(target_modules=pattern)(folder)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"steps|replaces nothing|missing: "):
         lk.load_adapter(Deep(), folder)
     config(target_modules=["q_proj"], rank_pattern={pattern: 2}, alpha_pattern={pattern: 2, "y": 3})(folder)
     with pytest.raises(ValueError, match=r"steps|missing: "):
         lk.load_adapter(Deep(), folder)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 UNSLOTH = (
@@ -520,9 +520,32 @@ def test_an_ordinary_pattern_matches_what_re_matches(pattern):
 
 
 PIECES = [
-    "a", "b", ".", r"\.", r"\w", r"\W", r"\d", r"\D", r"\s", "[ab]", "[^a]", "[a-c.]", r"[^\w]", "^", "$", r"\A", r"\Z",
-    r"\b", r"\B", "(?=a)", "(?!b.)", "(?<=a)", "(?<!b)", "(?<=.b)", "|",
-]  # fmt: skip
+    r"a",
+    r"b",
+    r".",
+    r"\.",
+    r"\w",
+    r"\W",
+    r"\d",
+    r"\D",
+    r"\s",
+    r"[ab]",
+    r"[^a]",
+    r"[a-c.]",
+    r"[^\w]",
+    r"^",
+    r"$",
+    r"\A",
+    r"\Z",
+    r"\b",
+    r"\B",
+    r"(?=a)",
+    r"(?!b.)",
+    r"(?<=a)",
+    r"(?<!b)",
+    r"(?<=.b)",
+    r"|",
+]
 REPEATS = ["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{2,}", "{0,2}?"]
 
 

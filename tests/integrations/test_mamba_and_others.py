@@ -30,11 +30,22 @@ def mamba2():
 def jamba():
     return tf.JambaForCausalLM(
         tf.JambaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=4,
-            expert_layer_offset=3, num_experts=2, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False,
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=4,
+            expert_layer_offset=3,
+            num_experts=2,
+            mamba_d_state=8,
+            mamba_dt_rank=8,
+            use_mamba_kernels=False,
         )
-    )  # fmt: skip
+    )
 
 
 def deberta():

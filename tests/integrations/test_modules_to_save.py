@@ -30,21 +30,37 @@ def saved(model, folder, **names):
     return load_file(folder / WEIGHTS)
 
 
-def test_a_copy_trains_and_undo_puts_the_modules_own_back():
+@pytest.fixture
+def tied():
+    """(a model whose embedding trains whole beside its tied head, the report, the head, the embedding of before)."""
     model = fresh(llama)
-    head, embedding, plain = model.lm_head, model.model.embed_tokens, exact_logits(model, INPUTS)
+    head, embedding = model.lm_head, model.model.embed_tokens
     assert head.weight is embedding.weight
     report = lk.adapt(model, lk.LoRAConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",)))
+    return model, report, head, embedding
+
+
+def test_a_copy_of_the_module_trains(tied):
+    model, report, head, embedding = tied
     assert report.notes == ("model.embed_tokens trains whole, by modules_to_save",)
     assert model.model.embed_tokens is not embedding and model.lm_head is head
     assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {
         "model.embed_tokens.weight"
     }
+
+
+def test_a_head_that_was_tied_keeps_its_own_weight_as_in_peft(tied):
+    model, _, head, _ = tied
     train(model)
-    assert torch.equal(head.weight, fresh(llama).lm_head.weight)  # tied before: keeps its own, as in PEFT
+    assert torch.equal(head.weight, fresh(llama).lm_head.weight)
+
+
+def test_undo_puts_the_module_back_after_training(tied):
+    model, report, head, embedding = tied
+    train(model)
     report.undo()
     assert model.model.embed_tokens is embedding and embedding.weight is head.weight
-    assert_the_same(exact_logits(model, INPUTS), plain)
+    assert_the_same(exact_logits(model, INPUTS), exact_logits(fresh(llama), INPUTS))
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -77,9 +93,7 @@ def test_buffers_are_saved_with_their_module(tmp_path):
     def make():
         return nn.ModuleDict({"lin": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
 
-    theirs = peft.get_peft_model(
-        make(), peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["norm"])
-    )  # fmt: skip
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["norm"]))
     train(theirs)
     theirs.base_model.model["norm"].train()(torch.randn(8, 4))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -180,7 +194,7 @@ def test_what_peft_converted_to_the_untouched_base_is_read(init, tmp_path):
     start = {"lora_ga_config": peft.LoraGAConfig()} if init == "lora_ga" else {}
     theirs = peft.get_peft_model(
         fresh(llama), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init, **start)
-    )  # fmt: skip
+    )
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = init

@@ -342,21 +342,30 @@ def test_scaling_changes_are_seen(llama, tokens):
     assert torch.equal(ours(tokens).logits, plain)
 
 
-def test_merge_unmerge_disable_and_unload(llama, tokens):
-    theirs = make(llama).eval()
-    ours = copy.deepcopy(theirs)
+def test_a_disabled_adapter_leaves_the_base_alone(llama, tokens):
+    ours = make(llama).eval()
+    accelerate(ours)
+    with ours.disable_adapter(), op_calls() as op:
+        assert torch.equal(ours(tokens).logits, llama()(tokens).logits)
+        assert op.call_count == 0
+
+
+def test_a_merged_adapter_runs_without_the_op_and_is_unmerged(llama, tokens):
+    ours = make(llama).eval()
     accelerate(ours)
     adapted = ours(tokens).logits
-    base = llama()(tokens).logits
-    with ours.disable_adapter(), op_calls() as op:
-        assert torch.equal(ours(tokens).logits, base)
-        assert op.call_count == 0
     ours.merge_adapter(safe_merge=True)
     with op_calls() as op:
         assert_close(ours(tokens).logits, adapted, 1e-5)
     assert op.call_count == 0
     ours.unmerge_adapter()
     assert_close(ours(tokens).logits, adapted, 1e-5)
+
+
+def test_merging_and_unloading_gives_what_pefts_own_gives(llama, tokens):
+    theirs = make(llama).eval()
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
     merged = ours.merge_and_unload()
     assert not any(isinstance(m, PeftLinear) for m in merged.modules())
     assert_close(merged(tokens).logits, theirs.merge_and_unload()(tokens).logits, 2e-6)
@@ -443,17 +452,25 @@ def test_an_input_of_another_dtype_fails_as_in_peft_or_runs_as_in_peft():
 # ------------------------------------------------------------------------------------------------ still a PEFT model
 
 
-def test_the_report_and_both_ways_back(llama, tokens):
-    model = make(llama).eval()
-    before = model(tokens).logits
-    report = accelerate(model)
+def test_the_report_counts_and_notes(llama):
+    report = accelerate(make(llama).eval())
     assert str(report).startswith("PEFT on lowrank_kernels: 6 replaced, 0 skipped; ")
     first = report.replaced[0]
     assert (first.kind, first.shape, first.rank) == ("lora.Linear", (32, 32), {"default": 4})
     assert "adapter_names" in report.notes[0]
-    report.undo()
+
+
+def test_undo_puts_pefts_layers_back(llama, tokens):
+    model = make(llama).eval()
+    before = model(tokens).logits
+    accelerate(model).undo()
     assert not any(isinstance(m, AcceleratedLinear) for m in model.modules())
     assert torch.equal(model(tokens).logits, before)
+
+
+def test_restore_puts_pefts_layers_back_once(llama, tokens):
+    model = make(llama).eval()
+    before = model(tokens).logits
     accelerate(model)
     assert restore(model) == 6 and restore(model) == 0
     assert torch.equal(model(tokens).logits, before)
@@ -465,17 +482,36 @@ def test_a_model_without_peft_is_an_error(llama):
         accelerate(llama())
 
 
-def test_copies_pickles_and_saved_folders(llama, tokens, tmp_path):
+@pytest.fixture
+def accelerated(llama, tokens):
+    """(an accelerated model, its logits)."""
     model = make(llama).eval()
     accelerate(model)
-    logits = model(tokens).logits
+    return model, model(tokens).logits
+
+
+def saved_and_loaded(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-        with op_calls() as op:
-            assert torch.equal(twin(tokens).logits, logits)
-        assert op.call_count == 6
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "twin_of",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_runs_on_the_op_and_computes_the_same(twin_of, accelerated, tokens):
+    model, logits = accelerated
+    twin = twin_of(model)
+    with op_calls() as op:
+        assert torch.equal(twin(tokens).logits, logits)
+    assert op.call_count == 6
+
+
+def test_a_saved_folder_is_read_by_peft_and_by_us(accelerated, llama, tokens, tmp_path):
+    model, logits = accelerated
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     assert_close(loaded(tokens).logits, logits, 2e-6)
@@ -483,6 +519,10 @@ def test_copies_pickles_and_saved_folders(llama, tokens, tmp_path):
     again = llama()
     lowrank_kernels.load_adapter(again, tmp_path)
     assert_close(again(tokens).logits, logits, 2e-6)
+
+
+def test_a_state_is_loaded_into_a_model_of_pefts(accelerated, llama, tokens):
+    model, logits = accelerated
     fresh = make(llama).eval()
     fresh.load_state_dict(model.state_dict())
     assert_close(fresh(tokens).logits, logits, 2e-6)

@@ -223,42 +223,63 @@ def test_the_cache_follows_what_peft_does_to_the_model(llama, tokens, change):
     assert_agrees(ours, theirs, tokens)
 
 
-def test_merged_disabled_and_unloaded(llama, tokens):
-    ours, theirs = pair(llama)
-    for model in (ours, theirs):
-        model.eval()
-    adapted, base = ours(tokens).logits, llama()(tokens).logits
+def test_a_disabled_adapter_leaves_the_base_alone(llama, tokens):
+    ours, _ = pair(llama)
+    ours.eval()
     with ours.disable_adapter(), op_calls() as op:
-        assert torch.equal(ours(tokens).logits, base) and op.call_count == 0
+        assert torch.equal(ours(tokens).logits, llama()(tokens).logits) and op.call_count == 0
+
+
+def test_a_merged_adapter_runs_without_the_op_and_is_unmerged(llama, tokens):
+    ours, _ = pair(llama)
+    adapted = ours.eval()(tokens).logits
     ours.merge_adapter(safe_merge=True)
     with op_calls() as op:
         assert_close(ours(tokens).logits, adapted, 1e-5)
     assert op.call_count == 0
     ours.unmerge_adapter()
     assert_close(ours(tokens).logits, adapted, 1e-5)
+
+
+def test_merging_and_unloading_gives_what_pefts_own_gives(llama, tokens):
+    ours, theirs = (model.eval() for model in pair(llama))
     merged = ours.merge_and_unload()
     assert not any(isinstance(m, PeftLinear) for m in merged.modules())
     assert_close(merged(tokens).logits, theirs.merge_and_unload()(tokens).logits, 1e-5)
 
 
-def test_copies_pickles_saved_folders_and_both_ways_back(llama, tokens, tmp_path):
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_computes_the_same_and_is_independent(twin_of, llama, tokens):
     ours, theirs = pair(llama)
     expected = theirs.eval()(tokens).logits
     ours.eval()(tokens)
-    attributes = {n: set(vars(m)) for n, m in theirs.named_modules()}
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        with torch.no_grad():
-            assert_close(twin(tokens).logits, expected, 2e-6)
-            for name, p in twin.named_parameters():
-                if "magnitude" in name:
-                    p.zero_()
-        assert_close(ours(tokens).logits, expected, 2e-6)
+    twin = twin_of(ours)
+    with torch.no_grad():
+        assert_close(twin(tokens).logits, expected, 2e-6)
+        for name, p in twin.named_parameters():
+            if "magnitude" in name:
+                p.zero_()
+    assert_close(ours(tokens).logits, expected, 2e-6)
+
+
+def test_a_saved_folder_is_read_by_peft_and_by_us(llama, tokens, tmp_path):
+    ours, theirs = pair(llama)
+    expected = theirs.eval()(tokens).logits
+    ours.eval()(tokens)
     ours.save_pretrained(tmp_path)
     assert_close(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()(tokens).logits, expected, 2e-6)
     again = llama()
     load_adapter(again, tmp_path)
     assert_close(again(tokens).logits, expected, 2e-6)
-    assert ours(tokens) and restore(ours) == 6
+
+
+def test_restore_leaves_nothing_on_pefts_layers(llama, tokens):
+    ours, theirs = pair(llama)
+    expected = theirs.eval()(tokens).logits
+    attributes = {n: set(vars(m)) for n, m in theirs.named_modules()}
+    assert ours.eval()(tokens) and restore(ours) == 6
     assert {n: set(vars(m)) for n, m in ours.named_modules()} == attributes
     assert torch.equal(ours(tokens).logits, expected)
 

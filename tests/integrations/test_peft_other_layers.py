@@ -33,9 +33,19 @@ class ConvNet(nn.Module):
 
 def gpt2():
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2,
-                   embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    )  # fmt: skip
+        GPT2Config(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
+    )
     return model, lambda m: m(torch.arange(18).view(2, 9) * 3).logits, ["wte", "c_attn", "c_proj"]
 
 
@@ -50,10 +60,17 @@ def convnet():
 def vit():
     settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = ViTModel(
-        ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=32,
-                  patch_size=8, **settings),
+        ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=32,
+            patch_size=8,
+            **settings,
+        ),
         add_pooling_layer=False,
-    )  # fmt: skip
+    )
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     linears = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     return model, lambda m: m(images).last_hidden_state, ["projection", linears[0]]
@@ -61,11 +78,25 @@ def vit():
 
 def whisper():
     model = WhisperModel(
-        WhisperConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                      decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
-                      max_source_positions=16, max_target_positions=16, pad_token_id=0, bos_token_id=1,
-                      eos_token_id=2, decoder_start_token_id=1, dropout=0.0)
-    )  # fmt: skip
+        WhisperConfig(
+            vocab_size=64,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            dropout=0.0,
+        )
+    )
     sound = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(3))
     words = torch.tensor([[1, 5, 7], [1, 9, 0]])
     run = lambda m: m(input_features=sound, decoder_input_ids=words).last_hidden_state  # noqa: E731
@@ -127,19 +158,35 @@ SETTINGS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_file_of_pefts_is_the_same_function_here_and_goes_back(name, dora, settings, tmp_path):
-    if settings != "plain" and name in ("vit", "whisper"):
-        pytest.skip("the others say it")
+def read_from_peft(name, dora, settings, folder):
+    """(our model with the adapter that PEFT wrote, PEFT's, their base, what runs either, the report)."""
     theirs, plain, run = make(name, use_dora=dora, **SETTINGS[settings])
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, kinds = copy.deepcopy(plain), [m for m in theirs.modules() if hasattr(m, "lora_variant")]
-    report = lk.load_adapter(ours, tmp_path / "theirs", trainable=True)
-    assert len(report.replaced) == len(kinds) and all(r.kind.startswith(("LoRA", "DoRA")) for r in report.replaced)
+    theirs.save_pretrained(folder / "theirs")
+    ours = copy.deepcopy(plain)
+    report = lk.load_adapter(ours, folder / "theirs", trainable=True)
+    return ours, theirs, plain, run, report
+
+
+# Every setting with two of the models; the others with none.
+FILES = [(name, "plain") for name in MODELS]
+FILES += [(name, settings) for name in ("gpt2", "convnet") for settings in SETTINGS if settings != "plain"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(("name", "settings"), FILES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_pefts_is_the_same_function_here(name, dora, settings, tmp_path):
+    ours, theirs, _, run, report = read_from_peft(name, dora, settings, tmp_path)
+    assert len(report.replaced) == len([m for m in theirs.modules() if hasattr(m, "lora_variant")])
+    assert all(r.kind.startswith(("LoRA", "DoRA")) for r in report.replaced)
     assert_same(ours, theirs, run)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(("name", "settings"), FILES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_pefts_goes_back_as_it_came(name, dora, settings, tmp_path):
+    ours, theirs, plain, run, _ = read_from_peft(name, dora, settings, tmp_path)
     lk.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     for module in again.modules():
@@ -151,11 +198,20 @@ def test_a_file_of_pefts_is_the_same_function_here_and_goes_back(name, dora, set
     copies |= {key for key in saved if key.endswith("lm_head.weight")}
     assert own.keys() == saved.keys() - copies
     assert all(torch.equal(own[key], saved[key]) for key in own)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, settings) for name, settings in FILES if name in ("convnet", "vit")],  # the others' embeddings are tied
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_pefts_is_merged_and_unloaded(name, dora, settings, tmp_path):
+    ours, _, _, run, _ = read_from_peft(name, dora, settings, tmp_path)
     y = run(ours.eval())
-    if name in ("convnet", "vit"):  # the embeddings of the others are tied
-        merged = lk.merge_and_unload(ours)
-        assert_close(run(merged).detach(), y.detach(), 2e-5)
-        assert not any(hasattr(m, "base_layer") for m in merged.modules())
+    merged = lk.merge_and_unload(ours)
+    assert_close(run(merged).detach(), y.detach(), 2e-5)
+    assert not any(hasattr(m, "base_layer") for m in merged.modules())
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -221,26 +277,51 @@ def test_a_file_whose_base_embedding_is_another_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ PEFT's layers on our ops
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dora", [False, True])
-def test_accelerated_layers_are_pefts(name, dora):
+@pytest.fixture(params=[(name, dora) for name in MODELS for dora in (False, True)], ids=str)
+def accelerated(request):
+    """(name, whether DoRA, our model, PEFT's, what runs either, the report)."""
+    name, dora = request.param
     theirs, _, run = make(name, use_dora=dora)
     ours = copy.deepcopy(theirs)
-    report = accelerate(ours)
+    return name, dora, ours, theirs, run, accelerate(ours)
+
+
+def test_accelerated_layers_look_as_pefts(accelerated):
+    _, _, ours, theirs, _, _ = accelerated
     assert repr(ours) == repr(theirs) and list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_small_lora_convolutions_are_left_to_peft(accelerated):
+    name, dora, _, _, _, report = accelerated
     left = {s.name.rpartition(".")[2] for s in report.skipped}
     assert left == (set() if dora else {"mix", "stem", "point", "wide", "conv1", "conv2"} & set(MODELS[name]()[2]))
     assert all("two small convolutions" in s.reason for s in report.skipped)
+
+
+def test_accelerated_layers_compute_what_pefts_do(accelerated):
+    _, _, ours, theirs, run, _ = accelerated
     assert_same(ours, theirs, run)
-    ours.eval()
-    y = run(ours)
+
+
+def test_an_accelerated_adapter_is_disabled(accelerated):
+    _, _, ours, _, run, _ = accelerated
+    y = run(ours.eval())
     with ours.disable_adapter():
         base = run(ours)
     assert not torch.allclose(base, y)
+
+
+def test_an_accelerated_layer_is_merged(accelerated):
+    _, _, ours, _, run, _ = accelerated
+    y = run(ours.eval())
     *_, layer = (m for m in ours.modules() if hasattr(m, "lora_variant"))
     layer.merge()
     assert_close(run(ours).detach(), y.detach(), 2e-5)
     layer.unmerge()
+
+
+def test_restore_puts_pefts_layers_back(accelerated):
+    _, _, ours, _, _, report = accelerated
     assert restore(ours) == len(report.replaced)
     assert {type(m).__module__ for m in ours.modules() if hasattr(m, "lora_variant")} == {"peft.tuners.lora.layer"}
 

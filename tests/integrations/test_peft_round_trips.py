@@ -26,7 +26,7 @@ SETTINGS = {
     "mica": {"init_lora_weights": "mica"},
     "modules_to_save": {"modules_to_save": True},
     "modules_to_save, bias all": {"modules_to_save": True, "bias": "all"},
-}  # fmt: skip
+}
 
 
 def trained_names(model):

@@ -72,13 +72,19 @@ class Try(NamedTuple):
 
 LEARNT = lora_config.LoraGAConfig()
 INITS = {
-    True: Try(True), False: Try(False), "gaussian": Try("gaussian"), "eva": Try("eva"), "olora": Try("olora"),
-    "pissa": Try("pissa"), "pissa_niter_[number of iters]": Try("pissa_niter_4"),
+    True: Try(True),
+    False: Try(False),
+    "gaussian": Try("gaussian"),
+    "eva": Try("eva"),
+    "olora": Try("olora"),
+    "pissa": Try("pissa"),
+    "pissa_niter_[number of iters]": Try("pissa_niter_4"),
     "corda": Try("corda", by_config=True),
-    "loftq": Try("loftq", {"loftq_config": peft.LoftQConfig()}, by_config=True), "orthogonal": Try("orthogonal"),
+    "loftq": Try("loftq", {"loftq_config": peft.LoftQConfig()}, by_config=True),
+    "orthogonal": Try("orthogonal"),
     "mica": Try("mica"),
     "lora_ga": Try("lora_ga", {"lora_ga_config": LEARNT}),  # not in the type, but in the code
-}  # fmt: skip
+}
 TRIES = {
     "task_type": [Try("CAUSAL_LM"), Try("SEQ_CLS", make=classifier)],
     "peft_type": [Try("LORA")],
@@ -89,7 +95,9 @@ TRIES = {
     "inference_mode": [Try(True)],
     "r": [Try(3)],
     "target_modules": [
-        Try(["q_proj", "down_proj"]), Try(r".*\.1\..*_proj"), Try("all-linear"),
+        Try(["q_proj", "down_proj"]),
+        Try(r".*\.1\..*_proj"),
+        Try("all-linear"),
         Try(["q_proj", "lm_head"], about="a tied head"),
         Try(["q_proj", "embed_tokens"], about="an embedding"),
         Try(["out", "conv"], make=Mixed, about="a convolution"),
@@ -128,7 +136,7 @@ TRIES = {
     "arrow_config": [Try(lora_config.ArrowConfig(), by_config=True)],
     "kasa_config": [Try(lora_config.KasaConfig())],
     "ensure_weight_tying": [Try(True, {"modules_to_save": ["embed_tokens"]})],
-}  # fmt: skip
+}
 
 
 class Seen(NamedTuple):
@@ -151,9 +159,7 @@ def see(setting: str, tried: Try) -> Seen:
         assert expected is not None, f"{setting}: read, but PEFT wrote no such adapter"
         assert_the_same(exact_logits(model, INPUTS), expected)
         given = json.loads((theirs / CONFIG).read_text())
-        lk.save_adapter(
-            model, ours, task_type=given["task_type"], base_model_name=given["base_model_name_or_path"]
-        )  # fmt: skip
+        lk.save_adapter(model, ours, task_type=given["task_type"], base_model_name=given["base_model_name_or_path"])
         again = peft.PeftModel.from_pretrained(fresh(tried.make), ours).eval()
         assert_the_same(exact_logits(again, INPUTS), expected)
         written = json.loads((ours / CONFIG).read_text())

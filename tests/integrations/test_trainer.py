@@ -39,9 +39,15 @@ def test_trainer_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
         optimizer = example.setup(model, method, data, steps=16)  # links of 4
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 12)
         arguments = transformers.TrainingArguments(
-            str(folder), per_device_train_batch_size=4, max_steps=12, save_steps=6, logging_steps=6, report_to=[],
-            disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+            str(folder),
+            per_device_train_batch_size=4,
+            max_steps=12,
+            save_steps=6,
+            logging_steps=6,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
         trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
         trainer.train(resume_from_checkpoint=resume)
         return {name: t.clone() for name, t in model.state_dict().items()}

@@ -133,8 +133,11 @@ def test_a_wrapped_model_is_adapted_by_the_plain_names(wrap, expected, tmp_path)
     model = WRAPS[wrap](Model())
     report = lk.adapt(model, LORA)
     assert {r.name: r.rank for r in report.replaced} == {
-        "blocks.0.up": 2, "blocks.0.down": 4, "blocks.1.up": 4, "blocks.1.down": 4
-    }  # fmt: skip
+        "blocks.0.up": 2,
+        "blocks.0.down": 4,
+        "blocks.1.up": 4,
+        "blocks.1.down": 4,
+    }
     lk.save_adapter(model, tmp_path / "wrapped")
     assert keys(tmp_path / "wrapped" / "adapter_model.safetensors") == keys(expected[2] / "adapter_model.safetensors")
 

@@ -61,10 +61,14 @@ SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
 def mixtral() -> nn.Module:
     return tf.MixtralForCausalLM(
         tf.MixtralConfig(
-            **SMALL, **HEADS, num_key_value_heads=2, num_hidden_layers=2, num_local_experts=2,
+            **SMALL,
+            **HEADS,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            num_local_experts=2,
             experts_implementation="eager",  # the others have no float64
         )
-    )  # fmt: skip
+    )
 
 
 def mamba() -> nn.Module:

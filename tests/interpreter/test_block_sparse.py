@@ -85,8 +85,9 @@ def test_offsets_beyond_two_to_the_31() -> None:
     x.copy_(torch.randn(M, K))
     grad_y = torch.randn(M, 16).to(BF16)
     index = torch.zeros(1, 2, dtype=torch.int32)
-    ours = _in_place(lambda: block_grad(x, grad_y, index, (16, 16), BF16))
-    near = block_grad(x.contiguous(), grad_y, index, (16, 16), BF16)
+    tiles = block_grad_tiles(TARGETS["interpreter"], M, 1, 16, 16, BF16)
+    ours = _in_place(lambda: block_grad(x, grad_y, index, (16, 16), BF16, tiles))
+    near = block_grad(x.contiguous(), grad_y, index, (16, 16), BF16, tiles)
     assert torch.equal(ours, near)
 
 
@@ -106,9 +107,16 @@ def test_adamw_in_one_launch_with_the_reference_bits_of_stochastic_rounding() ->
         grad = read_blocks(torch.randn(60, 40).to(BF16), index, (16, 16))
         with record_memory() as record:
             block_adamw_(
-                blocks, grad, *moments, weight, index,
-                step=1, lr=1e-3, seed=torch.tensor(-7), backend=backend,
-            )  # fmt: skip
+                blocks,
+                grad,
+                *moments,
+                weight,
+                index,
+                step=1,
+                lr=1e-3,
+                seed=torch.tensor(-7),
+                backend=backend,
+            )
         found[backend] = weight
     assert [launch.name for launch in record.launches] == ["block_adamw_kernel"]
     # Where the unrounded value differs in its last bit, a carry can fall either way.

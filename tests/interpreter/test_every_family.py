@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowrank_kernels.families import WITH_TRITON
 from lowrank_kernels.inspect.memory import record_memory
 from lowrank_kernels.inspect.triton_internals import without_driver
 from tests.problems import Problem, differentiate, leaves, problems
 from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
-PROBLEMS = [pytest.param(p, id=p.name) for p in problems()]
+PROBLEMS = [pytest.param(p, id=p.name) for p in problems(WITH_TRITON)]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

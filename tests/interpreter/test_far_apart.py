@@ -10,29 +10,36 @@ from torch import Tensor
 
 import lowrank_kernels as lk
 from lowrank_kernels.kernels.dora import dora_linear_bwd, dora_linear_fwd, dora_norm
+from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.merge import merge_lora_
+from lowrank_kernels.kernels.target import TARGETS
 from tests.interpreter.test_lora import _far_apart, _in_place
 from tests.problems.lora import BF16, F32
 
 Tensors = dict[str, Tensor]
+TARGET = TARGETS["interpreter"]
 
 
 def _norm(t: Tensors) -> tuple[Tensor, ...]:
-    return dora_norm(t["weight"], t["lora_a"], t["lora_b"], 0.5, None, t["magnitude"])
+    operands = t["weight"], t["lora_a"], t["lora_b"]
+    return dora_norm(*operands, 0.5, TARGET, weight_sq_norm=None, magnitude=t["magnitude"])
 
 
 def _dora(t: Tensors) -> tuple[Tensor | None, ...]:
-    ones = torch.ones(t["weight"].shape[0])
+    (M, K), (N, R) = t["x"].shape, t["lora_b"].shape
+    ones = torch.ones(N)
     operands = t["weight"], t["lora_a"], t["lora_b"]
-    y, p, u = dora_linear_fwd(t["x"], *operands, ones, None, 0.5, 0.0, None, True)
-    needs = (True, True, True, True)
-    return y, *dora_linear_bwd(t["grad_y"], t["x"], *operands, ones, ones, p, u, 0.5, 0.0, None, False, needs, F32)
+    tiles = lora_tiles(TARGET, M, K, N, R, BF16, False, scaled=True)
+    y, p, u = dora_linear_fwd(t["x"], *operands, ones, tiles, scaling=0.5, save=True)
+    saved = {"norm": ones, "column_scale": ones, "p": p, "u": u}
+    wanted = {"needs": (True, True, True, True), "magnitude_dtype": F32}
+    return y, *dora_linear_bwd(t["grad_y"], t["x"], *operands, tiles, **saved, scaling=0.5, **wanted)
 
 
 def _merge(t: Tensors) -> tuple[Tensor]:
     weight = t["weight"]
     before = weight.clone(memory_format=torch.contiguous_format)
-    merge_lora_(weight, t["lora_a"], t["lora_b"], 0.5, None, None, None)
+    merge_lora_(weight, t["lora_a"], t["lora_b"], 0.5, TARGET)
     merged = weight.clone(memory_format=torch.contiguous_format)
     weight.copy_(before)
     return (merged,)

@@ -94,16 +94,28 @@ def test_all_linear_leaves_the_head_and_says_so():
     ]
 
 
-def test_the_report_names_shape_rank_counts_and_every_linear():
+def adapted_with_much_skipped():
+    """(report, parameters of the model before)."""
     model = Model()
     total = sum(p.numel() for p in model.parameters())
     config = LoRAConfig(r=2, target_modules=("q_proj", "norm", "nope"), exclude_modules=("layers.0.q_proj",))
-    report = adapt(model, config)
+    return adapt(model, config), total
+
+
+def test_the_report_names_shape_and_rank_of_what_is_replaced():
+    report, _ = adapted_with_much_skipped()
     (only,) = report.replaced
     assert (only.name, only.kind, only.shape, only.rank) == ("layers.1.q_proj", "LoRALinear", (8, 8), 2)
+
+
+def test_the_report_counts_parameters():
+    report, total = adapted_with_much_skipped()
     assert (report.trainable, report.total) == (2 * 8 * 2, total + 2 * 8 * 2)
-    reasons = {s.name: s.reason for s in report.skipped}
-    assert reasons == {
+
+
+def test_the_report_says_of_every_other_linear_why_it_is_not_replaced():
+    report, _ = adapted_with_much_skipped()
+    assert {s.name: s.reason for s in report.skipped} == {
         "layers.0.q_proj": "in exclude_modules",
         "layers.0.norm": "not an nn.Linear but a LayerNorm",
         "layers.1.norm": "not an nn.Linear but a LayerNorm",
@@ -111,7 +123,10 @@ def test_the_report_names_shape_rank_counts_and_every_linear():
         **{f"layers.{i}.{n}": "not in target_modules" for i in (0, 1) for n in ("v_proj", "mlp.0", "mlp.2")},
         "head": "not in target_modules",
     }
-    text = str(report)
+
+
+def test_the_report_as_text_takes_like_lines_together():
+    text = str(adapted_with_much_skipped()[0])
     assert "LoRAConfig: 1 replaced, 11 skipped; 32 of" in text
     assert "+ layers.1.q_proj: LoRALinear 8×8, rank 2" in text
     assert "- layers.*.mlp.* (×4): not in target_modules" in text
@@ -206,7 +221,7 @@ def test_undo_unmerges():
 # ------------------------------------------------------------------------------------------- what cannot be replaced
 
 
-def test_reasons():
+def test_each_kind_of_module_that_cannot_be_replaced_has_its_reason():
     quantised = nn.Linear(4, 4)
     quantised.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
 

@@ -159,10 +159,14 @@ def test_compiled_training_is_eager_training():
     torch.testing.assert_close(compiled(torch.ones(1, 40)), layer(torch.ones(1, 40)))
 
 
-def test_copies_pickles_and_states():
+def trained_layer():
     layer = make()
     train(layer, optimizer_of(layer, "torch"), 3)
-    x = torch.randn(4, 40)
+    return layer, torch.randn(4, 40)
+
+
+def test_copies_and_pickles_compute_the_same_and_are_independent():
+    layer, x = trained_layer()
     y = layer(x)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -172,13 +176,21 @@ def test_copies_pickles_and_states():
         with torch.no_grad():
             other.blocks.zero_()
         assert not torch.equal(other(x), y) and torch.equal(layer(x), y)
+
+
+def test_a_state_is_loaded_into_a_fresh_layer_and_unmerged_from_it():
+    layer, x = trained_layer()
     fresh = make()
     original = fresh.base_layer.weight.detach().clone()
     with torch.no_grad():
         fresh.base_layer.weight.normal_()
     fresh.load_state_dict(layer.state_dict())
-    assert torch.equal(fresh(x), y)
+    assert torch.equal(fresh(x), layer(x))
     assert torch.equal(fresh.unmerge_().base_layer.weight, original)
+
+
+def test_a_state_of_other_blocks_is_refused():
+    layer, _ = trained_layer()
     with pytest.raises(ValueError, match="expected a state of the same blocks"):
         make(index=SOME[:2]).load_state_dict(layer.state_dict())
 
@@ -263,7 +275,7 @@ def test_scheduler_and_closure():
         (lambda: BlockAdamW(make(), stochastic_rounding=True), TypeError, "BlockAdamW: expected bfloat16 blocks"),
         (lambda: setattr(make(), "weight_shared_with", ("head.weight",)), ValueError, "is also that of head.weight"),
     ],
-)  # fmt: skip
+)
 def test_messages(make_it, error, message):
     with pytest.raises(error, match=message):
         make_it()

@@ -340,9 +340,11 @@ def tensor_parallel_layers_split_with_their_factors_are_right():
         want = reference(x)
         want.square().sum().backward()
         plan = {
-            "up.base_layer": ColwiseParallel(), "up.lora_B": ColwiseParallel(),
-            "down.base_layer": RowwiseParallel(), "down.lora_A": RowwiseParallel(),
-        }  # fmt: skip
+            "up.base_layer": ColwiseParallel(),
+            "up.lora_B": ColwiseParallel(),
+            "down.base_layer": RowwiseParallel(),
+            "down.lora_A": RowwiseParallel(),
+        }
         parallelize_module(model, mesh(), plan)
         y = model(x)
         close(y, want)

@@ -326,27 +326,38 @@ def test_copies_compute_the_same_and_are_independent(merged):
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
+def exact_sums(layer):
+    """(W, W + s B A) in float64."""
+    w, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A.weight, layer.lora_B.weight))
+    return w, w + layer.scaling * b @ a
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_rounds_once_and_unmerge_comes_back_to_within_one_rounding(dtype):
+def test_merge_rounds_once(dtype):
     layer = make(k=40, n=30, dtype=dtype)
-    before = layer.weight.detach().clone()
-    w, a, b, m = (
-        t.detach().double() for t in (before, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
-    )
-    sums = w + layer.scaling * b @ a
-    exact = (m / sums.norm(dim=1))[:, None] * sums
+    _, sums = exact_sums(layer)
+    exact = (layer.lora_magnitude_vector.detach().double() / sums.norm(dim=1))[:, None] * sums
     assert layer.merge_() is layer and layer.merged
-    eps = torch.finfo(dtype).eps
     if dtype == torch.float32:
-        assert (layer.weight.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
+        assert (layer.weight.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
     else:
         assert (layer.weight == exact.to(dtype)).float().mean() > 0.99
-    x = torch.randn(5, 40, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merged_layer_is_its_linear(dtype):
+    layer, x = make(k=40, n=30, dtype=dtype).merge_(), torch.randn(5, 40, dtype=dtype)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-    layer.unmerge_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_comes_back_to_within_one_rounding(dtype):
+    layer = make(k=40, n=30, dtype=dtype)
+    w, sums = exact_sums(layer)
+    layer.merge_().unmerge_()
     assert not layer.merged
     # One rounding of the merged row, seen before its scale, and one of the row itself.
-    allowed = eps * (sums.abs().amax(1, keepdim=True) + w.abs().amax(1, keepdim=True))
+    allowed = torch.finfo(dtype).eps * (sums.abs().amax(1, keepdim=True) + w.abs().amax(1, keepdim=True))
     assert ((layer.weight.double() - w).abs() <= allowed).all()
 
 

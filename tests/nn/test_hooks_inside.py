@@ -223,10 +223,12 @@ def test_layers_that_are_offloaded_as_a_whole_run(kind):
     accelerate = pytest.importorskip("accelerate")
     linear = nn.Linear(32, 32)
     model = nn.Sequential(
-        lk.nn.MultiLoRALinear.from_linear(linear, [2, 3]) if kind == "MultiLoRALinear"
-        else lk.nn.BlockSparseLinear.from_linear(linear, torch.tensor([[0, 1]]), 16) if kind == "BlockSparseLinear"
+        lk.nn.MultiLoRALinear.from_linear(linear, [2, 3])
+        if kind == "MultiLoRALinear"
+        else lk.nn.BlockSparseLinear.from_linear(linear, torch.tensor([[0, 1]]), 16)
+        if kind == "BlockSparseLinear"
         else getattr(lk.nn, kind).from_linear(linear, 4)
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -18,9 +18,14 @@ ALPHA = [None, "16", NAN, INF, 1e300, True]
 DROPOUT = [None, "0.1", NAN, 1.0, -0.1, True]
 DTYPE = ["float32", torch.int8, 3]
 LORA = {
-    "r": RANK, "alpha": ALPHA, "dropout": DROPOUT, "rslora": FLAG, "init": ["svd", None, 3], "train": ["all", None],
+    "r": RANK,
+    "alpha": ALPHA,
+    "dropout": DROPOUT,
+    "rslora": FLAG,
+    "init": ["svd", None, 3],
+    "train": ["all", None],
     "dtype": DTYPE,
-}  # fmt: skip
+}
 INDEX = [None, "a", [[9, 0]], [[0, -1]], [[0, 0], [0, 0]], [0, 0], [[0.5, 0.0]], torch.zeros(0, 2)]
 BLOCK_SIZE = [None, 0, 8, 17, True, (16,), (16, 8), "16", 16.0]
 
@@ -28,19 +33,30 @@ BLOCK_SIZE = [None, 0, 8, 17, True, (16,), (16, 8), "16", 16.0]
 LAYERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], dict[str, list[Any]]]] = {
     "LoRALinear": (lk.nn.LoRALinear.from_linear, {}, {**LORA, "lora_bias": FLAG}),
     "DoRALinear": (
-        lk.nn.DoRALinear.from_linear, {}, {**LORA, "dropout_base": FLAG, "detach_norm": FLAG, "lora_bias": [True]},
+        lk.nn.DoRALinear.from_linear,
+        {},
+        {**LORA, "dropout_base": FLAG, "detach_norm": FLAG, "lora_bias": [True]},
     ),
     "BlockSparseLinear": (
-        lk.nn.BlockSparseLinear.from_linear, {"block_index": [[0, 0]], "block_size": 16},
+        lk.nn.BlockSparseLinear.from_linear,
+        {"block_index": [[0, 0]], "block_size": 16},
         {"block_index": INDEX, "block_size": BLOCK_SIZE, "dtype": DTYPE},
     ),
     "MultiLoRALinear": (
-        lk.nn.MultiLoRALinear.from_linear, {"ranks": (2, 3)},
-        {"ranks": [None, 3, (0,), (2.0,), ("2",), ()], "alpha": ALPHA, "rslora": FLAG, "dora": FLAG,
-         "dropout": [None, "a", NAN, 1.0, (0.1,), (0.1, 1.0), (0.1, "b")], "init": ["svd", None], "dtype": DTYPE,
-         "slices": [(3, 4), "ab", (24.0, 8.0), (40, -8)]},
+        lk.nn.MultiLoRALinear.from_linear,
+        {"ranks": (2, 3)},
+        {
+            "ranks": [None, 3, (0,), (2.0,), ("2",), ()],
+            "alpha": ALPHA,
+            "rslora": FLAG,
+            "dora": FLAG,
+            "dropout": [None, "a", NAN, 1.0, (0.1,), (0.1, 1.0), (0.1, "b")],
+            "init": ["svd", None],
+            "dtype": DTYPE,
+            "slices": [(3, 4), "ab", (24.0, 8.0), (40, -8)],
+        },
     ),
-}  # fmt: skip
+}
 CALLED_OTHERWISE = {"ranks": "r(anks)?", "lora_bias": "lora_bias"}
 
 

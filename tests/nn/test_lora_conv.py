@@ -64,9 +64,17 @@ def reference(layer, x, dtype, **settings):
         extra = layer.scaling * own["lora_B.bias"]
         bias = extra if bias is None else bias + extra
     y = lora_conv_ref(
-        x, base.weight.detach().to(dtype), own["lora_A"], own["lora_B"], own.get("lora_magnitude_vector"), bias,
-        scaling=layer.scaling, stride=base.stride, padding=base.padding, **settings,
-    )  # fmt: skip
+        x,
+        base.weight.detach().to(dtype),
+        own["lora_A"],
+        own["lora_B"],
+        own.get("lora_magnitude_vector"),
+        bias,
+        scaling=layer.scaling,
+        stride=base.stride,
+        padding=base.padding,
+        **settings,
+    )
     y.sin().sum().backward()
     return y.detach(), {"x": x.grad} | {name: p.grad for name, p in own.items()}
 
@@ -87,14 +95,24 @@ def test_outputs_and_gradients_are_the_formula(case, dora):
 
 
 @pytest.mark.parametrize("case", ["3×3", "patches", "whisper"])
-def test_lora_bias_rslora_and_the_norms_gradient(case):
+def test_lora_bias_with_rslora_is_the_formula(case):
     layer, x = make(case, False, lora_bias=True, rslora=True)
     y, (exact, grads) = layer(x), reference(layer, x, torch.float64)
     torch.testing.assert_close(y.double(), exact, rtol=2e-6, atol=2e-6)
     y.sin().sum().backward()
     torch.testing.assert_close(layer.lora_bias.grad.double(), grads["lora_B.bias"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["3×3", "patches", "whisper"])
+def test_lora_bias_is_merged(case):
+    layer, x = make(case, False, lora_bias=True, rslora=True)
+    y = layer(x)
     layer.merge_()
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["3×3", "patches", "whisper"])
+def test_gradients_through_the_norm_are_the_formula(case):
     layer, x = make(case, True, detach_norm=False)
     layer(x).sin().sum().backward()
     _, grads = reference(layer, x, torch.float64, detach_norm=False)
@@ -172,23 +190,36 @@ def test_dropout_in_training_alone(case, dropout_base):
         torch.testing.assert_close(layer(x), layer.eval()(x))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("case", ["3×3", "patches", "whisper"])
-def test_copies_pickles_single_inputs_empty_batches_and_hooks(case, dora):
+def of_some(test):
+    """LoRA and DoRA over some of the convolutions."""
+    test = pytest.mark.parametrize("dora", [False, True])(test)
+    return pytest.mark.parametrize("case", ["3×3", "patches", "whisper"])(test)
+
+
+@of_some
+def test_copies_and_pickles_compute_the_same(case, dora):
+    layer, x = make(case, dora)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+
+
+@of_some
+def test_a_single_input_and_an_empty_batch_are_taken(case, dora):
     layer, x = make(case, dora)
     y = layer(x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), y)
     torch.testing.assert_close(layer(x[0]), y[0])
     assert layer(x[:0]).shape == (0, *y.shape[1:])
-    seen = []
-    for module in (layer.base_layer, layer.lora_A, layer.lora_B):
-        handle = module.register_forward_hook(lambda *_: seen.append(1))
-        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-5, atol=1e-5)
-        assert seen
-        handle.remove()
-        seen.clear()
+
+
+@of_some
+@pytest.mark.parametrize("hooked", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_inside_are_called_and_change_nothing(case, dora, hooked):
+    layer, x = make(case, dora)
+    y, seen = layer(x), []
+    layer.get_submodule(hooked).register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x[0]), y[0], rtol=1e-5, atol=1e-5)
+    assert seen
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -238,30 +269,46 @@ class ConvNet(nn.Module):
         return self.head(self.depthwise(torch.relu(self.mix(self.patch(x)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("config", [lk.LoRAConfig, lk.DoRAConfig])
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_a_model_is_adapted_trained_merged_and_put_back(config, bias):
+@pytest.fixture(params=[(c, b) for c in (lk.LoRAConfig, lk.DoRAConfig) for b in ("none", "lora_only")], ids=str)
+def trained(request):
+    """(a model that was adapted and trained, its report, as it was before, x)."""
     torch.manual_seed(0)
     model, x = ConvNet(), torch.randn(2, 3, 16, 16)
-    plain, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
-    settings = config(r=2, target_modules=("patch", "mix", "depthwise", "head"), bias=bias)
-    report = lk.adapt(model, settings)
-    assert [r.shape for r in report.replaced] == [(8, 48), (8, 72), (5, 8)]
-    assert [s.reason[:11] for s in report.skipped] == ["its groups="]
+    before = copy.deepcopy(model)
+    config, bias = request.param
+    report = lk.adapt(model, config(r=2, target_modules=("patch", "mix", "depthwise", "head"), bias=bias))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(4):
         model(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    trained = model(x)
-    assert (trained - plain).abs().max() > 1e-2
-    twin = copy.deepcopy(model)
-    merged = lk.merge_and_unload(twin)
-    torch.testing.assert_close(merged(x), trained, rtol=1e-4, atol=1e-5)
+    return model, report, before, x
+
+
+def test_convolutions_of_a_model_are_adapted_but_for_grouped_ones(trained):
+    _, report, _, _ = trained
+    assert [r.shape for r in report.replaced] == [(8, 48), (8, 72), (5, 8)]
+    assert [s.reason[:11] for s in report.skipped] == ["its groups="]
+
+
+def test_adapted_convolutions_train(trained):
+    model, _, before, x = trained
+    assert (model(x) - before(x)).abs().max() > 1e-2
+
+
+def test_adapted_convolutions_are_merged_into_plain_ones(trained):
+    model, _, _, x = trained
+    y = model(x)
+    merged = lk.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(merged(x), y, rtol=1e-4, atol=1e-5)
     assert type(merged.patch) is nn.Conv2d
+
+
+def test_undo_puts_the_convolutions_back(trained):
+    model, report, before, x = trained
     report.undo()
-    assert model.state_dict().keys() == state.keys()
-    assert torch.equal(model(x), plain)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert torch.equal(model(x), before(x))
 
 
 # ------------------------------------------------------------------------------------------- transformers' Conv1D
@@ -279,34 +326,54 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
 
-@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-def test_conv1d_is_a_linear_over_the_transposed_weight(kind):
+@pytest.fixture(params=[LoRALinear, DoRALinear], ids=lambda kind: kind.__name__)
+def conv1d_and_linear(request):
+    """(a layer over a Conv1D, the same over the linear of the transposed weight, x)."""
     torch.manual_seed(0)
     base, x = Conv1D(16, 24), torch.randn(2, 5, 24)
     linear = nn.Linear(24, 16)
     linear.weight.data, linear.bias.data = base.weight.detach().T.clone(), base.bias.detach().clone()
-    torch.manual_seed(1)
-    layer = kind.from_linear(base, 4)
-    torch.manual_seed(1)
-    twin = kind.from_linear(linear, 4)
-    for one in (layer, twin):
-        torch.manual_seed(2)
-        one.lora_B.weight.data.normal_(std=0.3)
-    assert (layer.in_features, layer.out_features) == (24, 16) and layer.weight is base.weight
+    layers = []
+    for wrapped in (base, linear):
+        torch.manual_seed(1)
+        layers.append(request.param.from_linear(wrapped, 4))
+        layers[-1].lora_B.weight.data.normal_(std=0.3)
+    return *layers, x
+
+
+def test_a_layer_over_conv1d_keeps_its_weight_and_tells_the_linears_sizes(conv1d_and_linear):
+    layer, _, _ = conv1d_and_linear
+    assert (layer.in_features, layer.out_features) == (24, 16) and layer.weight is layer.base_layer.weight
     assert layer.matrix.shape == (16, 24)
-    y = layer(x)
-    torch.testing.assert_close(y, twin(x), rtol=2e-6, atol=2e-6)
+
+
+def test_a_layer_over_conv1d_is_that_over_the_transposed_weight(conv1d_and_linear):
+    layer, twin, x = conv1d_and_linear
+    torch.testing.assert_close(layer(x), twin(x), rtol=2e-6, atol=2e-6)
+
+
+def test_gradients_over_conv1d_are_those_over_the_transposed_weight(conv1d_and_linear):
+    layer, twin, x = conv1d_and_linear
     for one in (layer, twin):
         one(x).sin().sum().backward()
     for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
-    before = base.weight.detach().clone()
+
+
+def test_a_layer_over_conv1d_is_merged_and_put_back(conv1d_and_linear):
+    layer, _, x = conv1d_and_linear
+    y, before = layer(x), layer.weight.detach().clone()
     layer.merge_()
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.state_dict()["base_layer.weight"], before, rtol=1e-5, atol=1e-6)
     layer.unmerge_()
-    torch.testing.assert_close(base.weight, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight, before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hook_of_conv1d_changes_nothing(conv1d_and_linear):
+    layer, _, x = conv1d_and_linear
+    y = layer(x)
     layer.base_layer.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
 

@@ -30,9 +30,14 @@ def reference(layer, ids, dtype, **settings):
     """Outputs and gradients of the dense formula in a dtype: (y, {name: gradient})."""
     own = {name: p.detach().to(dtype).requires_grad_() for name, _, p in named(layer)}
     y = lora_embedding_ref(
-        ids, layer.weight.detach().to(dtype), own["lora_embedding_A"], own["lora_embedding_B"],
-        own.get("lora_magnitude_vector"), scaling=layer.scaling, **settings,
-    )  # fmt: skip
+        ids,
+        layer.weight.detach().to(dtype),
+        own["lora_embedding_A"],
+        own["lora_embedding_B"],
+        own.get("lora_magnitude_vector"),
+        scaling=layer.scaling,
+        **settings,
+    )
     y.sin().sum().backward()
     return y.detach(), {name: p.grad for name, p in own.items()}
 
@@ -81,20 +86,33 @@ def test_float32_factors_over_a_half_precision_base(kind, dtype):
         assert torch.equal(layer(ids), y)  # as of the embedding alone, autocast changes nothing
 
 
-def test_it_starts_as_the_embedding_and_as_pefts():
+def test_a_new_layer_is_the_embedding():
     layer = LoRAEmbedding(nn.Embedding(400, 300), 8)
-    assert not layer.lora_embedding_A.any() and abs(layer.lora_embedding_B.std() - 1.0) < 0.05
     ids = torch.arange(400)
     assert torch.equal(layer(ids), layer.base_layer(ids))
-    trained_b = LoRAEmbedding(nn.Embedding(9, 7), 2, train="b")
-    assert trained_b.lora_embedding_A.any() and not trained_b.lora_embedding_B.any()
-    assert not trained_b.lora_embedding_A.requires_grad and trained_b.lora_embedding_B.requires_grad
     dora = DoRAEmbedding(nn.Embedding(9, 7), 2)
     torch.testing.assert_close(dora(torch.arange(9)), dora.base_layer(torch.arange(9)))
+
+
+def test_factors_start_as_pefts():
+    layer = LoRAEmbedding(nn.Embedding(400, 300), 8)
+    assert not layer.lora_embedding_A.any() and abs(layer.lora_embedding_B.std() - 1.0) < 0.05
+
+
+def test_where_b_alone_trains_a_is_random_and_b_zero():
+    layer = LoRAEmbedding(nn.Embedding(9, 7), 2, train="b")
+    assert layer.lora_embedding_A.any() and not layer.lora_embedding_B.any()
+    assert not layer.lora_embedding_A.requires_grad and layer.lora_embedding_B.requires_grad
+
+
+def test_parameters_are_called_as_pefts():
+    dora = DoRAEmbedding(nn.Embedding(9, 7), 2)
     assert {name: tuple(p.shape) for name, p in dora.named_parameters()} == {
-        "base_layer.weight": (9, 7), "lora_embedding_A": (2, 9), "lora_embedding_B": (7, 2),
+        "base_layer.weight": (9, 7),
+        "lora_embedding_A": (2, 9),
+        "lora_embedding_B": (7, 2),
         "lora_magnitude_vector": (7,),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,15 +147,23 @@ def test_merging_and_back(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_pickles_empty_batches_and_hooks(kind):
-    layer = make(kind, dropout=0.5).train()
-    ids = torch.randint(13, (2, 5))
-    y = layer(ids)
+def test_copies_and_pickles_compute_the_same(kind):
+    layer, ids = make(kind, dropout=0.5).train(), torch.randint(13, (2, 5))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(ids), y)
+        assert torch.equal(twin(ids), layer(ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_is_taken(kind):
+    layer, ids = make(kind, dropout=0.5).train(), torch.randint(13, (2, 5))
     assert layer(ids[:0]).shape == (0, 5, 8)
     layer(ids[:0]).sum().backward()
-    seen = []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_of_the_base_is_called_and_changes_nothing(kind):
+    layer, ids = make(kind, dropout=0.5).train(), torch.randint(13, (2, 5))
+    y, seen = layer(ids), []
     layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(layer(ids), y) and seen
 
@@ -193,24 +219,43 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.embed(ids))))
 
 
-@pytest.mark.parametrize("config", [lk.LoRAConfig, lk.DoRAConfig])
-def test_adapt_takes_an_embedding_that_is_named(config):
+@pytest.fixture(params=[lk.LoRAConfig, lk.DoRAConfig], ids=lambda config: config.__name__)
+def tied(request):
+    """(a model whose head reads its adapted embedding, the report, what it computed before, ids)."""
     torch.manual_seed(0)
     model, ids = Tied(), torch.randint(12, (2, 5))
     plain = model(ids)
-    report = lk.adapt(model, config(r=2, target_modules=("embed", "body")))
+    report = lk.adapt(model, request.param(r=2, target_modules=("embed", "body")))
+    return model, report, plain, ids
+
+
+def test_adapt_takes_an_embedding_that_is_named(tied):
+    model, report, plain, ids = tied
+    prefix = report.replaced[0].kind.removesuffix("Embedding")
+    assert prefix in ("LoRA", "DoRA")
     kinds = {r.name: (r.kind, r.shape) for r in report.replaced}
-    prefix = config.__name__.removesuffix("Config")
     assert kinds == {"embed": (f"{prefix}Embedding", (8, 12)), "body": (f"{prefix}Linear", (8, 8))}
     torch.testing.assert_close(model(ids), plain)
+
+
+def test_an_embedding_that_a_head_reads_is_not_merged(tied):
+    model, _, _, _ = tied
     with pytest.raises(ValueError, match=r"this weight is also that of head\.weight"):
         model.embed.merge_()
     with pytest.raises(ValueError, match="expected weights of its own"):
         lk.merge_and_unload(model)
+
+
+def test_undo_puts_the_embedding_back(tied):
+    model, report, plain, ids = tied
     report.undo()
     assert isinstance(model.embed, nn.Embedding) and torch.equal(model(ids), plain)
-    skipped = {s.name: s.reason for s in lk.plan_adaptation(model, config(r=2)).skipped}
-    assert "embed" not in skipped and "embed" not in lk.plan_adaptation(model, config(r=2)).targets
+
+
+@pytest.mark.parametrize("config", [lk.LoRAConfig, lk.DoRAConfig])
+def test_adapt_leaves_an_embedding_that_is_not_named(config):
+    plan = lk.plan_adaptation(Tied(), config(r=2))
+    assert "embed" not in {s.name for s in plan.skipped} and "embed" not in plan.targets
 
 
 def test_lora_bias_leaves_the_embedding_out():

@@ -131,23 +131,40 @@ def test_training_mode_is_that_of_the_linear():
 # -------------------------------------------------------------------------------------------------------------- merging
 
 
+def exact_merge(layer):
+    """W + s B A in float64."""
+    w, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A.weight, layer.lora_B.weight))
+    return w + layer.scaling * b @ a
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lora_bias", [True, False])
-def test_merge_rounds_once_and_unmerge_comes_back_to_within_one_rounding(dtype, lora_bias):
+def test_merge_rounds_once(dtype, lora_bias):
     layer = make(k=40, n=30, dtype=dtype, lora_bias=lora_bias)
-    before = layer.weight.detach().clone()
-    bias = layer.bias.detach().clone()
-    product = layer.scaling * layer.lora_B.weight.detach().double() @ layer.lora_A.weight.detach().double()
+    exact = exact_merge(layer)
     assert layer.merge_() is layer and layer.merged
-    ulp = torch.finfo(dtype).eps * (before.double() + product).abs().max()
-    exact = before.double() + product
     if dtype == torch.float32:
+        ulp = torch.finfo(dtype).eps * exact.abs().max()
         torch.testing.assert_close(layer.weight.double(), exact, rtol=0, atol=2 * ulp)
     else:  # float32 sums, rounded once, are the rounded exact sums but for near ties
         assert (layer.weight == exact.to(dtype)).float().mean() > 0.99
-    bias_ulp = torch.finfo(dtype).eps * layer.bias.abs().max()
-    x = torch.randn(5, 40, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora_bias", [True, False])
+def test_a_merged_layer_is_its_linear(dtype, lora_bias):
+    layer, x = make(k=40, n=30, dtype=dtype, lora_bias=lora_bias).merge_(), torch.randn(5, 40, dtype=dtype)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora_bias", [True, False])
+def test_unmerge_comes_back_to_within_one_rounding(dtype, lora_bias):
+    layer = make(k=40, n=30, dtype=dtype, lora_bias=lora_bias)
+    before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    ulp = torch.finfo(dtype).eps * exact_merge(layer).abs().max()
+    layer.merge_()
+    bias_ulp = torch.finfo(dtype).eps * layer.bias.abs().max()
     layer.unmerge_()
     assert (layer.weight.double() - before.double()).abs().max() <= ulp
     assert (layer.bias.double() - bias.double()).abs().max() <= bias_ulp
@@ -332,7 +349,7 @@ def hooked():
     return linear
 
 
-def test_another_rank_in_place():
+def test_resizing_keeps_the_parameters_and_starts_them_at_zero():
     layer = make(r=4, alpha=6.0)
     a, b = layer.lora_A.weight, layer.lora_B.weight
     layer(torch.randn(3, 24)).sum().backward()
@@ -341,6 +358,10 @@ def test_another_rank_in_place():
     assert a.shape == (2, 24) and b.shape == (16, 2) and not a.any() and not b.any()
     x = torch.randn(3, 24)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+def test_resizing_to_what_cannot_be_changes_nothing():
+    layer = make(r=4, alpha=6.0).resize_(2)
     with pytest.raises(ValueError, match=r"LoRALinear\.resize_: expected r to be an integer of at least 1, got 0"):
         layer.resize_(0)
     with pytest.raises(ValueError, match=r"LoRALinear\.resize_: expected an unmerged layer"):

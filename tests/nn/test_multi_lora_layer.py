@@ -95,17 +95,30 @@ def test_ids_of_the_context():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_merging_one_adapter_and_back(dora):
+def test_a_merged_adapter_is_what_every_row_gets(dora):
     layer, x = make_layer(dora=dora), torch.randn(6, K)
-    before = layer.weight.detach().clone()
     expected = layer(x, torch.full((6,), 1))
     layer.merge_(1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert layer.merge_(1).merged and layer.merged_adapter == 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_unmerging_puts_the_weight_back(dora):
+    layer = make_layer(dora=dora)
+    before = layer.weight.detach().clone()
+    layer.merge_(1)
+    layer.unmerge_()
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merges_that_cannot_be_are_refused(dora):
+    layer = make_layer(dora=dora)
+    layer.merge_(1)
     with pytest.raises(ValueError, match="adapter 1 is merged"):
         layer.merge_(0)
     layer.unmerge_()
-    assert torch.equal(layer.weight, before) and not layer.merged
     with pytest.raises(ValueError, match="expected an adapter of 3, got 3"):
         layer.merge_(3)
     layer.weight_shared_with = ("head",)

@@ -135,10 +135,19 @@ def test_opt_flattens_its_rows():
 @torch.no_grad()
 def test_rows_that_are_chosen_by_labels_are_refused_even_where_they_are_as_many_as_sequences():
     config = transformers.ModernBertConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
-        sparse_prediction=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        sparse_prediction=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     model = adapted(transformers.ModernBertForMaskedLM(config))
     tokens, labels = torch.randint(3, 64, (2, 5)), torch.full((2, 5), -100)
     with use_adapters([0, 1]):
@@ -424,11 +433,15 @@ def test_an_order_that_is_said_is_trusted(order, shape, expected):
 @pytest.mark.parametrize(
     "ids",
     [
-        [2, 0, 1], (2, 0, 1), torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.uint8),
-        torch.tensor([2, 0, 1], dtype=torch.int32), torch.tensor([[2, 9], [0, 9], [1, 9]])[:, 0],
+        [2, 0, 1],
+        (2, 0, 1),
+        torch.tensor([2, 0, 1]),
+        torch.tensor([2, 0, 1], dtype=torch.uint8),
+        torch.tensor([2, 0, 1], dtype=torch.int32),
+        torch.tensor([[2, 9], [0, 9], [1, 9]])[:, 0],
         torch.tensor([2, 0, 1], dtype=torch.uint16),
     ],
-)  # fmt: skip
+)
 def test_ids_are_any_integers(ids):
     layer, x = make_layer(), torch.randn(3, 4, K)
     with use_adapters(ids):

@@ -36,13 +36,30 @@ FLAG = ["no", 1, None, torch.tensor(True)]
 BACKEND = ["rocket", None, 3]
 SEED = [1.5, "x", torch.zeros(()), torch.zeros(2, dtype=torch.int64), True]
 STACK = [None, "a", torch.zeros(2), []]
-INDEX = [None, [[0, 0]], torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32),
-         torch.tensor([[9, 0]], dtype=torch.int32), torch.tensor([[-1, 0]], dtype=torch.int32),
-         torch.tensor([[0, 0], [0, 0]], dtype=torch.int32)]  # fmt: skip
-IDS = [None, "a", torch.zeros(M), torch.zeros(M, dtype=torch.bool), torch.zeros(M + 1, dtype=torch.int64),
-       torch.full((M,), 2), torch.full((M,), -2), torch.full((M,), 2**32), torch.full((M,), -(2**63)),
-       torch.zeros(M, dtype=torch.uint64), torch.zeros(M, 0, dtype=torch.int64),
-       torch.zeros(M, 1, 1, dtype=torch.int64)]  # fmt: skip
+INDEX = [
+    None,
+    [[0, 0]],
+    torch.zeros(1, 2),
+    torch.zeros(1, 2, dtype=torch.int64),
+    torch.zeros(2, dtype=torch.int32),
+    torch.tensor([[9, 0]], dtype=torch.int32),
+    torch.tensor([[-1, 0]], dtype=torch.int32),
+    torch.tensor([[0, 0], [0, 0]], dtype=torch.int32),
+]
+IDS = [
+    None,
+    "a",
+    torch.zeros(M),
+    torch.zeros(M, dtype=torch.bool),
+    torch.zeros(M + 1, dtype=torch.int64),
+    torch.full((M,), 2),
+    torch.full((M,), -2),
+    torch.full((M,), 2**32),
+    torch.full((M,), -(2**63)),
+    torch.zeros(M, dtype=torch.uint64),
+    torch.zeros(M, 0, dtype=torch.int64),
+    torch.zeros(M, 1, 1, dtype=torch.int64),
+]
 BLOCK_SIZE = [None, 0, 8, 17, True, (16,), (16, 8), "16", 16.0]
 WRONG_PAIR = [3, (torch.zeros(N),), (None, torch.zeros(N)), (torch.zeros(N), torch.zeros(N + 1)), "ab"]
 
@@ -57,9 +74,15 @@ def _merge_operands() -> dict[str, Any]:
 
 
 LINEAR: dict[str, list[Any]] = {
-    "x": _tensor(M, K), "weight": _tensor(N, K), "lora_a": _tensor(R, K), "lora_b": _tensor(N, R),
-    "bias": _optional(N), "scaling": NUMBER, "dropout_p": PROBABILITY, "backend": BACKEND,
-}  # fmt: skip
+    "x": _tensor(M, K),
+    "weight": _tensor(N, K),
+    "lora_a": _tensor(R, K),
+    "lora_b": _tensor(N, R),
+    "bias": _optional(N),
+    "scaling": NUMBER,
+    "dropout_p": PROBABILITY,
+    "backend": BACKEND,
+}
 
 
 def _linear() -> dict[str, Any]:
@@ -70,82 +93,175 @@ def _linear() -> dict[str, Any]:
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[str, list[Any]]]] = {
     "lora_linear": (lk.lora_linear, _linear, {**LINEAR, "gate": _optional(R)}),
     "dora_linear": (
-        lk.dora_linear, lambda: {**_linear(), "magnitude": torch.ones(N)},
-        {**LINEAR, "magnitude": _tensor(N), "weight_sq_norm": _optional(N), "norm_and_scale": WRONG_PAIR,
-         "dropout_base": FLAG, "detach_norm": FLAG, "scale_cache": ["a", 3]},
+        lk.dora_linear,
+        lambda: {**_linear(), "magnitude": torch.ones(N)},
+        {
+            **LINEAR,
+            "magnitude": _tensor(N),
+            "weight_sq_norm": _optional(N),
+            "norm_and_scale": WRONG_PAIR,
+            "dropout_base": FLAG,
+            "detach_norm": FLAG,
+            "scale_cache": ["a", 3],
+        },
     ),
     "dora_weight_norm": (
-        lk.dora_weight_norm, _merge_operands,
-        {"weight": _tensor(N, K), "lora_a": _tensor(R, K), "lora_b": _tensor(N, R), "scaling": NUMBER,
-         "weight_sq_norm": _optional(N), "backend": BACKEND},
+        lk.dora_weight_norm,
+        _merge_operands,
+        {
+            "weight": _tensor(N, K),
+            "lora_a": _tensor(R, K),
+            "lora_b": _tensor(N, R),
+            "scaling": NUMBER,
+            "weight_sq_norm": _optional(N),
+            "backend": BACKEND,
+        },
     ),
     "dora_column_scale": (
-        lk.dora_column_scale, lambda: {**_merge_operands(), "magnitude": torch.ones(N)},
-        {"weight": _tensor(N, K), "lora_a": _tensor(R, K), "lora_b": _tensor(N, R), "magnitude": _tensor(N),
-         "scaling": NUMBER, "weight_sq_norm": _optional(N), "backend": BACKEND},
+        lk.dora_column_scale,
+        lambda: {**_merge_operands(), "magnitude": torch.ones(N)},
+        {
+            "weight": _tensor(N, K),
+            "lora_a": _tensor(R, K),
+            "lora_b": _tensor(N, R),
+            "magnitude": _tensor(N),
+            "scaling": NUMBER,
+            "weight_sq_norm": _optional(N),
+            "backend": BACKEND,
+        },
     ),
     "multi_lora_linear": (
         lk.multi_lora_linear,
-        lambda: {"x": torch.zeros(M, K), "weight": torch.zeros(N, K), "stack": _stack(),
-                 "adapter_ids": torch.zeros(M, dtype=torch.int64)},
-        {"x": _tensor(M, K), "weight": _tensor(N, K), "stack": STACK, "adapter_ids": IDS, "bias": _optional(N),
-         "weights": [w for w in _optional(M, 1) if w is not None] + [torch.zeros(M, 2)],
-         "dropout_p": [*PROBABILITY, [0.1], [0.1, 1.0], ["a", "b"]], "backend": BACKEND},
+        lambda: {
+            "x": torch.zeros(M, K),
+            "weight": torch.zeros(N, K),
+            "stack": _stack(),
+            "adapter_ids": torch.zeros(M, dtype=torch.int64),
+        },
+        {
+            "x": _tensor(M, K),
+            "weight": _tensor(N, K),
+            "stack": STACK,
+            "adapter_ids": IDS,
+            "bias": _optional(N),
+            "weights": [w for w in _optional(M, 1) if w is not None] + [torch.zeros(M, 2)],
+            "dropout_p": [*PROBABILITY, [0.1], [0.1, 1.0], ["a", "b"]],
+            "backend": BACKEND,
+        },
     ),
     "plan_batch": (
-        lk.plan_batch, lambda: {"adapter_ids": torch.zeros(M, dtype=torch.int64), "num_adapters": 2},
-        {"adapter_ids": [i for i in IDS if not (isinstance(i, torch.Tensor) and i.shape == (M + 1,))],
-         "num_adapters": [None, -1, 2.0, True]},
+        lk.plan_batch,
+        lambda: {"adapter_ids": torch.zeros(M, dtype=torch.int64), "num_adapters": 2},
+        {
+            "adapter_ids": [i for i in IDS if not (isinstance(i, torch.Tensor) and i.shape == (M + 1,))],
+            "num_adapters": [None, -1, 2.0, True],
+        },
     ),
     "stack_column_scale": (
-        lk.stack_column_scale, lambda: {"weight": torch.zeros(N, K), "stack": _stack(dora=True)},
+        lk.stack_column_scale,
+        lambda: {"weight": torch.zeros(N, K), "stack": _stack(dora=True)},
         {"weight": _tensor(N, K), "stack": [*STACK, _stack()], "backend": BACKEND},
     ),
     "block_sparse_linear": (
         lk.block_sparse_linear,
-        lambda: {"x": torch.zeros(M, K), "weight": torch.zeros(N, K), "blocks": torch.zeros(1, 16, 16),
-                 "block_index": torch.zeros(1, 2, dtype=torch.int32)},
-        {"x": _tensor(M, K), "weight": _tensor(N, K), "blocks": [*_tensor(1, 16, 16), torch.zeros(1, 8, 16)],
-         "block_index": INDEX, "bias": _optional(N), "rewrite": FLAG, "backend": BACKEND},
+        lambda: {
+            "x": torch.zeros(M, K),
+            "weight": torch.zeros(N, K),
+            "blocks": torch.zeros(1, 16, 16),
+            "block_index": torch.zeros(1, 2, dtype=torch.int32),
+        },
+        {
+            "x": _tensor(M, K),
+            "weight": _tensor(N, K),
+            "blocks": [*_tensor(1, 16, 16), torch.zeros(1, 8, 16)],
+            "block_index": INDEX,
+            "bias": _optional(N),
+            "rewrite": FLAG,
+            "backend": BACKEND,
+        },
     ),
     "block_sparse_weight_grad": (
         lk.block_sparse_weight_grad,
-        lambda: {"x": torch.zeros(M, K), "grad_y": torch.zeros(M, N), "block_size": 16,
-                 "block_index": torch.zeros(1, 2, dtype=torch.int32)},
-        {"x": _tensor(M, K), "grad_y": _tensor(M, N), "block_index": INDEX, "block_size": BLOCK_SIZE,
-         "backend": BACKEND},
+        lambda: {
+            "x": torch.zeros(M, K),
+            "grad_y": torch.zeros(M, N),
+            "block_size": 16,
+            "block_index": torch.zeros(1, 2, dtype=torch.int32),
+        },
+        {
+            "x": _tensor(M, K),
+            "grad_y": _tensor(M, N),
+            "block_index": INDEX,
+            "block_size": BLOCK_SIZE,
+            "backend": BACKEND,
+        },
     ),
     "block_columns": (
         block_columns,
         lambda: {"block_index": torch.zeros(1, 2, dtype=torch.int32), "block_size": 16, "in_features": K},
-        {"block_index": [None, [[0, 0]], torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32)],
-         "block_size": BLOCK_SIZE, "in_features": [None, -1, 2.0, True]},
+        {
+            "block_index": [None, [[0, 0]], torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32)],
+            "block_size": BLOCK_SIZE,
+            "in_features": [None, -1, 2.0, True],
+        },
     ),
     "block_adamw_": (
         block_adamw_,
-        lambda: {**{k: torch.zeros(1, 16, 16) for k in ("blocks", "grad", "exp_avg", "exp_avg_sq")},
-                 "weight": torch.zeros(N, K), "block_index": torch.zeros(1, 2, dtype=torch.int32), "step": 1},
-        {**{k: _tensor(1, 16, 16) for k in ("blocks", "grad", "exp_avg", "exp_avg_sq")}, "weight": _tensor(N, K),
-         "block_index": INDEX, "step": [None, 0, -1, 1.5, True], "lr": [None, NAN, -1.0, "1"],
-         "betas": [None, (0.9,), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9)], "eps": [None, NAN, -1.0],
-         "weight_decay": [None, NAN, -1.0], "seed": SEED, "backend": BACKEND},
+        lambda: {
+            **{k: torch.zeros(1, 16, 16) for k in ("blocks", "grad", "exp_avg", "exp_avg_sq")},
+            "weight": torch.zeros(N, K),
+            "block_index": torch.zeros(1, 2, dtype=torch.int32),
+            "step": 1,
+        },
+        {
+            **{k: _tensor(1, 16, 16) for k in ("blocks", "grad", "exp_avg", "exp_avg_sq")},
+            "weight": _tensor(N, K),
+            "block_index": INDEX,
+            "step": [None, 0, -1, 1.5, True],
+            "lr": [None, NAN, -1.0, "1"],
+            "betas": [None, (0.9,), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9)],
+            "eps": [None, NAN, -1.0],
+            "weight_decay": [None, NAN, -1.0],
+            "seed": SEED,
+            "backend": BACKEND,
+        },
     ),
     "merge_lora_": (
-        lk.merge_lora_, _merge_operands,
-        {"weight": _tensor(N, K)[:-1], "lora_a": _tensor(R, K)[:-1], "lora_b": _tensor(N, R)[:-1], "scaling": NUMBER,
-         "rounding": ["up", None], "check_finite": FLAG, "backend": BACKEND},
+        lk.merge_lora_,
+        _merge_operands,
+        {
+            "weight": _tensor(N, K)[:-1],
+            "lora_a": _tensor(R, K)[:-1],
+            "lora_b": _tensor(N, R)[:-1],
+            "scaling": NUMBER,
+            "rounding": ["up", None],
+            "check_finite": FLAG,
+            "backend": BACKEND,
+        },
     ),
     "merge_dora_": (
-        lk.merge_dora_, lambda: {**_merge_operands(), "column_scale": torch.ones(N)},
-        {"weight": _tensor(N, K)[:-1], "lora_a": _tensor(R, K)[:-1], "column_scale": _tensor(N)[:-1], "scaling": NUMBER,
-         "backend": BACKEND},
+        lk.merge_dora_,
+        lambda: {**_merge_operands(), "column_scale": torch.ones(N)},
+        {
+            "weight": _tensor(N, K)[:-1],
+            "lora_a": _tensor(R, K)[:-1],
+            "column_scale": _tensor(N)[:-1],
+            "scaling": NUMBER,
+            "backend": BACKEND,
+        },
     ),
     "unmerge_dora_": (
-        lk.unmerge_dora_, lambda: {**_merge_operands(), "column_scale": torch.ones(N)},
-        {"weight": _tensor(N, K)[:-1], "lora_b": _tensor(N, R)[:-1], "column_scale": _tensor(N)[:-1], "scaling": NUMBER,
-         "backend": BACKEND},
+        lk.unmerge_dora_,
+        lambda: {**_merge_operands(), "column_scale": torch.ones(N)},
+        {
+            "weight": _tensor(N, K)[:-1],
+            "lora_b": _tensor(N, R)[:-1],
+            "column_scale": _tensor(N)[:-1],
+            "scaling": NUMBER,
+            "backend": BACKEND,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def _cases() -> Iterator[Any]:

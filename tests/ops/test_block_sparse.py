@@ -43,19 +43,21 @@ def run_all_cases(backend: str = "cpu") -> None:
     """Shapes that reach each branch of the C++ path: tails of slices and panels, groups, token splits, no token."""
     for dtype in (F32, BF16, F16):
         for M, K, N, size, share in (
-            (64, 64, 64, (16, 16), 1.0), (129, 70, 90, (32, 48), 0.5), (1, 33, 17, (16, 16), 0.5),
-            (1153, 130, 200, (64, 32), 0.4), (700, 700, 600, (16, 16), 0.2), (0, 64, 64, (32, 32), 0.5),
+            (64, 64, 64, (16, 16), 1.0),
+            (129, 70, 90, (32, 48), 0.5),
+            (1, 33, 17, (16, 16), 0.5),
+            (1153, 130, 200, (64, 32), 0.4),
+            (700, 700, 600, (16, 16), 0.2),
+            (0, 64, 64, (32, 32), 0.5),
             (31, 300, 260, (256, 272), 1.0),
-        ):  # fmt: skip
+        ):
             torch.manual_seed(M)
             x, grad_y = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
             index = random_index(N, K, size, share)
             ours = lk.block_sparse_weight_grad(x, grad_y, index, size, backend=backend)
             exact = block_sparse_weight_grad_ref(x.double(), grad_y.double(), index, size)
             eager = read_blocks(grad_y.T @ x, index, size)
-            assert_as_exact_as_eager(
-                ours, eager, exact, factor=GRADIENT_FACTOR, what=f"{dtype} {M, K, N} {size}"
-            )  # fmt: skip
+            assert_as_exact_as_eager(ours, eager, exact, factor=GRADIENT_FACTOR, what=f"{dtype} {M, K, N} {size}")
 
 
 @pytest.mark.skipif(not _extension.available(), reason="no compiled extension")
@@ -182,9 +184,11 @@ def test_gradients_of_gradients_say_so() -> None:
 
 def linear_operands(**changes):
     operands = {
-        "x": torch.zeros(3, 32), "weight": torch.zeros(48, 32), "blocks": torch.zeros(2, 16, 16),
+        "x": torch.zeros(3, 32),
+        "weight": torch.zeros(48, 32),
+        "blocks": torch.zeros(2, 16, 16),
         "block_index": index_of((0, 0), (2, 1)),
-    }  # fmt: skip
+    }
     return {**operands, **changes}
 
 
@@ -205,7 +209,7 @@ LINEAR = [
     ({"bias": torch.zeros(32)}, ValueError, r"expected bias of shape \(N,\) = \(48,\), got \(32,\)"),
     ({"backend": "rocket"}, ValueError, r"expected backend to be one of"),
     ({"backend": "triton"}, ValueError, r"backend 'triton' cannot run here"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), LINEAR)
@@ -257,8 +261,19 @@ def check_adamw(backend: str) -> None:
         for step in range(1, 4):
             grad = read_blocks(torch.randn(70, 50), index, size).to(dtype)
             versions = blocks._version, weight._version
-            block_adamw_(blocks, grad, *moments, weight, index, step=step, lr=0.01, betas=(0.9, 0.95),
-                         weight_decay=0.1, eps=1e-6, backend=backend)  # fmt: skip
+            block_adamw_(
+                blocks,
+                grad,
+                *moments,
+                weight,
+                index,
+                step=step,
+                lr=0.01,
+                betas=(0.9, 0.95),
+                weight_decay=0.1,
+                eps=1e-6,
+                backend=backend,
+            )
             assert blocks._version > versions[0] and weight._version > versions[1]
             with torch.no_grad():
                 exact.copy_(exact.to(dtype))  # as the blocks are rounded between steps

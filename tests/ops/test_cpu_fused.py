@@ -25,9 +25,11 @@ def operands(m, k, n, r, dtype, factor_dtype=None, seed=0):
         return (scale * torch.randn(shape, generator=generator)).to(of)
 
     return (
-        normal(m, k), normal(n, k, scale=k**-0.5), normal(r, k, scale=k**-0.5, of=factor_dtype),
+        normal(m, k),
+        normal(n, k, scale=k**-0.5),
+        normal(r, k, scale=k**-0.5, of=factor_dtype),
         normal(n, r, scale=r**-0.5, of=factor_dtype),
-    )  # fmt: skip
+    )
 
 
 def formula(x, weight, a, b, bias=None, gate=None, scaling=1.0, column_scale=None):
@@ -38,7 +40,7 @@ def formula(x, weight, a, b, bias=None, gate=None, scaling=1.0, column_scale=Non
     return (y if bias is None else y + bias), u
 
 
-def check(m, k, n, r, dtype, factor_dtype=None, bias=False, gate=False, scale=False):
+def check(m, k, n, r, dtype, *, factor_dtype=None, bias=False, gate=False, scale=False):
     x, weight, a, b = operands(m, k, n, r, dtype, factor_dtype)
     extra = {
         "bias": torch.randn(n).to(dtype) if bias else None,
@@ -128,11 +130,13 @@ def test_what_a_call_leaves_in_its_memory_does_not_reach_the_next(m):
 def test_dora_takes_its_norms_from_the_product(dtype, tokens, monkeypatch):
     import lowrank_kernels as lk
     from lowrank_kernels.ops import dora
+    from lowrank_kernels.ops.planning import plan
 
     x, weight, a, b = operands(tokens, 96, 80, 8, dtype)
     magnitude = torch.rand(80)
     _, _, square = lk.dora_column_scale(weight, a, b, magnitude)
-    own = dora.own_product(x, weight, "dora_linear")
+    call = dora.DoRALinear(x, weight, a, b, magnitude, *(None,) * 4, 1.0, 0.0, None, False, True, False, "auto")
+    own = plan("dora_linear", call).norm == "inside"
     calls = []
     original = dora._norm
     monkeypatch.setattr(dora, "_norm", lambda *args: calls.append(1) or original(*args))
@@ -209,9 +213,16 @@ def test_dora_scale_grad(m, n, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "n", "k", "r"),
-    [(1, 8, 5, 1), (3, 131, 300, 7), (8, 70, 577, 33), (5, 33, 64, 300), (70, 131, 45, 7), (40, 600, 96, 33),
-     (1100, 64, 2100, 16)],
-)  # fmt: skip
+    [
+        (1, 8, 5, 1),
+        (3, 131, 300, 7),
+        (8, 70, 577, 33),
+        (5, 33, 64, 300),
+        (70, 131, 45, 7),
+        (40, 600, 96, 33),
+        (1100, 64, 2100, 16),
+    ],
+)
 @pytest.mark.parametrize(("dropout_p", "scaled"), [(0.0, False), (0.3, False), (0.3, True)])
 def test_grad_x(m, n, k, r, dtype, dropout_p, scaled):
     generator = torch.Generator().manual_seed(1)

@@ -10,8 +10,11 @@ import lowrank_kernels as lk
 
 def lora_operands(**changes):
     operands = {
-        "x": torch.zeros(3, 8), "weight": torch.zeros(6, 8), "lora_a": torch.zeros(2, 8), "lora_b": torch.zeros(6, 2)
-    }  # fmt: skip
+        "x": torch.zeros(3, 8),
+        "weight": torch.zeros(6, 8),
+        "lora_a": torch.zeros(2, 8),
+        "lora_b": torch.zeros(6, 2),
+    }
     return {**operands, **changes}
 
 
@@ -20,8 +23,11 @@ LORA_LINEAR = [
     ({"x": torch.tensor(1.0)}, ValueError, r"expected x of shape"),
     ({"x": [1.0]}, TypeError, r"expected x to be a tensor, got list"),
     ({"x": torch.zeros(3, 8, dtype=torch.int64)}, TypeError, r"expected x of a floating dtype, got torch.int64"),
-    ({name: torch.zeros(size, dtype=torch.int64) for name, size in (("x", (3, 8)), ("weight", (6, 8)))}, TypeError,
-     r"expected x of a floating dtype, got torch.int64"),
+    (
+        {name: torch.zeros(size, dtype=torch.int64) for name, size in (("x", (3, 8)), ("weight", (6, 8)))},
+        TypeError,
+        r"expected x of a floating dtype, got torch.int64",
+    ),
     ({"lora_a": torch.zeros(2, 8, dtype=torch.int64)}, TypeError, r"expected lora_a of a floating dtype"),
     ({"lora_b": torch.zeros(6, 2, dtype=torch.int64)}, TypeError, r"expected lora_b of a floating dtype"),
     ({"x": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, r"expected x and weight of one dtype, got .*bfloat16"),
@@ -48,7 +54,7 @@ LORA_LINEAR = [
     ({"backend": "rocket"}, ValueError, r"expected backend to be one of auto, .*, cuda, got 'rocket'"),
     ({"backend": "triton"}, ValueError, r"backend 'triton' cannot run here: .*TRITON_INTERPRET=1"),
     ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot run here: .*use backend='triton'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), LORA_LINEAR)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lk
-from lowrank_kernels import tuned
+from lowrank_kernels import families, tuned
 from tests.problems import Problem, differentiate, leaves, problems
 from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
@@ -42,14 +42,14 @@ def test_the_oracle_agrees_with_the_plain_formula(problem: Problem) -> None:
         torch.testing.assert_close(grad, plain_grads[name], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("choice", [None, "own_product", "library_product"])
+@pytest.mark.parametrize("choice", [None, {"base": "own"}, {"base": "library"}])
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if "bias" in p.values[0].tensors])
-def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: str | None) -> None:
+def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: tuned.Fields | None) -> None:
     dtype = problem.tensors["x"].dtype
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     values = problem.tensors["bias"].detach().mul(8).round() / 8  # which every dtype can hold
     with ExitStack() as stack:
-        for op in ("lora_linear", "dora_linear", "multi_lora_linear"):
+        for op in families.OPS:
             stack.enter_context(tuned.forcing(op))(choice)
         (y, grads), (again_y, again) = (
             differentiate(
@@ -63,25 +63,43 @@ def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: str | No
     torch.testing.assert_close(again["bias"], grads["bias"].to(other))
 
 
+LINEARS = {
+    "lora_linear": lambda x, w, a, b: lk.lora_linear(x, w, a, b),
+    "dora_linear": lambda x, w, a, b: lk.dora_linear(x, w, a, b, torch.ones(32)),
+    "block_sparse_linear": lambda x, w, a, b: lk.block_sparse_linear(
+        x, w, torch.zeros(1, 16, 16), torch.zeros(1, 2, dtype=torch.int32)
+    ),
+    "multi_lora_linear": lambda x, w, a, b: lk.multi_lora_linear(
+        x, w, lk.LoRAStack.from_factors([(a, b, 1.0)]), torch.zeros(x.shape[:-1].numel(), dtype=torch.int64)
+    ),
+}
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0)])
-@pytest.mark.parametrize("op", ["lora_linear", "dora_linear", "block_sparse_linear", "multi_lora_linear"])
+@pytest.mark.parametrize("op", LINEARS)
 def test_a_result_may_be_changed_in_place(op: str, shape: tuple[int, ...]) -> None:
     """As models do with a linear's: DeBERTa divides it."""
     x, w, a, b = (torch.randn(*s) for s in ((*shape, 16), (32, 16), (2, 16), (32, 2)))
-    index = torch.zeros(1, 2, dtype=torch.int32)
-    function = {
-        "lora_linear": lambda x: lk.lora_linear(x, w, a, b),
-        "dora_linear": lambda x: lk.dora_linear(x, w, a, b, torch.ones(32)),
-        "block_sparse_linear": lambda x: lk.block_sparse_linear(x, w, torch.zeros(1, 16, 16), index),
-        "multi_lora_linear": lambda x: lk.multi_lora_linear(
-            x, w, lk.LoRAStack.from_factors([(a, b, 1.0)]), torch.zeros(x.shape[:-1].numel(), dtype=torch.int64)
-        ),
-    }[op]
     x.requires_grad_()
-    y = function(x)
+    y = LINEARS[op](x, w, a, b)
     y /= 2
     (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad, torch.autograd.grad(function(x).sum() / 2, x)[0])
+    torch.testing.assert_close(grad, torch.autograd.grad(LINEARS[op](x, w, a, b).sum() / 2, x)[0])
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if "float32" in p.id])
+def test_a_backward_in_autocast_has_the_bits_of_one_outside(problem: Problem) -> None:
+    def grads(enabled: bool) -> dict[str, torch.Tensor]:
+        tensors = leaves(problem.tensors)
+        y = problem.run(tensors, "auto")
+        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+        grad_y = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad_y), strict=True))
+
+    outside, inside = grads(False), grads(True)
+    for name, grad in outside.items():
+        assert torch.equal(inside[name], grad), name
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -6,22 +6,24 @@ oneDNN reads an element past each row there and multiplies it by zero, so that a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import tuned
-from lowrank_kernels.ops import lora as lora_ops
 
+dense_weights = importlib.import_module("lowrank_kernels.weights.dense")  # beside the function of that name
 BF16 = torch.bfloat16
 M, K, N, R = 12, 33, 49, 7
 
 
 @pytest.fixture
 def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(lora_ops, "_has_amx", lambda: True)
+    monkeypatch.setattr(dense_weights, "_has_amx", lambda: True)
     tuned.forget()
     yield
     tuned.forget()
@@ -61,22 +63,19 @@ def calls() -> dict[str, object]:
         "many, trained": lambda: lk.multi_lora_linear(x.requires_grad_(), w, stack, ids).backward(dy),
         "many, dora": lambda: lk.multi_lora_linear(x.requires_grad_(), w, dora, none).backward(dy),
         "blocks": lambda: lk.block_sparse_linear(x.requires_grad_(), w, blocks, index).backward(dy),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize("choice", [None, "own_product", "library_product", "eager"])
+@pytest.mark.parametrize("choice", [None, {"base": "own"}, {"base": "library"}, {"eager": True}])
 @pytest.mark.parametrize("name", list(calls()))
 @pytest.mark.usefixtures("amx")
-def test_the_library_multiplies_none_of_them(name: str, choice: str | None) -> None:
+def test_the_library_multiplies_none_of_them(name: str, choice: tuned.Fields | None) -> None:
     ops = [f"{op}{way}" for op in ("lora_linear", "dora_linear", "multi_lora_linear") for way in ("", "_backward")]
-    before = dict(tuned.forced)
-    tuned.forced.update(dict.fromkeys(ops, choice))
-    try:
+    with ExitStack() as stack:
+        for op in ops:
+            stack.enter_context(tuned.forcing(op))(choice)
         with torch.profiler.profile(record_shapes=True) as profile:
             calls()[name]()  # type: ignore[operator]
-    finally:
-        tuned.forced.clear()
-        tuned.forced.update(before)
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
     products = [

@@ -135,7 +135,7 @@ BAD = [
     ([(torch.zeros(2, K), torch.zeros(N, 2).long(), 1.0)], TypeError, "expected lora_b of adapter 0 to be a tensor"),
     ([([1.0], torch.zeros(N, 2), 1.0)], TypeError, "expected lora_a of adapter 0 to be a tensor"),
     ([(torch.zeros(2, K), torch.zeros(N, 2), 1.0, torch.zeros(3))], ValueError, r"magnitude of adapter 0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("factors", "error", "message"), BAD)

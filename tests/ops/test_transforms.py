@@ -16,8 +16,18 @@ from lowrank_kernels.functional import block_adamw_, read_blocks
 from tests.problems import Problem, problems
 
 M, K, N, R = 5, 12, 18, 3
-CALLS = ["lora", "lora, gate, dropout", "dora", "dora, full gradients", "dora, dropout of the base", "norm", "multi",
-         "multi, dora", "blocks", "block gradients"]  # fmt: skip
+CALLS = [
+    "lora",
+    "lora, gate, dropout",
+    "dora",
+    "dora, full gradients",
+    "dora, dropout of the base",
+    "norm",
+    "multi",
+    "multi, dora",
+    "blocks",
+    "block gradients",
+]
 
 
 def call(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -70,40 +80,51 @@ def call(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], tuple
     return {
         "lora": (
             lambda x, a, b, bias: lk.lora_linear(x, w, a, b, bias, scaling=0.5),
-            lambda x, a, b, bias: plain_lora(x, a, b, bias, 1.0), (x, a, b, bias),
+            lambda x, a, b, bias: plain_lora(x, a, b, bias, 1.0),
+            (x, a, b, bias),
         ),
         "lora, gate, dropout": (
             lambda x, a, b, bias, gate: lk.lora_linear(x, w, a, b, bias, scaling=0.5, gate=gate, **drop),
-            lambda *t: plain_lora(*t, keep=keep), (x, a, b, bias, gate),
+            lambda *t: plain_lora(*t, keep=keep),
+            (x, a, b, bias, gate),
         ),
         "dora": (
-            lambda x, a, b, m, bias: lk.dora_linear(x, w, a, b, m, bias, scaling=0.5), plain_dora, (x, a, b, m, bias),
+            lambda x, a, b, m, bias: lk.dora_linear(x, w, a, b, m, bias, scaling=0.5),
+            plain_dora,
+            (x, a, b, m, bias),
         ),
         "dora, full gradients": (
             lambda x, a, b, m, bias: lk.dora_linear(x, w, a, b, m, bias, scaling=0.5, detach_norm=False),
-            lambda *t: plain_dora(*t, through=True), (x, a, b, m, bias),
+            lambda *t: plain_dora(*t, through=True),
+            (x, a, b, m, bias),
         ),
         "dora, dropout of the base": (
             lambda x, a, b, m, bias: lk.dora_linear(x, w, a, b, m, bias, scaling=0.5, dropout_base=True, **drop),
-            lambda *t: plain_dora(*t, keep=keep), (x, a, b, m, bias),
+            lambda *t: plain_dora(*t, keep=keep),
+            (x, a, b, m, bias),
         ),
         "norm": (lambda a, b: lk.dora_weight_norm(w, a, b, scaling=0.5), plain_norm, (a, b)),
         "multi": (
-            lambda x, a, b, bias: lk.multi_lora_linear(x, w, of_stack(a, b), ids, bias), plain_multi,
+            lambda x, a, b, bias: lk.multi_lora_linear(x, w, of_stack(a, b), ids, bias),
+            plain_multi,
             (x, stack.lora_a, stack.lora_b, bias),
         ),
         "multi, dora": (
-            lambda x, a, b, bias, m: lk.multi_lora_linear(x, w, of_stack(a, b, m), ids, bias), plain_multi,
+            lambda x, a, b, bias, m: lk.multi_lora_linear(x, w, of_stack(a, b, m), ids, bias),
+            plain_multi,
             (x, stack.lora_a, stack.lora_b, bias, m[None]),
         ),
         "blocks": (
-            lambda x, blocks, bias: lk.block_sparse_linear(x, w, blocks, index, bias), plain_blocks,
+            lambda x, blocks, bias: lk.block_sparse_linear(x, w, blocks, index, bias),
+            plain_blocks,
             (x, read_blocks(w, index, (16, 16)), bias),
         ),
         "block gradients": (
-            lambda x, dy: lk.block_sparse_weight_grad(x, dy, index, 16), block_gradients, (x, torch.randn(M, N)),
+            lambda x, dy: lk.block_sparse_weight_grad(x, dy, index, 16),
+            block_gradients,
+            (x, torch.randn(M, N)),
         ),
-    }[name]  # fmt: skip
+    }[name]
 
 
 def tangents_of(primals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

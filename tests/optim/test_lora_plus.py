@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,20 +21,33 @@ class Model(nn.Module):
         return self.two(self.one(self.embed(ids)))
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_groups_are_complete_and_disjoint(bias: str) -> None:
+@pytest.fixture(params=["none", "all"])
+def grouped(request: pytest.FixtureRequest) -> tuple[Model, list[dict[str, Any]]]:
+    """A model whose embedding trains beside DoRA, with biases or without, and its groups."""
     model = Model()
-    lk.adapt(model, lk.DoRAConfig(r=2, bias=bias))
+    lk.adapt(model, lk.DoRAConfig(r=2, bias=request.param))
     model.embed.weight.requires_grad_(True)
-    groups = lora_plus_groups(model, 1e-3, ratio=8, weight_decay=0.1)
+    return model, lora_plus_groups(model, 1e-3, ratio=8, weight_decay=0.1)
+
+
+def test_groups_are_complete_and_disjoint(grouped: tuple[Model, list[dict[str, Any]]]) -> None:
+    model, groups = grouped
     seen = [id(p) for group in groups for p in group["params"]]
     assert len(seen) == len(set(seen)) and set(seen) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_factors_embeddings_and_vectors_have_groups_of_their_own(grouped: tuple[Model, list[dict[str, Any]]]) -> None:
+    model, groups = grouped
     by_name = {group["name"]: group for group in groups}
     assert {tuple(p.shape) for p in by_name["A"]["params"]} == {(2, 8), (2, 6)}
     assert {tuple(p.shape) for p in by_name["B"]["params"]} == {(6, 2), (4, 2)}
     assert by_name["embedding"]["params"] == [model.embed.weight]
     assert all(p.dim() == 1 for p in by_name["vectors"]["params"])
-    rates = {name: (group["lr"], group["weight_decay"]) for name, group in by_name.items()}
+
+
+def test_each_group_has_its_rate_and_decay(grouped: tuple[Model, list[dict[str, Any]]]) -> None:
+    _, groups = grouped
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
     assert rates == {"A": (1e-3, 0.1), "B": (8e-3, 0.1), "embedding": (1e-6, 0.1), "vectors": (8e-3, 0.0)}
 
 

@@ -67,9 +67,15 @@ def test_three_steps_are_those_of_the_formulas(moments: str) -> None:
     a, b, s = start_a[0], start_b[0], scaling[0].item()
     pair = [torch.nn.Parameter(a.clone()), torch.nn.Parameter(b.clone())]
     optimizer = LoRAPro(
-        [{"params": pair, "scaling": [s]}], lr=0.05, momentum=0.7, betas=(0.8, 0.9), adam_eps=0.3, eps=0.0,
-        weight_decay=0.4, moments=moments,
-    )  # fmt: skip
+        [{"params": pair, "scaling": [s]}],
+        lr=0.05,
+        momentum=0.7,
+        betas=(0.8, 0.9),
+        adam_eps=0.3,
+        eps=0.0,
+        weight_decay=0.4,
+        moments=moments,
+    )
     m_a, m_b, mean, square = torch.zeros_like(a), torch.zeros_like(b), torch.zeros(11, 9), torch.zeros(11, 9)
     for step in (1, 2, 3):
         g = torch.randn(11, 9, generator=torch.Generator().manual_seed(step), dtype=F64)

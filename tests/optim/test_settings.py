@@ -36,7 +36,8 @@ def block_adamw(**settings: Any) -> BlockAdamW:
 
 MAKERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "LoRAPro": (
-        lambda **s: LoRAPro(factor_groups(lora_model()), **s), ("lr", "momentum", "adam_eps", "eps", "weight_decay")
+        lambda **s: LoRAPro(factor_groups(lora_model()), **s),
+        ("lr", "momentum", "adam_eps", "eps", "weight_decay"),
     ),
     "LoRARITE": (lambda **s: LoRARITE(factor_groups(lora_model()), **s), ("lr", "eps", "adam_eps", "weight_decay")),
     "BlockAdamW": (block_adamw, ("lr", "eps", "weight_decay")),
@@ -44,7 +45,7 @@ MAKERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         lambda **s: lora_plus_groups(lora_model(), **{"lr": 1e-3, **s}),
         ("lr", "ratio", "embedding_lr", "weight_decay"),
     ),
-}  # fmt: skip
+}
 WRONG = [math.nan, math.inf, -1.0, None, "1e-3", True, [0.1], 1j]
 BETAS = [0.9, None, (0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9), ("0.9", 0.9), (True, 0.9), (0.9, 0.9, 0.9)]
 NUMBERS = [(op, name, value) for op, (_, names) in MAKERS.items() for name in names for value in WRONG]

@@ -48,9 +48,18 @@ def start_from(name: str, r: int) -> tuple[Tensor, Tensor]:
 
 
 STARTS = (
-    "full", "fresh", "tiny B", "tiny A", "zero A", "one direction", "one row of A", "zero-padded",
-    "B zero-padded in front", "ill-conditioned", "low rank",
-)  # fmt: skip
+    "full",
+    "fresh",
+    "tiny B",
+    "tiny A",
+    "zero A",
+    "one direction",
+    "one row of A",
+    "zero-padded",
+    "B zero-padded in front",
+    "ill-conditioned",
+    "low rank",
+)
 
 
 def train(optimizer: str, start: str, r: int, rows: int, dtype: torch.dtype, steps: int = 25) -> tuple[float, float]:

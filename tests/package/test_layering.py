@@ -17,19 +17,22 @@ OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn"})
 
 # layer -> what it may import: parts of this package, and packages from outside.
 ALLOWED = {
+    "families": (set(), set()),
     "reference": (set(), {"torch"}),
     "_extension": (set(), {"torch"}),
+    "cpp": (set(), {"torch"}),
+    "weights": ({"cpp"}, {"torch"}),
     "finite": (set(), {"torch"}),
     "tuned": ({"_extension"}, {"torch"}),
     "kernels": ({"tuned"}, {"torch", "triton"}),
-    "ops": ({"reference", "kernels", "tuned", "_extension"}, {"torch"}),
+    "ops": ({"families", "reference", "kernels", "weights", "cpp", "tuned", "_extension"}, {"torch"}),
     "stack": (set(), {"torch"}),
     "gradients": (set(), {"torch"}),
-    "functional": ({"ops", "stack"}, {"torch"}),
+    "functional": ({"ops", "stack", "weights"}, {"torch"}),
     "merge": ({"finite", "ops"}, {"torch"}),
     "report": (set(), {"torch"}),
     "init": ({"names", "finite", "gradients", "nn", "functional", "merge"}, {"torch"}),
-    "nn": ({"finite", "functional", "init", "merge", "stack"}, {"torch"}),
+    "nn": ({"finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge"}, {"torch"}),
     "federated": ({"merge"}, {"torch"}),
     "optim": ({"nn", "functional"}, {"torch"}),
@@ -45,10 +48,10 @@ ALLOWED = {
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
-    "serving": ({"names", "adapters", "config", "functional", "nn", "stack"}, {"torch", *WEB}),
+    "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
-    "inspect": ({"kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
+    "inspect": ({"families", "kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
     "cli": (None, None),
 }
 

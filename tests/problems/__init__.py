@@ -1,18 +1,18 @@
 """Problems that every op family must solve: one list, read by every suite that is not about one op alone.
 
-A family is one module here with ``problems()``, named in ``FAMILIES``.
+A family is one module here with ``problems()``, found by its name.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FAMILIES = ("lora", "dora", "block_sparse", "multi_lora")
+from lowrank_kernels.families import NAMES
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Problem:
     rows: str = "x"
 
 
-def problems() -> list[Problem]:
-    """The problems of all families."""
-    return [p for name in FAMILIES for p in importlib.import_module(f"{__name__}.{name}").problems()]
+def problems(families: Iterable[str] = NAMES) -> list[Problem]:
+    """The problems of all families, or of those named."""
+    return [p for name in families for p in importlib.import_module(f"{__name__}.{name}").problems()]
 
 
 def leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -25,9 +25,17 @@ def random_index(n: int, k: int, size: tuple[int, int], share: float, seed: int 
 
 
 def block_tensors(
-    M: int, K: int, N: int, size: tuple[int, int], dtype: torch.dtype, block_dtype: torch.dtype | None = None, *,
-    share: float = 0.3, bias: bool = False, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+    M: int,
+    K: int,
+    N: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    block_dtype: torch.dtype | None = None,
+    *,
+    share: float = 0.3,
+    bias: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """Random inputs whose products have about unit variance; the blocks hold what W holds there."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -76,9 +84,16 @@ def linear_problem(name: str, tensors: dict[str, Tensor]) -> Problem:
 
 
 def grad_problem(
-    name: str, M: int, K: int, N: int, size: tuple[int, int], dtype: torch.dtype, *, share: float = 0.3,
+    name: str,
+    M: int,
+    K: int,
+    N: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    share: float = 0.3,
     strided: bool = False,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """The gradients alone, as an output."""
     generator = torch.Generator().manual_seed(1)
     x, grad_y = (torch.randn(M, width, generator=generator).to(dtype) for width in (K, N))

@@ -15,9 +15,18 @@ from .lora import BF16, F16, F32, SEED, _strided, lora_tensors
 
 
 def eager_dora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None = None, *,
-    scaling: float = 1.0, dropout_p: float = 0.0, dropout_base: bool = False, detach_norm: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    dropout_base: bool = False,
+    detach_norm: bool = True,
+) -> Tensor:
     """What one would write with PyTorch alone, the norm of the dense sum included: every step rounds to x's dtype."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     norm = (weight + scaling * (b @ a)).norm(dim=1)

@@ -17,9 +17,16 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def eager_lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None = None, *, scaling: float = 1.0,
-    gate: Tensor | None = None, dropout_p: float = 0.0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """What one would write with PyTorch alone: every step rounds to x's dtype."""
     dropped = x
     if dropout_p:
@@ -33,9 +40,17 @@ def eager_lora_linear(
 
 
 def lora_tensors(
-    M: int, K: int, N: int, R: int, dtype: torch.dtype, factor_dtype: torch.dtype | None = None, *,
-    bias: bool = False, gate: bool = False, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
+    *,
+    bias: bool = False,
+    gate: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """Random inputs whose products have about unit variance."""
     generator = torch.Generator().manual_seed(seed)
     factor_dtype = factor_dtype or dtype
@@ -44,9 +59,11 @@ def lora_tensors(
         return (scale * torch.randn(shape, generator=generator)).to(of).requires_grad_(grad)
 
     tensors = {
-        "x": random(M, K), "weight": random(N, K, scale=K**-0.5, grad=False),
-        "lora_a": random(R, K, scale=K**-0.5, of=factor_dtype), "lora_b": random(N, R, scale=R**-0.5, of=factor_dtype),
-    }  # fmt: skip
+        "x": random(M, K),
+        "weight": random(N, K, scale=K**-0.5, grad=False),
+        "lora_a": random(R, K, scale=K**-0.5, of=factor_dtype),
+        "lora_b": random(N, R, scale=R**-0.5, of=factor_dtype),
+    }
     if bias:
         tensors["bias"] = random(N)
     if gate:
@@ -54,9 +71,7 @@ def lora_tensors(
     return tensors
 
 
-def lora_problem(
-    name: str, tensors: dict[str, Tensor], *, dropout_p: float = 0.0, scaling: float = 0.75
-) -> Problem:  # fmt: skip
+def lora_problem(name: str, tensors: dict[str, Tensor], *, dropout_p: float = 0.0, scaling: float = 0.75) -> Problem:
     def run(t: dict[str, Tensor], backend: str) -> Tensor:
         return lk.lora_linear(**t, scaling=scaling, dropout_p=dropout_p, dropout_seed=SEED, backend=backend)
 

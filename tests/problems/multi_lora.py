@@ -19,10 +19,18 @@ RANKS = (1, 2, 3, 5, 7, 8, 16, 32, 64)
 
 
 def eager_multi_lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None = None,
-    magnitude: Tensor | None = None, weights: Tensor | None = None, *, places: Sequence[Place],
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    places: Sequence[Place],
     dropout_p: Sequence[float] | float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """What one would write with PyTorch alone: a loop over the adapters, every step rounded to x's dtype."""
     ids = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[:, None]
     ps = [dropout_p] * len(places) if isinstance(dropout_p, float) else dropout_p
@@ -50,10 +58,20 @@ def eager_multi_lora_linear(
 
 
 def multi_lora_problem(
-    name: str, ids: Tensor, K: int, N: int, ranks: Sequence[int], dtype: torch.dtype,
-    factor_dtype: torch.dtype | None = None, *, dora: Sequence[int] = (), bias: bool = False, weighted: bool = False,
-    dropout_p: Sequence[float] | float = 0.0, seed: int = 0,
-) -> Problem:  # fmt: skip
+    name: str,
+    ids: Tensor,
+    K: int,
+    N: int,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
+    *,
+    dora: Sequence[int] = (),
+    bias: bool = False,
+    weighted: bool = False,
+    dropout_p: Sequence[float] | float = 0.0,
+    seed: int = 0,
+) -> Problem:
     """``ids`` (M,) or (M, J); ``dora``: which adapters have a magnitude."""
     generator = torch.Generator().manual_seed(seed)
     factor_dtype = factor_dtype or dtype
@@ -69,9 +87,12 @@ def multi_lora_problem(
     per_rank = torch.cat([torch.full((rank, 1), rank**-0.5) for rank in ranks]) if ranks else torch.zeros(0, 1)
     lora_b = (per_rank * torch.randn(total, N, generator=generator)).to(factor_dtype).requires_grad_()
     tensors = {
-        "x": random(M, K), "weight": random(N, K, scale=K**-0.5, grad=False),
-        "lora_a": random(total, K, scale=K**-0.5, of=factor_dtype), "lora_b": lora_b, "adapter_ids": ids,
-    }  # fmt: skip
+        "x": random(M, K),
+        "weight": random(N, K, scale=K**-0.5, grad=False),
+        "lora_a": random(total, K, scale=K**-0.5, of=factor_dtype),
+        "lora_b": lora_b,
+        "adapter_ids": ids,
+    }
     if bias:
         tensors["bias"] = random(N)
     if dora:
@@ -82,9 +103,16 @@ def multi_lora_problem(
     def run(t: dict[str, Tensor], backend: str) -> Tensor:
         stack = lk.LoRAStack(t["lora_a"], t["lora_b"], places, t.get("magnitude"))
         return lk.multi_lora_linear(
-            t["x"], t["weight"], stack, t["adapter_ids"], t.get("bias"), weights=t.get("weights"),
-            dropout_p=dropout_p, dropout_seed=SEED, backend=backend,
-        )  # fmt: skip
+            t["x"],
+            t["weight"],
+            stack,
+            t["adapter_ids"],
+            t.get("bias"),
+            weights=t.get("weights"),
+            dropout_p=dropout_p,
+            dropout_seed=SEED,
+            backend=backend,
+        )
 
     def eager(t: dict[str, Tensor]) -> Tensor:
         return eager_multi_lora_linear(**t, places=places, dropout_p=dropout_p)
@@ -93,26 +121,50 @@ def multi_lora_problem(
 
 
 def eager_sliced(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_ids: Tensor, bias: Tensor | None = None,
-    magnitude: Tensor | None = None, *, places: Sequence[Place], slices: Sequence[int], **settings: Any,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    *,
+    places: Sequence[Place],
+    slices: Sequence[int],
+    **settings: Any,
+) -> Tensor:
     """Every slice as a linear of its own, with the rows of the weight and of everything else that are its own."""
     parts, begin = [], 0
     for s, width in enumerate(slices):
         own = slice(begin, begin + width)
         of_slice = [Place(p.start, *p.slices[s], p.magnitude) for p in places]
-        parts.append(eager_multi_lora_linear(
-            x, weight[own], lora_a[s], lora_b[:, own], adapter_ids, None if bias is None else bias[own],
-            None if magnitude is None else magnitude[:, own], places=of_slice, **settings,
-        ))  # fmt: skip
+        parts.append(
+            eager_multi_lora_linear(
+                x,
+                weight[own],
+                lora_a[s],
+                lora_b[:, own],
+                adapter_ids,
+                None if bias is None else bias[own],
+                None if magnitude is None else magnitude[:, own],
+                places=of_slice,
+                **settings,
+            )
+        )
         begin += width
     return torch.cat(parts, dim=1)
 
 
 def sliced_problem(
-    name: str, ids: Tensor, K: int, slices: Sequence[int], ranks: Sequence[Sequence[int]], dtype: torch.dtype,
-    factor_dtype: torch.dtype | None = None, **settings: Any,
-) -> Problem:  # fmt: skip
+    name: str,
+    ids: Tensor,
+    K: int,
+    slices: Sequence[int],
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Problem:
     """``ranks``: an adapter's in each slice, 0 for none."""
     dropout_p = settings.get("dropout_p", 0.0)
     plain = multi_lora_problem(name, ids, K, sum(slices), [max(r) for r in ranks], dtype, factor_dtype, **settings)
@@ -131,9 +183,15 @@ def sliced_problem(
     def run(t: dict[str, Tensor], backend: str) -> Tensor:
         stack = lk.LoRAStack(t["lora_a"], t["lora_b"], places, t.get("magnitude"), slices=slices)
         return lk.multi_lora_linear(
-            t["x"], t["weight"], stack, t["adapter_ids"], t.get("bias"),
-            dropout_p=dropout_p, dropout_seed=SEED, backend=backend,
-        )  # fmt: skip
+            t["x"],
+            t["weight"],
+            stack,
+            t["adapter_ids"],
+            t.get("bias"),
+            dropout_p=dropout_p,
+            dropout_seed=SEED,
+            backend=backend,
+        )
 
     def eager(t: dict[str, Tensor]) -> Tensor:
         return eager_sliced(**t, places=places, slices=slices, dropout_p=dropout_p)
@@ -184,8 +242,9 @@ def problems() -> Iterator[Problem]:
     yield multi_lora_problem("several a row", several, 72, 80, (4, 8, 3), BF16, F32, bias=True)
     yield multi_lora_problem("several a row, weighted", several, 66, 50, (4, 8, 3), F32, weighted=True)
     yield multi_lora_problem("weighted", population("mixed", 40, 3)[:, None], 72, 80, (4, 8, 3), BF16, weighted=True)
-    yield multi_lora_problem("dropout each", population("mixed", 60, 3), 68, 80, (4, 8, 3), BF16, F32,
-                             dropout_p=(0.0, 0.25, 0.5))  # fmt: skip
+    yield multi_lora_problem(
+        "dropout each", population("mixed", 60, 3), 68, 80, (4, 8, 3), BF16, F32, dropout_p=(0.0, 0.25, 0.5)
+    )
     yield multi_lora_problem("dropout, float32", several, 67, 45, (4, 8, 3), F32, dropout_p=0.3, weighted=True)
     yield multi_lora_problem("one row", population("distinct", 1, 1), 136, 88, (16,), BF16)
     yield multi_lora_problem("no row", torch.zeros(0, dtype=torch.int64), 136, 88, (16, 3), BF16, bias=True)

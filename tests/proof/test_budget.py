@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from lowrank_kernels.cli.inspect import json_entries
+from lowrank_kernels.families import NAMES
 from lowrank_kernels.inspect.binaries import MATRIX_KINDS
 from lowrank_kernels.inspect.budget import REGENERATE, worse
 from lowrank_kernels.inspect.compile import Compiled, compile_launches, faults, predict
 from lowrank_kernels.inspect.launches import recorded_launches
-from lowrank_kernels.inspect.registry import ARCHITECTURES, family, family_names
+from lowrank_kernels.inspect.registry import ARCHITECTURES, family
 from lowrank_kernels.inspect.triton_internals import TRITON_VERSION
 
 BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
@@ -24,7 +25,7 @@ BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
 @cache
 def _compiled(arch: str) -> tuple[tuple[str, Compiled], ...]:
     """(family, result) of every variant on a target; families compile together."""
-    launches = [(name, launch) for name in family_names() for launch in recorded_launches(family(name), arch)]
+    launches = [(name, launch) for name in NAMES for launch in recorded_launches(family(name), arch)]
     results = compile_launches([launch for _, launch in launches])
     return tuple((name, result) for (name, _), result in zip(launches, results, strict=True))
 
@@ -89,9 +90,10 @@ def test_every_kernel_has_a_prediction() -> None:
 
 def test_one_kernel_forward_counts_its_tensors_once() -> None:
     (launch,) = (
-        r.launch for _, r in _compiled("sm_90")
+        r.launch
+        for _, r in _compiled("sm_90")
         if r.launch.kernel == "_lora_linear_fwd_kernel" and r.launch.case == "fused M=2048 R=16 bf16"
-    )  # fmt: skip
+    )
     M, N, K, R = 2048, 4096, 4096, 16
     prediction = predict(family("lora"), launch)
     assert prediction.nbytes == 2 * (M * K + N * K + M * N + M * R + R * (K + N))

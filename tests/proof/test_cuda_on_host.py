@@ -54,7 +54,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(build: str, mode: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
-        return subprocess.run([compiled(build), mode], capture_output=True, text=True, timeout=300, env=env)
+        return subprocess.run([compiled(build), mode], capture_output=True, text=True, timeout=3600, env=env)
 
     return run
 
@@ -67,11 +67,15 @@ def test_device_code_is_right_on_the_host(driver: Run) -> None:
 
 
 @needs_compiler
-def test_blocks_of_a_cluster_fetch_together(driver: Run) -> None:
+@pytest.mark.parametrize(
+    ("mode", "cases"),
+    [("cluster", 2), pytest.param("clusters", 6, marks=pytest.mark.nightly)],  # the same with more sizes and dtypes
+)
+def test_blocks_of_a_cluster_fetch_together(mode: str, cases: int, driver: Run) -> None:
     """Right, and the same bits as blocks that fetch for themselves."""
-    result = driver("plain", "clusters")
+    result = driver("plain", mode)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("of the allowed error") == 6
+    assert result.stdout.count("of the allowed error") == cases
 
 
 @needs_compiler
@@ -84,7 +88,14 @@ def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("sanitizer", "mode"), [("address", "short"), ("address", "clusters"), ("thread", "short"), ("thread", "cluster")]
+    ("sanitizer", "mode"),
+    [
+        ("address", "short"),
+        ("address", "cluster"),
+        pytest.param("address", "clusters", marks=pytest.mark.nightly),  # "cluster" with more sizes and dtypes
+        ("thread", "short"),
+        ("thread", "cluster"),
+    ],
 )
 def test_device_code_is_clean_under(sanitizer: str, mode: str, driver: Run) -> None:
     result = driver(sanitizer, mode)
@@ -194,8 +205,11 @@ def _worse(budget: dict[str, object], usage: Usage, release: str | None) -> list
                 if known and name not in known:
                     found.append(f"{arch} {name}: not in the budget")
                 limits = known.get(name, limits)
-            found += [f"{arch} {name}: {what} {now[what]}, budget {limits[what]}" for what in limits
-                      if now[what] > limits[what]]  # fmt: skip
+            found += [
+                f"{arch} {name}: {what} {now[what]}, budget {limits[what]}"
+                for what in limits
+                if now[what] > limits[what]
+            ]
     return found
 
 

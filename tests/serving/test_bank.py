@@ -6,7 +6,6 @@ import pickle
 import shutil
 import struct
 import threading
-import time
 
 import pytest
 import torch
@@ -197,24 +196,37 @@ def test_the_least_recently_used_goes_and_comes_back(model, folders, alone):
         assert set(rows) == {3 * 4}  # gaps are used again
 
 
-def test_pins_and_running_batches_are_not_evicted(model, folders):
-    size = bytes_of(folders["lora"], model)
-    with AdapterBank(model, budget_bytes=2 * size) as bank:
+@pytest.fixture
+def bank_of_two(model, folders):
+    """A bank with room for two adapters of the kind "lora", one of them pinned."""
+    with AdapterBank(model, budget_bytes=2 * bytes_of(folders["lora"], model)) as bank:
         bank.load("pinned", folders["lora"], pin=True)
         bank.load("busy", folders["lora"])
-        with bank.batch(["busy"]):
-            with pytest.raises(ValueError, match=r"expected room for 'more'.*pinned or in a running batch leave 0"):
-                bank.load("more", folders["lora"])
-            assert bank.names() == ["pinned", "busy"]
-        bank.load("more", folders["lora"])
-        assert bank.resident() == ["pinned", "more"]
-        with pytest.raises(ValueError, match="expected room for 'busy'"), bank.batch(["pinned", "more", "busy"]):
-            pass
-        bank.pin("pinned", False)
-        bank.pin("busy")
-        assert bank.resident() == ["more", "busy"]
-        with pytest.raises(ValueError, match="expected room for 'large'"):
-            bank.load("large", folders["rank 16"])
+        yield bank
+
+
+def test_an_adapter_of_a_running_batch_is_not_evicted(bank_of_two, folders):
+    with bank_of_two.batch(["busy"]):
+        with pytest.raises(ValueError, match=r"expected room for 'more'.*pinned or in a running batch leave 0"):
+            bank_of_two.load("more", folders["lora"])
+        assert bank_of_two.names() == ["pinned", "busy"]
+    bank_of_two.load("more", folders["lora"])
+    assert bank_of_two.resident() == ["pinned", "more"]
+
+
+def test_a_batch_of_more_than_there_is_room_for_is_refused(bank_of_two, folders):
+    bank_of_two.load("more", folders["lora"])
+    with pytest.raises(ValueError, match="expected room for 'busy'"), bank_of_two.batch(["pinned", "more", "busy"]):
+        pass
+
+
+def test_pins_are_taken_off_and_put_on(bank_of_two, folders):
+    bank_of_two.load("more", folders["lora"])
+    bank_of_two.pin("pinned", False)
+    bank_of_two.pin("busy")
+    assert bank_of_two.resident() == ["more", "busy"]
+    with pytest.raises(ValueError, match="expected room for 'large'"):
+        bank_of_two.load("large", folders["rank 16"])
 
 
 def test_replacing_within_the_budget(model, folders):
@@ -318,70 +330,107 @@ def test_bad_arguments(model):
 # ---------------------------------------------------------------------------------------------------------- threads
 
 
-@torch.no_grad()
-def test_many_clients_loads_unloads_and_evictions(folders, alone, tmp_path):
-    """Four clients run mixed batches while two threads load, replace, unload and fail; no row is ever another's."""
-    model = make_model()
-    kinds = list(KINDS)
-    budget = int(1.8 * sum(bytes_of(folders[kind], make_model()) for kind in kinds))
-    bad = broken("truncated", folders["lora"], tmp_path / "bad")
-    bank = AdapterBank(model, budget)
-    names = [f"{kind}/{i}" for i in range(3) for kind in kinds]
-    for name in names:
-        bank.load(name, folders[name.split("/")[0]])
-    tokens = make_tokens(4, 5)
-    expected = {kind: [alone(kind, tokens[row : row + 1])[0] for row in range(4)] for kind in [*kinds, None]}
-    stop, wrong, served = threading.Event(), [], [0]
+BATCHES_OF_A_CLIENT, CHANGES_OF_AN_OPERATOR = 40, 60
 
-    def client(seed):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            while not stop.is_set():
-                picks = torch.randint(-1, len(names), (4,), generator=generator).tolist()
-                asked = [None if i < 0 else names[i] for i in picks]
-                try:
-                    with bank.batch(asked):
-                        logits = model(tokens).logits
-                except ValueError as error:  # unloaded just now, or no room beside the other batches
-                    if "expected the name" not in str(error) and "expected room" not in str(error):
-                        wrong.append(repr(error))
-                    continue
-                except Exception as error:
-                    wrong.append(repr(error))
-                    continue
-                for row, name in enumerate(asked):
-                    right = expected[None if name is None else name.split("/")[0]][row]
-                    if (logits[row] - right).abs().max() > 1e-5 * right.abs().max():
-                        wrong.append((row, name))
-                served[0] += 1
 
-    def operator(seed):
+class Traffic:
+    """Clients that run mixed batches while operators load, replace, unload and fail; what went wrong meanwhile.
+
+    Each client ends after so many batches; each operator after so many changes, and not before the clients.
+    """
+
+    def __init__(self, bank, names, folders, alone, bad):
+        self.bank, self.names, self.folders, self.bad = bank, names, folders, bad
+        self.tokens = make_tokens(4, 5)
+        self.expected = {
+            kind: [alone(kind, self.tokens[row : row + 1])[0] for row in range(4)] for kind in [*KINDS, None]
+        }
+        self.wrong, self.served = [], 0
+        self.clients_are_done, self.lock = threading.Event(), threading.Lock()
+
+    def run(self, clients, operators):
+        running = [threading.Thread(target=self.client, args=(i,)) for i in range(clients)]
+        changing = [threading.Thread(target=self.operator, args=(10 + i,)) for i in range(operators)]
+        for thread in running + changing:
+            thread.start()
+        for thread in running:
+            thread.join(timeout=300)
+        self.clients_are_done.set()
+        for thread in changing:
+            thread.join(timeout=300)
+        self.stuck = [thread for thread in running + changing if thread.is_alive()]
+
+    @torch.no_grad()
+    def client(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        while not stop.is_set():
-            name = names[int(torch.randint(len(names), (), generator=generator))]
+        served = 0
+        while served < BATCHES_OF_A_CLIENT and not self.wrong:
+            picks = torch.randint(-1, len(self.names), (4,), generator=generator).tolist()
+            asked = [None if i < 0 else self.names[i] for i in picks]
+            try:
+                with self.bank.batch(asked):
+                    logits = self.bank.model(self.tokens).logits
+            except ValueError as error:  # unloaded just now, or no room beside the other batches
+                if "expected the name" not in str(error) and "expected room" not in str(error):
+                    self.wrong.append(repr(error))
+                continue
+            except Exception as error:
+                self.wrong.append(repr(error))
+                continue
+            for row, name in enumerate(asked):
+                right = self.expected[None if name is None else name.split("/")[0]][row]
+                if (logits[row] - right).abs().max() > 1e-5 * right.abs().max():
+                    self.wrong.append((row, name))
+            served += 1
+        with self.lock:
+            self.served += served
+
+    def operator(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        changes = 0
+        while (changes < CHANGES_OF_AN_OPERATOR or not self.clients_are_done.is_set()) and not self.wrong:
+            name = self.names[int(torch.randint(len(self.names), (), generator=generator))]
             draw = float(torch.rand((), generator=generator))
+            changes += 1
             try:
                 if draw < 0.2:
-                    bank.load(name, bad)
+                    self.bank.load(name, self.bad)
                 elif draw < 0.5:
-                    bank.unload(name)
+                    self.bank.unload(name)
                 else:
-                    bank.load(name, folders[name.split("/")[0]])
+                    self.bank.load(name, self.folders[name.split("/")[0]])
             except ValueError as error:
                 if not any(words in str(error) for words in ("safetensors", "expected the name", "expected room")):
-                    wrong.append(repr(error))
+                    self.wrong.append(repr(error))
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
-    threads += [threading.Thread(target=operator, args=(10 + i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    time.sleep(3)
-    stop.set()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not wrong, wrong[:3]
-    assert served[0] > 20
-    assert all(a is None or a.batches == 0 for a in bank._slots) and bank.nbytes <= budget
+
+@pytest.fixture(scope="module")
+def traffic(folders, alone, tmp_path_factory):
+    """Four clients and two operators have been at a bank whose budget is less than all its adapters take."""
+    budget = int(1.8 * sum(bytes_of(folders[kind], make_model()) for kind in KINDS))
+    bank = AdapterBank(make_model(), budget)
+    names = [f"{kind}/{i}" for i in range(3) for kind in KINDS]
+    for name in names:
+        bank.load(name, folders[name.split("/")[0]])
+    bad = broken("truncated", folders["lora"], tmp_path_factory.mktemp("traffic") / "bad")
+    traffic = Traffic(bank, names, folders, alone, bad)
+    traffic.run(clients=4, operators=2)
+    return traffic
+
+
+def test_no_row_of_many_clients_is_anothers_while_adapters_come_and_go(traffic):
+    assert not traffic.wrong, traffic.wrong[:3]
+    assert not traffic.stuck
+    assert traffic.served == 4 * BATCHES_OF_A_CLIENT
+
+
+def test_no_adapter_stays_in_use_after_the_batches_of_many_clients(traffic):
+    assert all(a is None or a.batches == 0 for a in traffic.bank._slots)
+
+
+def test_the_budget_is_kept_while_adapters_come_and_go(traffic):
+    bank = traffic.bank
+    assert bank.nbytes <= bank.budget_bytes
     assert {a.name for a in bank._slots if a} == set(bank.resident())
 
 

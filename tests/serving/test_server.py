@@ -4,11 +4,9 @@ import asyncio
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError
 
 import httpx
@@ -20,6 +18,8 @@ from lowrank_kernels.serving.batcher import Batcher, Closed, Generation, QueueFu
 from lowrank_kernels.serving.server import adapter_folder, create_app, load_all
 from tests.serving.tiny_model import make_model, make_tokenizer
 
+PATIENCE = 60.0
+"""Seconds until a test gives up what never comes; nothing waits so long otherwise."""
 NAMES = ["lora", None, "dora", "patterns", "bias", None, "rslora", "everywhere"]
 
 
@@ -96,6 +96,8 @@ def body(name, row, **options):
 
 
 def test_requests_for_different_adapters_run_as_one_batch_and_each_is_its_own(client, batcher, greedy):
+    batcher.wait_seconds = PATIENCE  # the batch starts when it is full, not when a time is up
+    assert batcher.max_batch == len(NAMES)
     replies = client.all(*(("POST", "/v1/completions", {"json": body(n, i)}) for i, n in enumerate(NAMES)))
     tokenizer = make_tokenizer()
     for row, (name, reply) in enumerate(zip(NAMES, replies, strict=True)):
@@ -105,8 +107,10 @@ def test_requests_for_different_adapters_run_as_one_batch_and_each_is_its_own(cl
         assert said["choices"][0]["text"] == expected, name
         assert said["choices"][0]["finish_reason"] == "length" and said["model"] == (name or "tiny")
         assert said["usage"] == {
-            "prompt_tokens": 3 + row, "completion_tokens": 3 + row, "total_tokens": 6 + 2 * row,
-        }  # fmt: skip
+            "prompt_tokens": 3 + row,
+            "completion_tokens": 3 + row,
+            "total_tokens": 6 + 2 * row,
+        }
     assert batcher.batches == 1 and batcher.rows == len(NAMES)
 
 
@@ -129,9 +133,20 @@ def test_chat(client, greedy):
 
 
 NEUTRAL = {
-    "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": None, "echo": False, "best_of": 1, "suffix": None,
-    "logit_bias": {}, "seed": None, "stop": None, "user": None, "top_p": 1, "stream_options": None, "temperature": 0,
-}  # fmt: skip
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logprobs": None,
+    "echo": False,
+    "best_of": 1,
+    "suffix": None,
+    "logit_bias": {},
+    "seed": None,
+    "stop": None,
+    "user": None,
+    "top_p": 1,
+    "stream_options": None,
+    "temperature": 0,
+}
 
 
 def test_what_asks_for_nothing_is_taken(client):
@@ -146,9 +161,10 @@ def test_what_asks_for_nothing_is_taken(client):
 
 def test_messages_as_clients_send_them(client):
     plain = [
-        {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "yes"},
+        {"role": "system", "content": "Be kind."},
+        {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "Who?"},
-    ]  # fmt: skip
+    ]
     sent = [
         {"role": "developer", "content": "Be kind.", "name": None},
         {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None, "audio": None, "annotations": []},
@@ -314,15 +330,20 @@ class Held:
 
     def __call__(self, *_):
         self.entered.set()
-        assert self.go.wait(10)
+        assert self.go.wait(PATIENCE)
         self.steps += 1
+
+    def go_when_closing(self, batcher, monkeypatch):
+        """Let go once ``batcher.close()`` has told the batcher's thread to end, and waits for that."""
+        join = batcher._thread.join
+        monkeypatch.setattr(batcher._thread, "join", lambda: (self.go.set(), join()))
 
 
 def test_cancelled_rows_end_and_others_go_on(batcher, bank, greedy):
     held = Held(bank.model)
     jobs = [Generation("lora", prompt_of(0), 40), Generation("dora", prompt_of(1), 5)]
     batcher.submit(jobs)
-    assert held.entered.wait(10)
+    assert held.entered.wait(PATIENCE)
     queued = Generation("lora", prompt_of(0), 40)
     batcher.submit([queued])
     assert jobs[0].future.cancel() and queued.future.cancel()
@@ -352,14 +373,22 @@ def test_a_client_that_goes_cancels_its_rows(batcher, bank, root):
             pass
 
         scope = {
-            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-            "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-            "scheme": "http", "server": ("t", 80), "client": ("t", 1), "root_path": "",
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "http_version": "1.1",
+            "scheme": "http",
+            "server": ("t", 80),
+            "client": ("t", 1),
+            "root_path": "",
+        }
         task = asyncio.create_task(app(scope, receive, send))
-        assert await asyncio.to_thread(held.entered.wait, 10)
+        assert await asyncio.to_thread(held.entered.wait, PATIENCE)
         gone.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, PATIENCE)
 
     asyncio.run(go_away())
     assert all(job.future.cancelled() for job in batcher._batch)
@@ -367,32 +396,47 @@ def test_a_client_that_goes_cancels_its_rows(batcher, bank, root):
     assert "lrk_cancelled_total 1" in Client(app).get("/metrics").text
 
 
-def test_the_queue_is_bounded_and_closing_finishes_what_waits(batcher, bank, client):
+@pytest.fixture
+def held_and_full(batcher, bank):
+    """One generation that is held while it runs, and as many behind it as may wait."""
     held = Held(bank.model)
     running = Generation(None, [3], 2)
     batcher.submit([running])
-    assert held.entered.wait(10)
-    waiting = [Generation("lora", [3], 2) for _ in range(20)]
+    assert held.entered.wait(PATIENCE)
+    waiting = [Generation("lora", [3], 2) for _ in range(batcher.max_queue)]
     batcher.submit(waiting)
+    yield held, [running, *waiting]
+    held.go.set()
+
+
+def test_a_full_queue_takes_no_more(held_and_full, batcher, client):
     with pytest.raises(QueueFull):
         batcher.submit([Generation(None, [3], 1)])
     reply = client.post("/v1/completions", body("lora", 0))
     assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
-    threading.Timer(0.1, held.go.set).start()
+
+
+def test_closing_finishes_what_waits(held_and_full, batcher, monkeypatch):
+    held, jobs = held_and_full
+    held.go_when_closing(batcher, monkeypatch)
     batcher.close()
-    assert all(len(job.future.result(0).tokens) == 2 for job in [running, *waiting])
+    assert all(len(job.future.result(0).tokens) == 2 for job in jobs)
+
+
+def test_a_closed_batcher_takes_nothing(batcher, client):
+    batcher.close()
     with pytest.raises(Closed):
         batcher.submit([Generation(None, [3], 1)])
     assert client.post("/v1/completions", body("lora", 0)).status_code == 503
     assert client.get("/health").status_code == 503
 
 
-def test_closing_at_once_cancels(batcher, bank):
+def test_closing_at_once_cancels(batcher, bank, monkeypatch):
     held = Held(bank.model)
     jobs = [Generation(None, [3], 50) for _ in range(12)]
     batcher.submit(jobs)
-    assert held.entered.wait(10)
-    threading.Timer(0.1, held.go.set).start()
+    assert held.entered.wait(PATIENCE)
+    held.go_when_closing(batcher, monkeypatch)
     batcher.close(drain=False)
     for job in jobs:
         with pytest.raises(CancelledError):
@@ -409,16 +453,44 @@ def test_bad_limits(bank):
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
-def test_load_and_unload(client, bank, greedy):
-    asked = {"name": "new", "folder": "team/more"}
+@pytest.fixture
+def new(client):
+    """An adapter that was loaded while the server runs."""
+    reply = client.post("/v1/adapters", NEW)
+    assert reply.status_code == 201
+    return reply
+
+
+NEW = {"name": "new", "folder": "team/more"}
+
+
+def test_an_adapter_that_is_not_loaded_is_not_found(client):
     assert client.post("/v1/completions", body("new", 1)).status_code == 404
-    assert client.post("/v1/adapters", asked).status_code == 201
-    assert client.post("/v1/adapters", asked).status_code == 201  # replaced
+    assert client.all(("DELETE", "/v1/adapters/new"))[0].status_code == 404
+
+
+@pytest.mark.usefixtures("new")
+def test_a_loaded_adapter_answers(client, greedy):
     said = client.post("/v1/completions", body("new", 1)).json()
     assert said["choices"][0]["text"] == make_tokenizer().decode(greedy("rank 16", prompt_of(1), 4))
+
+
+@pytest.mark.usefixtures("new")
+def test_a_loaded_adapter_is_listed(client):
     models = client.get("/v1/models").json()["data"]
     assert [m["id"] for m in models] == ["tiny", "lora", "dora", "patterns", "bias", "rslora", "everywhere", "new"]
     assert {"name": "new", "resident": True} in client.get("/v1/adapters").json()["adapters"]
+
+
+@pytest.mark.usefixtures("new")
+def test_loading_under_a_name_again_replaces(client):
+    assert client.post("/v1/adapters", NEW).status_code == 201
+    models = client.get("/v1/models").json()["data"]
+    assert [m["id"] for m in models].count("new") == 1
+
+
+@pytest.mark.usefixtures("new")
+def test_an_unloaded_adapter_answers_no_more(client):
     assert client.all(("DELETE", "/v1/adapters/new"))[0].status_code == 204
     assert client.all(("DELETE", "/v1/adapters/new"))[0].status_code == 404
     assert client.post("/v1/completions", body("new", 1)).status_code == 404
@@ -537,40 +609,60 @@ def test_metrics(client):
     assert client.get("/health").json() == {"status": "ok"}
     lines = client.get("/metrics").text.splitlines()
     for line in (
-        'lrk_requests_total{status="200"} 1', 'lrk_requests_total{status="404"} 1', "lrk_prompt_tokens_total 4",
-        "lrk_generated_tokens_total 4", "lrk_batches_total 1", "lrk_batch_rows_total 1", "lrk_waiting_rows 0",
-        "lrk_adapters 6", "# TYPE lrk_requests_total counter", "# TYPE lrk_adapters gauge",
-    ):  # fmt: skip
+        'lrk_requests_total{status="200"} 1',
+        'lrk_requests_total{status="404"} 1',
+        "lrk_prompt_tokens_total 4",
+        "lrk_generated_tokens_total 4",
+        "lrk_batches_total 1",
+        "lrk_batch_rows_total 1",
+        "lrk_waiting_rows 0",
+        "lrk_adapters 6",
+        "# TYPE lrk_requests_total counter",
+        "# TYPE lrk_adapters gauge",
+    ):
         assert line in lines, line
 
 
 # -------------------------------------------------------------------------------------------------------- the command
 
 
+SERVE = """
+import sys
+import uvicorn
+from lowrank_kernels.cli import main
+
+startup = uvicorn.Server.startup
+
+async def startup_and_say(server, *args, **options):
+    await startup(server, *args, **options)
+    print("listening on", server.servers[0].sockets[0].getsockname()[1], file=sys.stderr, flush=True)
+
+uvicorn.Server.startup = startup_and_say
+sys.exit(main())
+"""
+
+
 def test_the_command_serves_and_ends_at_a_signal(root, tmp_path, greedy):
     make_model().save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = "import sys; from lowrank_kernels.cli import main; sys.exit(main())"
-    arguments = ["serve", "--model", str(tmp_path / "tiny"), "--adapters", str(root), "--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True)
+    arguments = ["serve", "--model", str(tmp_path / "tiny"), "--adapters", str(root), "--port", "0"]
+    process = subprocess.Popen([sys.executable, "-c", SERVE, *arguments], stderr=subprocess.PIPE, text=True)
+    hung = threading.Timer(5 * PATIENCE, process.kill)
+    hung.start()
     try:
-        url = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 60
-        while True:
-            try:
-                assert httpx.get(f"{url}/health").status_code == 200
-                break
-            except httpx.ConnectError:
-                assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
-                time.sleep(0.1)
-        said = httpx.post(f"{url}/v1/completions", json=body("lora", 1), timeout=30).json()
-        assert said["choices"][0]["text"] == make_tokenizer().decode(greedy("lora", prompt_of(1), 4))
+        said = [process.stderr.readline()]
+        while said[-1] and not said[-1].startswith("listening on"):
+            said.append(process.stderr.readline())
+        assert said[-1], "".join(said)  # it ended before it listened
+        url = f"http://127.0.0.1:{said[-1].split()[-1]}"
+        assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        reply = httpx.post(f"{url}/v1/completions", json=body("lora", 1), timeout=PATIENCE).json()
+        assert reply["choices"][0]["text"] == make_tokenizer().decode(greedy("lora", prompt_of(1), 4))
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        process.wait(timeout=PATIENCE)
+        errors = "".join(said) + process.stderr.read()
     finally:
+        hung.cancel()
         process.kill()
     assert "tiny with 1 adapters" in errors and "Traceback" not in errors, errors
 

@@ -93,8 +93,8 @@ def test_a_rows_correction_does_not_feel_the_other_rows(dtype):
         plan = lk.plan_batch(ids, len(stack))
         p = ops.multi_lora_down(rows, stack.lora_a, stack.table, 64, plan.order[0], plan.tiles[0], None, None)
         y = torch.zeros(len(rows), N, dtype=dtype)
-        ops.multi_lora_up_(y, p, stack.lora_b, stack.table, stack.scalings, plan.order[0], plan.tiles[0],
-                           None, None, None, None, None, None)  # fmt: skip
+        of_plan = (stack.lora_b, stack.table, stack.scalings, plan.order[0], plan.tiles[0])
+        ops.multi_lora_up_(y, p, *of_plan, *[None] * 6)
         return p, y
 
     for name in POPULATIONS:
@@ -284,7 +284,7 @@ BAD = [
     ({"dropout_p": (0.1, 0.2)}, ValueError, r"expected 0 <= dropout_p < 1, for all adapters or for each of 3"),
     ({"backend": "rocket"}, ValueError, "expected backend to be one of auto"),
     ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot run here"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD)

@@ -1,4 +1,4 @@
-"""The compiled DoRA norm against the float64 norm of the dense sum, at every instruction set that runs here.
+"""DoRA's norm: the compiled one against the float64 norm of the dense sum, at every instruction set that runs here.
 
 LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
 """
@@ -262,8 +262,10 @@ def test_lower_instruction_sets(level: str) -> None:
         pytest.skip(f"this processor's best is {_extension.cpu_isa()}, which the tests above ran")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "core", "-p", "no:cacheprovider"],
-        env={**os.environ, "LRK_CPU_ISA": level}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "LRK_CPU_ISA": level},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-3000:]
 
 

@@ -106,8 +106,20 @@ def test_opcheck(dtype, dropout_p, backend):
     torch.library.opcheck(forward, (*o.values(), 1.5, dropout_p, seed, True, backend))
     p = torch.randn(10, 5, dtype=dtype)
     backward = torch.ops.lowrank_kernels.lora_linear_backward.default
-    arguments = (torch.randn(2, 5, 18, dtype=dtype), o["x"].detach(), o["weight"], o["lora_a"].detach(),
-                 o["lora_b"].detach(), o["gate"].detach(), p, 1.5, dropout_p, seed, [True] * 5, backend)  # fmt: skip
+    arguments = (
+        torch.randn(2, 5, 18, dtype=dtype),
+        o["x"].detach(),
+        o["weight"],
+        o["lora_a"].detach(),
+        o["lora_b"].detach(),
+        o["gate"].detach(),
+        p,
+        1.5,
+        dropout_p,
+        seed,
+        [True] * 5,
+        backend,
+    )
     torch.library.opcheck(backward, arguments)
 
 
@@ -116,9 +128,17 @@ def test_gradcheck_in_float64():
 
     def call(x, lora_a, lora_b, bias, gate):
         return lk.lora_linear(
-            x, o["weight"], lora_a, lora_b, bias,
-            scaling=1.3, gate=gate, dropout_p=0.4, dropout_seed=7, backend="reference",
-        )  # fmt: skip
+            x,
+            o["weight"],
+            lora_a,
+            lora_b,
+            bias,
+            scaling=1.3,
+            gate=gate,
+            dropout_p=0.4,
+            dropout_seed=7,
+            backend="reference",
+        )
 
     assert torch.autograd.gradcheck(call, tuple(o[name] for name in ("x", "lora_a", "lora_b", "bias", "gate")))
 
