@@ -253,7 +253,7 @@ def _norm(call: DoRAWeightNorm, plan: Plan | None) -> DoRAWeightNormResults:
     return DoRAWeightNormResults(norm, sq_norm, None if magnitude is None else scale)
 
 
-_ROWS_AT_ONCE = 1 << 22  # elements of W that are dense at a time
+_ROWS_AT_ONCE = 1 << 22  # elements of W that are dense, or widened, at a time
 
 
 def _norm_by_rows(call: DoRAWeightNorm, plan: Plan) -> DoRAWeightNormResults:
@@ -309,7 +309,7 @@ def _norm_gradients(
     weighted_b = row_factor[:, None] * b
     grad_a = scaling * scaling * (b.T @ weighted_b) @ a
     grad_b = scaling * scaling * weighted_b @ (a @ a.T)
-    rows_at_once = max(1, (1 << 22) // max(1, weight.shape[1]))
+    rows_at_once = max(1, _ROWS_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         w = weight_rows(weight, rows.start, rows.stop).to(wide)

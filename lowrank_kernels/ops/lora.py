@@ -31,7 +31,7 @@ from .operands import (
     vector,
     vector_error,
 )
-from .planning import LIBRARY, OWN, Choosing, Meta, Plan, Planner
+from .planning import LIBRARY, OWN, REMEMBERED, Choosing, Meta, Plan, Planner
 
 
 class LoRALinear(NamedTuple):
@@ -296,6 +296,8 @@ def lora_linear_directly(call: LoRALinear) -> Tensor:
     """The formula without dropout in one call of the extension, for what is planned so; records no gradient."""
     x, weight, lora_a, lora_b, bias, gate, scaling, *_ = call
     y: Tensor = cpp.lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling, None)
+    if len(_DIRECT) >= REMEMBERED:
+        _DIRECT.clear()
     _DIRECT.add((x.shape, x.dtype, weight.shape, weight.dtype, lora_a.shape))
     return y
 

@@ -53,11 +53,6 @@ def float32_vector(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32).contiguous()
 
 
-def is_empty(*tensors: Tensor) -> bool:
-    """True where a tensor has no element: such products are left to PyTorch."""
-    return any(t.numel() == 0 for t in tensors)
-
-
 def flag_error(op: str, name: str, value: Any) -> Exception | None:
     return (
         None if isinstance(value, bool) else TypeError(f"{op}: expected {name} to be True or False, got {value!r:.60}")

@@ -249,8 +249,8 @@ class Choosing:
         self.take("tiles", tiles, why, tiles.strategy)
         return tiles
 
-    def done(self, **fields: Any) -> Plan:
-        return Plan(self.op, reasons=tuple(self._reasons), **{**self._fields, **fields})
+    def done(self) -> Plan:
+        return Plan(self.op, reasons=tuple(self._reasons), **self._fields)
 
 
 def _rows(x: Meta) -> str:
@@ -263,7 +263,8 @@ def _say_once(message: str) -> None:
 
 
 _DECIDERS: dict[str, Callable[..., Plan]] = {}
-_REMEMBERED = 4096
+REMEMBERED = 4096
+"""Calls of different sizes that are remembered; then all are forgotten."""
 _VALUES = ("scaling", "dropout_seed", "seed", "step", "lr", "beta1", "beta2", "eps", "weight_decay")
 """Arguments whose value no plan depends on, and which differ from call to call."""
 
@@ -342,7 +343,7 @@ class Planner:
             return None
         of = metas(call)
         records = torch.is_grad_enabled() and any(isinstance(m, Meta) and m.requires_grad for m in of)
-        if len(self._memory) >= _REMEMBERED:
+        if len(self._memory) >= REMEMBERED:
             self._memory.clear()
         made = self._memory[key] = self.decide(of, records, None)
         return made

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_kernels as lk
 from lowrank_kernels import _extension, functional, tuned
+from lowrank_kernels.ops import lora
 from lowrank_kernels.ops.multi_lora import MultiLoRALinear
 from lowrank_kernels.ops.planning import plan
 from tests.tolerance import assert_as_exact_as_eager
@@ -101,6 +102,17 @@ def test_the_one_call_refuses_what_does_not_fit(change, message):
     x, weight, a, b, *_ = operands((10,)).values()
     with pytest.raises(RuntimeError, match=message):
         CPP.lora_linear_inference(*change(x, weight, a, b), None, 1.0, None)
+
+
+def test_the_sizes_that_are_remembered_are_bounded(monkeypatch):
+    monkeypatch.setattr(lora, "REMEMBERED", 3)
+    held = []
+    with forced("lora_linear", OWN), torch.no_grad():
+        for rows in range(1, 9):
+            given = operands((rows,))
+            assert way(**given) == "direct"
+            held.append(len(lora._DIRECT))
+    assert held == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
