@@ -13,11 +13,11 @@ from .ops.block_sparse import (
     BlockAdamW,
     BlockSparseLinear,
     BlockSparseWeightGrad,
+    block_index_error,
     call_block_adamw_,
     call_block_sparse_linear,
     call_block_sparse_weight_grad,
     check_block_adamw,
-    check_block_index,
     check_block_size,
     check_block_sparse_linear,
     check_block_sparse_weight_grad,
@@ -56,7 +56,7 @@ from .ops.multi_lora import (
     multi_lora_linear_directly,
     plan_multi_lora_linear,
 )
-from .ops.operands import backend_error, check_count, check_flag, check_number, check_scaling, raise_error, seed_tensor
+from .ops.operands import backend_error, check_flag, count_error, raise_error, scaling_error, seed_tensor
 from .ops.plain import (
     plain_block_sparse_linear,
     plain_block_sparse_weight_grad,
@@ -120,7 +120,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
     """
-    check_scaling("lora_linear", scaling, getattr(x, "dtype", torch.float32))
+    raise_error(scaling_error("lora_linear", scaling, getattr(x, "dtype", torch.float32)))
     if backend == "auto" and dropout_p == 0.0:
         again = lora_linear_again(x, weight, lora_a, lora_b, bias, gate, scaling)
         if again is not None:
@@ -267,7 +267,7 @@ def dora_linear(
 
     Source: Liu et al., "DoRA", arXiv 2402.09353, eq. 5 and 11.
     """
-    check_scaling("dora_linear", scaling, getattr(x, "dtype", torch.float32))
+    raise_error(scaling_error("dora_linear", scaling, getattr(x, "dtype", torch.float32)))
     if scale_cache is not None and not isinstance(scale_cache, ScaleCache):
         raise TypeError(f"dora_linear: expected scale_cache to be a ScaleCache, got {type(scale_cache).__name__}")
     norm, scale = pair_of(norm_and_scale)
@@ -313,7 +313,7 @@ def block_columns(block_index: Tensor, block_size: int | tuple[int, int], in_fea
     """
     op = "block_columns"
     _, bn = check_block_size(op, block_size)
-    check_count(op, "in_features", in_features, 0)
+    raise_error(count_error(op, "in_features", in_features, 0))
     if not isinstance(block_index, Tensor) or block_index.dim() != 2 or block_index.is_floating_point():
         raise TypeError(f"{op}: expected block_index to be a tensor of integers (n_blocks, 2), got {block_index!r:.60}")
     index = block_index[:, 1].unique().to(torch.int32)
@@ -349,11 +349,11 @@ def block_sparse_weight_grad(
 
     Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
     """
-    raise_error(backend_error("block_sparse_weight_grad", backend))
-    bm, bn = check_block_sparse_weight_grad(x, grad_y, block_index, block_size)
+    bm, bn = check_block_size("block_sparse_weight_grad", block_size)
+    call = BlockSparseWeightGrad(x, grad_y, block_index, bm, bn, getattr(x, "dtype", torch.float32), backend)
+    raise_error(check_block_sparse_weight_grad(call))
     if transformed():
         return plain_block_sparse_weight_grad(x, grad_y, block_index, (bm, bn))
-    call = BlockSparseWeightGrad(x, grad_y, block_index, bm, bn, x.dtype, backend)
     grad: Tensor = call_block_sparse_weight_grad(call)
     return grad
 
@@ -397,17 +397,17 @@ def block_sparse_linear(
 
     Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
     """
-    check_block_sparse_linear(x, weight, blocks, block_index, bias, values=columns is None)
-    raise_error(backend_error("block_sparse_linear", backend))
-    check_flag("block_sparse_linear", "rewrite", rewrite)
+    chosen, width = columns or (None, 0)
+    call = BlockSparseLinear(x, weight, blocks, block_index, bias, chosen, width, False, rewrite, backend)
+    raise_error(check_block_sparse_linear(call))
     if transformed():
         return plain_block_sparse_linear(x, weight, blocks, block_index, bias)
-    save = torch.is_grad_enabled() and blocks.requires_grad
-    readable = type(block_index) is Tensor and block_index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if save and columns is None and readable:
-        columns = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1])
-    chosen, width = columns or (None, 0)
-    call = BlockSparseLinear(x, weight, blocks, block_index, bias, chosen, width, save, rewrite, backend)
+    if torch.is_grad_enabled() and blocks.requires_grad:
+        call = call._replace(save=True)
+        readable = type(block_index) is Tensor and block_index.device.type == "cpu"
+        if columns is None and readable and not torch.compiler.is_compiling():
+            chosen, width = block_columns(block_index, (blocks.shape[1], blocks.shape[2]), weight.shape[1]) or (None, 0)
+            call = call._replace(columns=chosen, width=width)
     y: Tensor = call_block_sparse_linear(call)[0]
     return y
 
@@ -452,17 +452,11 @@ def block_adamw_(
     Source: Loshchilov and Hutter, "Decoupled weight decay", arXiv 1711.05101.
     """
     op = "block_adamw_"
-    raise_error(backend_error(op, backend))
-    check_count(op, "step", step, 1)
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        check_number(op, name, value, 0.0)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{op}: expected betas to be a pair of numbers, got {betas!r:.60}")
-    for beta in betas:
-        check_number(op, "betas", beta, 0.0, 1.0)
     tensors = blocks, grad, exp_avg, exp_avg_sq, weight, block_index
     call = BlockAdamW(*tensors, lr, *betas, eps, weight_decay, step, seed, backend)
-    check_block_adamw(call)
+    raise_error(check_block_adamw(call))
     call_block_adamw_(call)
 
 
@@ -471,9 +465,9 @@ __all__ = [
     "ScaleCache",
     "block_adamw_",
     "block_columns",
+    "block_index_error",
     "block_sparse_linear",
     "block_sparse_weight_grad",
-    "check_block_index",
     "check_block_size",
     "check_flag",
     "dora_column_scale",
@@ -481,6 +475,7 @@ __all__ = [
     "dora_weight_norm",
     "lora_linear",
     "plain_block_sparse_linear",
+    "raise_error",
     "read_blocks",
     "transformed",
     "write_blocks_",

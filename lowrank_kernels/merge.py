@@ -8,7 +8,7 @@ from torch import Tensor
 from .finite import all_finite
 from .ops.library import traced
 from .ops.merge import MergeLoRA, call_merge_lora_, check_merge_lora, plan_merge_lora
-from .ops.operands import check_flag, check_optional_vector, check_scaling, raise_error, seed_tensor
+from .ops.operands import check_flag, raise_error, scaling_error, seed_tensor, vector_error
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -106,7 +106,7 @@ def unmerge_dora_(
 
 def _call(op: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, backend: str) -> MergeLoRA:
     """The op's record, with the factors on W's device."""
-    check_scaling(op, scaling, getattr(weight, "dtype", torch.float32))
+    raise_error(scaling_error(op, scaling, getattr(weight, "dtype", torch.float32)))
     if isinstance(weight, Tensor):
         lora_a, lora_b = (
             t.to(weight.device) if isinstance(t, Tensor) and t.device != weight.device else t for t in (lora_a, lora_b)
@@ -132,7 +132,7 @@ def _column_scale(op: str, weight: Tensor, column_scale: Tensor, *, inverse: boo
     """g, or its inverse, as the op reads it."""
     if not isinstance(column_scale, Tensor):
         raise TypeError(f"{op}: expected column_scale to be a tensor, got {type(column_scale).__name__}")
-    check_optional_vector(op, "column_scale", "N", column_scale, weight.shape[0], column_scale.device)
+    raise_error(vector_error(op, "column_scale", "N", column_scale, weight.shape[0], column_scale.device))
     scale = 1.0 / column_scale if inverse else column_scale
     return scale.to(weight.device, torch.promote_types(weight.dtype, torch.float32)).contiguous()
 

@@ -120,31 +120,34 @@ inline void pack_block(const KernelTable& kernels, float* dst, int64_t padded_de
                        const PanelSource& src, const PackRange& range, void* buffer) {
   const auto [panel_begin, panel_end, k0, k1] = range;
   const int64_t columns = src.columns();
+  if (!src.columns_first) {
+    const int64_t c0 = panel_begin * kPanel;
+    stage_panels(kernels, dst + panel_begin * padded_depth * kPanel + k0 * kPanel,
+                 padded_depth * kPanel,
+                 {src.matrix, k0, c0, k1 - k0, std::min(panel_end * kPanel, columns) - c0});
+  }
   float* rows = static_cast<float*>(buffer);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     float* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
-    const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
-    if (src.columns_first) {
-      Source s = rectangle(src.matrix, c0, k0, count, k1 - k0);
-      const uint32_t* in = static_cast<const uint32_t*>(s.data);
-      int64_t stride = s.stride;
-      if (s.dtype != Dtype::kFloat32 || count < kPanel) {
-        kernels.stage_float(rows, kPackDepth, s);
-        for (int64_t c = count; c < kPanel; ++c) {
-          std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(float));
-        }
-        in = reinterpret_cast<const uint32_t*>(rows);
-        stride = kPackDepth;
-      }
-      kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel, in, stride, kPanel, k1 - k0);
-    } else {
-      Source s = rectangle(src.matrix, k0, c0, k1 - k0, count);
-      s.padded_cols = kPanel;
-      kernels.stage_float(out, kPanel, s);
+    if (!src.columns_first) {
       for (int64_t k = k0; src.depth_scale && k < k1; ++k) {
         for (int64_t c = 0; c < kPanel; ++c) out[(k - k0) * kPanel + c] *= src.depth_scale[k];
       }
+      continue;
     }
+    const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
+    Source s = rectangle(src.matrix, c0, k0, count, k1 - k0);
+    const uint32_t* in = static_cast<const uint32_t*>(s.data);
+    int64_t stride = s.stride;
+    if (s.dtype != Dtype::kFloat32 || count < kPanel) {
+      kernels.stage_float(rows, kPackDepth, s);
+      for (int64_t c = count; c < kPanel; ++c) {
+        std::memset(rows + c * kPackDepth, 0, static_cast<size_t>(k1 - k0) * sizeof(float));
+      }
+      in = reinterpret_cast<const uint32_t*>(rows);
+      stride = kPackDepth;
+    }
+    kernels.transpose(reinterpret_cast<uint32_t*>(out), kPanel, in, stride, kPanel, k1 - k0);
   }
 }
 

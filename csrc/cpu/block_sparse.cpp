@@ -39,11 +39,7 @@ struct Packer<float> {
   // `panels`: 16 columns each, kSlice rows apart.
   void right(float* panels, float*, const Matrix& x, int64_t row, int64_t col, int64_t rows,
              int64_t cols) const {
-    for (int64_t j = 0; j < cols; j += kPanel) {
-      Source s = rectangle(x, row, col + j, rows, std::min(kPanel, cols - j));
-      s.padded_cols = kPanel;
-      kernels.stage_float(panels + j * kSlice, kPanel, s);
-    }
+    stage_panels(kernels, panels, kSlice * kPanel, {x, row, col, rows, cols});
   }
 
   // `l`: (columns of dY, tokens), rows kSlice apart.

@@ -1,6 +1,7 @@
 // A tensor's rows as the CPU kernels see them, and how they share work out.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -46,6 +47,22 @@ struct Region {
   const Matrix& whole;
   int64_t row, col, rows, cols;
 };
+
+// Into float32 panels. A few rows at a time: a cache line may serve two panels, and rows that lie a
+// power of two apart push each other out of the cache.
+inline void stage_panels(const KernelTable& kernels, float* panels, int64_t panel_stride,
+                         const Region& from) {
+  constexpr int64_t kRows = 8;
+  for (int64_t i = 0; i < from.rows; i += kRows) {
+    const int64_t rows = std::min(kRows, from.rows - i);
+    for (int64_t j = 0; j < from.cols; j += kPanel) {
+      Source s =
+          rectangle(from.whole, from.row + i, from.col + j, rows, std::min(kPanel, from.cols - j));
+      s.padded_cols = kPanel;
+      kernels.stage_float(panels + j / kPanel * panel_stride + i * kPanel, kPanel, s);
+    }
+  }
+}
 
 // A block of float32 sums; the columns of a row are adjacent.
 struct Sums {

@@ -28,10 +28,6 @@ constexpr int64_t kTasks = 8;        // tasks that there are, at least, in a wei
 constexpr int64_t kDepthBlock = 64;  // short float32 sums, added up, lose fewer digits than a long
 constexpr int64_t kParallelWork = int64_t{1} << 16;  // elements of W worth a second thread
 
-Source source(const Matrix& m) {
-  return {m.data, m.dtype, m.stride, m.rows, m.cols, m.cols, nullptr, 0, 0, nullptr};
-}
-
 struct RowPasses {
   void (*combine)(float*, const float*, int64_t, float, float, float);
   void (*round_stochastically)(float*, int64_t, uint32_t, uint32_t, uint32_t, int64_t);
@@ -49,15 +45,6 @@ RowPasses row_passes(const KernelTable& kernels) {
 #endif
   (void)kernels;
   return {merge_plain::combine, merge_plain::round_stochastically};
-}
-
-// A slice of A as panels of 16 columns, one after another; the last is padded with zeros.
-void pack(const KernelTable& kernels, float* dst, const Matrix& a) {
-  for (int64_t col = 0; col < a.cols; col += kPanel) {
-    Source s = source(part(a, 0, col, a.rows, std::min(kPanel, a.cols - col)));
-    s.padded_cols = kPanel;
-    kernels.stage_float(dst + col * a.rows, kPanel, s);
-  }
 }
 
 }  // namespace
@@ -86,10 +73,10 @@ void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / slices * task_rows, col = task % slices * kColumns;
       const int64_t cols = std::min(kColumns, weight.cols - col);
-      pack(kernels, a, part(lora_a, 0, col, rank, cols));
+      stage_panels(kernels, a, rank * kPanel, {lora_a, 0, col, rank, cols});
       for (int64_t row = first; row < std::min(first + task_rows, weight.rows); row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, weight.rows - row);
-        kernels.stage_float(b, rank, source(part(lora_b, row, 0, rows, rank)));
+        kernels.stage_float(b, rank, rectangle(lora_b, row, 0, rows, rank));
         for (int64_t r = 0; r < rank; r += kDepthBlock) {
           kernels.multiply_float({rows, ceil_div(cols, kPanel), std::min(kDepthBlock, rank - r),
                                   b + r, rank, a + r * kPanel, kPanel, rank * kPanel, c, kColumns,
@@ -101,7 +88,7 @@ void merge_rows(const Runtime& runtime, const Matrix& weight, const Matrix& lora
                       nullptr, row, col);
           continue;
         }
-        kernels.stage_float(w, kColumns, source(target));
+        kernels.stage_float(w, kColumns, rectangle(weight, row, col, rows, cols));
         for (int64_t i = 0; i < rows; ++i) {
           passes.combine(c + i * kColumns, w + i * kColumns, cols, scale,
                          before ? before[row + i] : 1.0f, after ? after[row + i] : 1.0f);

@@ -95,6 +95,16 @@ LRK_INLINE VecU zero_extend(VecH h) {
 #endif
 }
 
+// Words below 2^16.
+LRK_INLINE VecH cut(VecU u) {
+#if defined(LRK_HAS_AVX2)
+  const __m256i halves = _mm256_packus_epi32((__m256i)u, (__m256i)u);
+  return (VecH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+  return __builtin_convertvector(u, VecH);
+#endif
+}
+
 LRK_INLINE VecF widen(VecH h, BFloat16) { return (VecF)(zero_extend(h) << 16); }
 
 LRK_INLINE VecF widen(VecH h, Float16) {
@@ -121,8 +131,7 @@ LRK_INLINE VecH narrow(VecF v, BFloat16) {
 #else
   const VecU u = (VecU)v;
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const VecU result = select((VecI)(v != v), (u >> 16) | 0x40u, rounded);
-  return __builtin_convertvector(result, VecH);
+  return cut(select((VecI)(v != v), (u >> 16) | 0x40u, rounded));
 #endif
 }
 
@@ -295,16 +304,35 @@ LRK_INLINE void stage_row(Dst* dst, const Src* src, const Source& s, int64_t row
                    s.col_scale ? s.col_scale + at : nullptr);
     }
   }
-  if (s.padded_cols > s.cols) {
-    __builtin_memset(dst + s.cols, 0, static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
-  }
+}
+
+// Rows of narrow columns lie far apart, where no processor fetches them of its own accord: those to
+// come are asked for. Past the last row that does nothing.
+constexpr int64_t kRowsAhead = 8;
+
+template <typename Dst, typename Src>
+LRK_INLINE void convert_row(Dst* dst, const Src* src, int64_t cols) {
+  int64_t j = 0;
+  for (; j + kWidth <= cols; j += kWidth) store(dst + j, load(src + j));
+  if (j < cols) store_part(dst + j, load_part(src + j, cols - j), cols - j);
 }
 
 template <typename Dst, typename Src>
 LRK_FN void stage_rows(Dst* dst, int64_t stride, const Source& s) {
   const Src* src = static_cast<const Src*>(s.data);
+  const bool plain = !s.dropout && !s.col_scale;
   for (int64_t i = 0; i < s.rows; ++i) {
-    stage_row(dst + i * stride, src + i * s.stride, s, s.row + i);
+    Dst* to = dst + i * stride;
+    const Src* from = src + i * s.stride;
+    __builtin_prefetch(from + kRowsAhead * s.stride);
+    if (plain) {
+      convert_row(to, from, s.cols);
+    } else {
+      stage_row(to, from, s, s.row + i);
+    }
+    if (s.padded_cols > s.cols) {
+      __builtin_memset(to + s.cols, 0, static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
+    }
   }
 }
 
@@ -459,11 +487,52 @@ LRK_FN void transpose(uint32_t* dst, int64_t dst_stride, const uint32_t* src, in
 
 #else
 
+#  if defined(LRK_HAS_AVX2)
+
+// 8 x 8 words.
+LRK_INLINE void transpose_8(uint32_t* dst, int64_t dst_stride, const uint32_t* src,
+                            int64_t src_stride) {
+  __m256 a[8], b[8];
+#    pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    __builtin_prefetch(src + (i + kRowsAhead) * src_stride);
+    a[i] = _mm256_loadu_ps((const float*)(src + i * src_stride));
+  }
+#    pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+#    pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  // a[4 g + j] now holds, in 128-bit lane q, rows 4 g .. 4 g + 3 of column 4 q + j.
+#    pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    b[j] = _mm256_permute2f128_ps(a[j], a[4 + j], 0x20);
+    b[4 + j] = _mm256_permute2f128_ps(a[j], a[4 + j], 0x31);
+  }
+#    pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) _mm256_storeu_ps((float*)(dst + i * dst_stride), b[i]);
+}
+
+#  endif
+
 LRK_FN void transpose(uint32_t* dst, int64_t dst_stride, const uint32_t* src, int64_t src_stride,
                       int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += 16) {
-    const int64_t end = rows - i < 16 ? rows : i + 16;
-    for (int64_t j = 0; j < cols; ++j) {
+  for (int64_t i = 0; i < rows; i += 8) {
+    const int64_t end = rows - i < 8 ? rows : i + 8;
+    int64_t j = 0;
+#  if defined(LRK_HAS_AVX2)
+    for (; end == i + 8 && j + 8 <= cols; j += 8) {
+      transpose_8(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride);
+    }
+#  endif
+    for (; j < cols; ++j) {
       for (int64_t k = i; k < end; ++k) dst[j * dst_stride + k] = src[k * src_stride + j];
     }
   }

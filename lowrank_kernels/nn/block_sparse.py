@@ -10,10 +10,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..functional import (
     block_columns,
+    block_index_error,
     block_sparse_linear,
-    check_block_index,
     check_block_size,
     plain_block_sparse_linear,
+    raise_error,
     read_blocks,
     transformed,
     write_blocks_,
@@ -75,7 +76,8 @@ class BlockSparseLinear(AroundBase):
         if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
             raise TypeError(f"{op}: expected block_index of integers (n_blocks, 2), got {index.dtype}")
         index = index.to("cpu", torch.int32)
-        check_block_index(op, index, self.block_size, (base_layer.out_features, base_layer.in_features))
+        shape = base_layer.out_features, base_layer.in_features
+        raise_error(block_index_error(op, index, self.block_size, shape))
         if not len(index):
             raise ValueError(f"{op}: expected block_index with at least one block, got none; leave this layer as it is")
         # Ascending: neighbours share rows, and kernels their loads.

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _extension
 from ..kernels.multi_lora_tiles import TILE_ROWS, tile_capacity
 from .library import define
-from .operands import check_count
+from .operands import count_error, raise_error
 
 
 class _Call(NamedTuple):
@@ -138,7 +138,7 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
         ValueError: ids out of range (on the CPU; elsewhere a device-side assertion), another shape.
     """
     ids = as_ids(adapter_ids, "plan_batch")
-    check_count("plan_batch", "num_adapters", num_adapters, 0)
+    raise_error(count_error("plan_batch", "num_adapters", num_adapters, 0))
     if ids.shape[1] == 0:
         raise ValueError(f"plan_batch: expected adapter_ids (M, J) with J of 1 or more, got {tuple(ids.shape)}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,24 @@ from ..reference.block_sparse import (
     read_blocks_ref,
     write_blocks_ref_,
 )
-from ..weights import FrozenWeight, Weight, dense, grad_product, product
+from ..weights import Weight, dense, grad_product, product
 from .backend import KERNEL_DTYPES, automatic
 from .library import SymInt, Written, define, define_in_place, define_trained, unobserved
 from .lora import cast_products, rows_in, wanted
-from .operands import as_rows, check_optional_vector, frozen_error, like_rows_of, raise_error, unit_columns
+from .operands import (
+    as_rows,
+    backend_error,
+    count_error,
+    device_error,
+    flag_error,
+    floats_error,
+    frozen_error,
+    like_rows_of,
+    number_error,
+    product_error,
+    unit_columns,
+    vector_error,
+)
 from .planning import Choosing, Plan, Planner
 
 
@@ -120,98 +134,129 @@ def check_block_size(op: str, block_size: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def check_block_shape(op: str, blocks: Tensor) -> tuple[int, int]:
-    """(bm, bn) of blocks (n_blocks, bm, bn)."""
-    try:
-        return check_block_size(op, tuple(blocks.shape[1:]))
-    except ValueError:
-        raise ValueError(
-            f"{op}: expected blocks of shape (n_blocks, bm, bn), bm and bn multiples of 16, got {tuple(blocks.shape)}"
-        ) from None
+def _shape_error(op: str, blocks: Tensor) -> Exception | None:
+    """The error of blocks that are not (n_blocks, bm, bn) with sides that are multiples of 16."""
+    if blocks.dim() == 3 and all(side and side % 16 == 0 for side in blocks.shape[1:]):
+        return None
+    return ValueError(
+        f"{op}: expected blocks of shape (n_blocks, bm, bn), bm and bn multiples of 16, got {tuple(blocks.shape)}"
+    )
 
 
-def check_block_index(op: str, block_index: Any, block_size: tuple[int, int], shape: tuple[int, int]) -> None:
-    """Raise for an index of another form, and, where its values are at hand, for blocks out of range or twice there.
+def block_index_error(op: str, block_index: Any, block_size: tuple[int, int], shape: Sequence[int]) -> Exception | None:
+    """The error of an index of another form, and, where its values are at hand, of blocks out of range or twice there.
 
     The values of an index on a GPU are not read: that would wait for the device.
     """
     if not isinstance(block_index, Tensor):
-        raise TypeError(f"{op}: expected block_index to be a tensor, got {type(block_index).__name__}")
+        return TypeError(f"{op}: expected block_index to be a tensor, got {type(block_index).__name__}")
     if block_index.dtype != torch.int32:
-        raise TypeError(f"{op}: expected block_index of dtype torch.int32, got {block_index.dtype}")
+        return TypeError(f"{op}: expected block_index of dtype torch.int32, got {block_index.dtype}")
     if block_index.dim() != 2 or block_index.shape[1] != 2:
-        raise ValueError(f"{op}: expected block_index of shape (n_blocks, 2), got {tuple(block_index.shape)}")
+        return ValueError(f"{op}: expected block_index of shape (n_blocks, 2), got {tuple(block_index.shape)}")
     if torch.compiler.is_compiling() or type(block_index) is not Tensor or block_index.device.type != "cpu":
-        return
+        return None
     (n, k), (bm, bn) = shape, block_size
     rows, columns = -(-n // bm), -(-k // bn)
     seen = set()
     for i, j in block_index.tolist():
         if not (0 <= i < rows and 0 <= j < columns):
-            raise ValueError(
+            return ValueError(
                 f"{op}: expected block_index within the {rows} × {columns} blocks of {bm}×{bn} of a weight of shape "
                 f"({n}, {k}), got block ({i}, {j})"
             )
         if (i, j) in seen:
-            raise ValueError(f"{op}: expected block_index with every block once, got block ({i}, {j}) more than once")
+            return ValueError(f"{op}: expected block_index with every block once, got block ({i}, {j}) more than once")
         seen.add((i, j))
+    return None
 
 
-def _check_rows(op: str, x: Any, shape: tuple[int, ...], names: str, what: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {what} to be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: expected {what} of a floating dtype, got {x.dtype}")
-    if x.dim() == 0 or (shape and x.shape[-1] != shape[0]):
-        wanted = f"(..., {names}) = (..., {shape[0]})" if shape else f"(..., {names})"
-        raise ValueError(f"{op}: expected {what} of shape {wanted}, got {tuple(x.shape)}")
+def _count_error(op: str, block_index: Tensor, count: int) -> Exception | None:
+    if block_index.shape == (count, 2):
+        return None
+    return ValueError(
+        f"{op}: expected block_index of shape (n_blocks, 2) = ({count}, 2), got {tuple(block_index.shape)}"
+    )
 
 
-def check_block_sparse_weight_grad(x: Tensor, grad_y: Tensor, block_index: Tensor, block_size: Any) -> tuple[int, int]:
-    """(bm, bn); raise ValueError or TypeError for operands that do not fit together."""
-    op = "block_sparse_weight_grad"
-    _check_rows(op, x, (), "K", "x")
-    _check_rows(op, grad_y, (), "N", "grad_y")
+def check_block_sparse_weight_grad(call: BlockSparseWeightGrad) -> Exception | None:
+    """The error of operands that do not fit together; None where they do."""
+    op, (x, grad_y, block_index) = "block_sparse_weight_grad", call[:3]
+    error = backend_error(op, call.backend) or floats_error(op, x=x, grad_y=grad_y)
+    if error is not None:
+        return error
+    for name, letter, tensor in (("x", "K", x), ("grad_y", "N", grad_y)):
+        if tensor.dim() == 0:
+            return ValueError(f"{op}: expected {name} of shape (..., {letter}), got ()")
     if x.shape[:-1] != grad_y.shape[:-1]:
-        raise ValueError(
+        return ValueError(
             f"{op}: expected x and grad_y of the same leading shape, got {tuple(x.shape)} and {tuple(grad_y.shape)}"
         )
     if x.dtype != grad_y.dtype:
-        raise TypeError(f"{op}: expected x and grad_y of one dtype, got {x.dtype} and {grad_y.dtype}")
-    size = check_block_size(op, block_size)
-    check_block_index(op, block_index, size, (grad_y.shape[-1], x.shape[-1]))
-    for name, tensor in (("grad_y", grad_y), ("block_index", block_index)):
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
-    return size
+        return TypeError(f"{op}: expected x and grad_y of one dtype, got {x.dtype} and {grad_y.dtype}")
+    shape = grad_y.shape[-1], x.shape[-1]
+    return block_index_error(op, block_index, (call.bm, call.bn), shape) or device_error(
+        op, x, grad_y=grad_y, block_index=block_index
+    )
 
 
-def check_block_sparse_linear(
-    x: Tensor, weight: Weight, blocks: Tensor, block_index: Tensor, bias: Tensor | None, *, values: bool
-) -> None:
-    """Raise ValueError or TypeError for operands that do not fit together; ``values``: of the index too."""
-    op = "block_sparse_linear"
-    if not isinstance(weight, (Tensor, FrozenWeight)) or weight.dim() != 2:
-        given = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"{op}: expected weight of shape (N, K), got {given}")
-    n, k = weight.shape
-    _check_rows(op, x, (k,), "K", "x")
-    if not isinstance(blocks, Tensor) or blocks.dim() != 3 or not blocks.is_floating_point():
-        got = f"{tuple(blocks.shape)} {blocks.dtype}" if isinstance(blocks, Tensor) else type(blocks).__name__
-        raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn) and a floating dtype, got {got}")
-    check_block_shape(op, blocks)
-    if values:
-        check_block_index(op, block_index, (blocks.shape[1], blocks.shape[2]), (n, k))
-    if block_index.shape[0] != blocks.shape[0]:
-        raise ValueError(
-            f"{op}: expected block_index of shape (n_blocks, 2) = ({blocks.shape[0]}, 2), "
-            f"got {tuple(block_index.shape)}"
-        )
-    check_optional_vector(op, "bias", "N", bias, n, x.device)
-    for name, tensor in (("weight", weight), ("blocks", blocks), ("block_index", block_index)):
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device} like x, got {tensor.device}")
-    raise_error(frozen_error(op, x, weight, ": its blocks train"))
+def check_block_sparse_linear(call: BlockSparseLinear) -> Exception | None:
+    """The error of operands that do not fit together; with ``columns``, the index counts as checked."""
+    op, (x, weight, blocks, block_index, bias) = "block_sparse_linear", call[:5]
+    error = (
+        floats_error(op, x=x, weight=weight, blocks=blocks) or product_error(op, x, weight) or _shape_error(op, blocks)
+    )
+    if error is None and call.columns is None:
+        error = block_index_error(op, block_index, (blocks.shape[1], blocks.shape[2]), weight.shape)
+    return (
+        error
+        or _count_error(op, block_index, blocks.shape[0])
+        or vector_error(op, "bias", "N", bias, weight.shape[0], x.device)
+        or device_error(op, x, weight=weight, blocks=blocks, block_index=block_index)
+        or frozen_error(op, x, weight, ": its blocks train")
+        or backend_error(op, call.backend)
+        or flag_error(op, "rewrite", call.rewrite)
+    )
+
+
+def check_block_adamw(call: BlockAdamW) -> Exception | None:
+    """The error of operands that do not fit together; None where they do."""
+    op, seed = "block_adamw_", call.seed
+    blocks, grad, exp_avg, exp_avg_sq, weight, block_index = call[:6]
+    moments, rates = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, ("lr", "eps", "weight_decay")
+    error = (
+        backend_error(op, call.backend)
+        or count_error(op, "step", call.step, 1)
+        or next(filter(None, (number_error(op, name, getattr(call, name), 0.0) for name in rates)), None)
+        or number_error(op, "betas", call.beta1, 0.0, 1.0)
+        or number_error(op, "betas", call.beta2, 0.0, 1.0)
+        or floats_error(op, weight=weight, blocks=blocks, grad=grad, **moments)
+        or _shape_error(op, blocks)
+    )
+    if error is not None:
+        return error
+    for name, tensor in (("weight", weight), ("grad", grad), *moments.items()):
+        if tensor.device != blocks.device:
+            return ValueError(f"{op}: expected {name} and blocks on one device, got {tensor.device}")
+    if weight.dim() != 2:
+        return ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
+    state = torch.promote_types(blocks.dtype, torch.float32)
+    for name, tensor in (("grad", grad), *moments.items()):
+        if tensor.shape != blocks.shape:
+            return ValueError(f"{op}: expected {name} of shape {tuple(blocks.shape)}, got {tuple(tensor.shape)}")
+        if name != "grad" and tensor.dtype != state:
+            return TypeError(f"{op}: expected {name} of dtype {state}, got {tensor.dtype}")
+    for name, tensor in (("blocks", blocks), *moments.items()):
+        if not tensor.is_contiguous():
+            return ValueError(f"{op}: expected {name} to be contiguous, got strides {tensor.stride()}")
+    error = block_index_error(op, block_index, (blocks.shape[1], blocks.shape[2]), weight.shape)
+    if error is not None or seed is None:
+        return error or _count_error(op, block_index, len(blocks))
+    if not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1):
+        return TypeError(f"{op}: expected seed to be an int64 scalar tensor or None, got {seed!r:.60}")
+    if blocks.dtype != torch.bfloat16:
+        return TypeError(f"{op}: expected bfloat16 blocks for stochastic rounding, got {blocks.dtype}")
+    return _count_error(op, block_index, len(blocks))
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -340,42 +385,6 @@ def _adamw(call: BlockAdamW, plan: Plan | None) -> None:
     from ..kernels.block_sparse import block_adamw_
 
     block_adamw_(*tensors, **options)
-
-
-def check_block_adamw(call: BlockAdamW) -> None:
-    """Raise ValueError or TypeError for operands that do not fit together."""
-    op, seed = "block_adamw_", call.seed
-    blocks, grad, exp_avg, exp_avg_sq, weight, block_index = call[:6]
-    named = ("weight", weight), ("blocks", blocks), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: expected {name} to be a tensor of a floating dtype, got {got}")
-    for name, tensor in named:
-        if tensor.device != blocks.device:
-            raise ValueError(f"{op}: expected {name} and blocks on one device, got {tensor.device}")
-    if blocks.dim() != 3:
-        raise ValueError(f"{op}: expected blocks of shape (n_blocks, bm, bn), got {tuple(blocks.shape)}")
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: expected weight of shape (N, K), got {tuple(weight.shape)}")
-    state = torch.promote_types(blocks.dtype, torch.float32)
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if tensor.shape != blocks.shape:
-            raise ValueError(f"{op}: expected {name} of shape {tuple(blocks.shape)}, got {tuple(tensor.shape)}")
-        if name != "grad" and tensor.dtype != state:
-            raise TypeError(f"{op}: expected {name} of dtype {state}, got {tensor.dtype}")
-    for name, tensor in (("blocks", blocks), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: expected {name} to be contiguous, got strides {tensor.stride()}")
-    check_block_index(op, block_index, check_block_shape(op, blocks), (weight.shape[0], weight.shape[1]))
-    if block_index.shape != (len(blocks), 2):
-        raise ValueError(
-            f"{op}: expected block_index of shape (n_blocks, 2) = ({len(blocks)}, 2), got {tuple(block_index.shape)}"
-        )
-    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.numel() == 1):
-        raise TypeError(f"{op}: expected seed to be an int64 scalar tensor or None, got {seed!r:.60}")
-    if seed is not None and blocks.dtype != torch.bfloat16:
-        raise TypeError(f"{op}: expected bfloat16 blocks for stochastic rounding, got {blocks.dtype}")
 
 
 def read_blocks(weight: Tensor, block_index: Tensor, block_size: tuple[int, int]) -> Tensor:

@@ -63,11 +63,6 @@ def check_flag(op: str, name: str, value: Any) -> None:
     raise_error(flag_error(op, name, value))
 
 
-def check_number(op: str, name: str, value: Any, least: float, below: float = math.inf) -> None:
-    """Raise for what is no number with least <= value < below."""
-    raise_error(number_error(op, name, value, least, below))
-
-
 def seed_tensor(op: str, name: str, seed: Any, device: torch.device) -> Tensor:
     """A seed as an int64 scalar on ``device``; drawn from torch's generator when none is given."""
     if seed is None:
@@ -79,9 +74,10 @@ def seed_tensor(op: str, name: str, seed: Any, device: torch.device) -> Tensor:
     return seed.reshape(()).to(device)
 
 
-def check_count(op: str, name: str, value: Any, least: int) -> None:
+def count_error(op: str, name: str, value: Any, least: int) -> Exception | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{op}: expected {name} to be an integer of {least} or more, got {value!r:.60}")
+        return ValueError(f"{op}: expected {name} to be an integer of {least} or more, got {value!r:.60}")
+    return None
 
 
 def scaling_error(op: str, scaling: Any, dtype: torch.dtype) -> Exception | None:
@@ -95,10 +91,6 @@ def scaling_error(op: str, scaling: Any, dtype: torch.dtype) -> Exception | None
             return None
         return ValueError(f"{op}: expected scaling to be a finite number that float32 can hold, got {scaling!r}")
     return TypeError(f"{op}: expected scaling to be a number, got {type(scaling).__name__}")
-
-
-def check_scaling(op: str, scaling: Any, dtype: torch.dtype) -> None:
-    raise_error(scaling_error(op, scaling, dtype))
 
 
 def raise_error(error: Exception | None) -> None:
@@ -121,12 +113,6 @@ def vector_error(
     if not values.is_floating_point():
         return TypeError(f"{op}: expected {name} of a floating dtype, got {values.dtype}")
     return None
-
-
-def check_optional_vector(
-    op: str, name: str, letter: str, values: Any, size: int, device: torch.device, *, like: str = "x"
-) -> None:
-    raise_error(vector_error(op, name, letter, values, size, device, like=like))
 
 
 def floats_error(op: str, **tensors: Any) -> Exception | None:

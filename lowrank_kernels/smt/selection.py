@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..finite import all_finite
-from ..functional import check_block_index, check_block_size
+from ..functional import block_index_error, check_block_size, raise_error
 
 ATTENTION = r"(self_attn|self_attention|attention|attn)\..*"
 """A pattern for the matrices of attention, as most models call them."""
@@ -53,7 +53,7 @@ class BlockSelection:
         for name, index in blocks.items():
             if name not in self.shapes:
                 raise ValueError(f"{op}: expected the shape of {name}, got those of {', '.join(self.shapes) or 'none'}")
-            check_block_index(f"{op}: {name}", index, size, self.shapes[name])
+            raise_error(block_index_error(f"{op}: {name}", index, size, self.shapes[name]))
         object.__setattr__(self, "block_size", size)
         object.__setattr__(self, "blocks", blocks)
 
