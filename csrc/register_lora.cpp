@@ -13,6 +13,7 @@
 #include "cpu/dropout_mask.h"
 #include "cpu/lora.h"
 #include "lora_ops.h"
+#include "packed_argument.h"
 
 #if defined(LRK_WITH_CUDA)
 #  include "cuda/dropout_mask.h"
@@ -52,14 +53,12 @@ Tensor lora_down(const Tensor& x, const Tensor& factor, bool factor_rank_last,
 }
 
 // (y, p, u) of y = column_scale * u + bias, u = x W^T + s (p * gate) B^T, p = drop(x) A^T.
-std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
-    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, double scaling,
-    const std::optional<Tensor>& dropout_seed, double dropout_p,
+std::tuple<Tensor, Tensor, Tensor> fused_over(
+    const char* op, const Tensor& x, const lrk::Matrix& w, const Tensor& lora_a,
+    const Tensor& lora_b, const std::optional<Tensor>& bias, const std::optional<Tensor>& gate,
+    double scaling, const std::optional<Tensor>& dropout_seed, double dropout_p,
     const std::optional<Tensor>& column_scale, bool keep_u) {
-  const char* op = "lora_linear_fused";
   const lrk::Matrix input = matrix(op, "x", x);
-  const lrk::Matrix w = matrix(op, "weight", weight);
   check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
   const lrk::Matrix b = matrix(op, "lora_b", lora_b);
   check_shape(op, "lora_b", "(N, R)", b, w.rows, lora_a.size(0));
@@ -77,6 +76,41 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
   if (keep_u) linear.epilogue.u = matrix(op, "u", u);
   lrk::lora_linear(runtime(), linear);
   return {y, p, u};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& gate, double scaling,
+    const std::optional<Tensor>& dropout_seed, double dropout_p,
+    const std::optional<Tensor>& column_scale, bool keep_u) {
+  const char* op = "lora_linear_fused";
+  return fused_over(op, x, matrix(op, "weight", weight), lora_a, lora_b, bias, gate, scaling,
+                    dropout_seed, dropout_p, column_scale, keep_u);
+}
+
+// The same over a packed weight.
+std::tuple<Tensor, Tensor, Tensor> lora_linear_packed(
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<int64_t>& layout,
+    double offset, const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& gate, double scaling, const std::optional<Tensor>& dropout_seed,
+    double dropout_p, const std::optional<Tensor>& column_scale, bool keep_u) {
+  const char* op = "lora_linear_packed";
+  const lrk::PackedArgument packed(op, weight, layout, offset);
+  return fused_over(op, x, packed.matrix(), lora_a, lora_b, bias, gate, scaling, dropout_seed,
+                    dropout_p, column_scale, keep_u);
+}
+
+// Rows [start, stop) of a packed weight, dense.
+Tensor packed_rows(const std::vector<Tensor>& weight, const std::vector<int64_t>& layout,
+                   double offset, int64_t start, int64_t stop) {
+  const char* op = "packed_rows";
+  const lrk::PackedArgument packed(op, weight, layout, offset);
+  const lrk::Matrix w = packed.matrix();
+  STD_TORCH_CHECK(0 <= start && start <= stop && stop <= w.rows, op,
+                  ": expected 0 <= start <= ", "stop <= ", w.rows, ", got ", start, " and ", stop);
+  Tensor out = empty({stop - start, w.cols}, packed.value_type());
+  lrk::unpack(runtime(), matrix(op, "output", out), part(w, start, 0, stop - start, w.cols));
+  return out;
 }
 
 // lora_linear_fused without dropout, for x (..., K) that is contiguous or a matrix, where y alone
@@ -125,9 +159,23 @@ void lora_up_(Tensor y, const Tensor& p, const Tensor& factor, bool factor_rank_
   lrk::lora_up(runtime(), up);
 }
 
+// y = x weight^T + bias over a packed weight.
+Tensor frozen_product_packed(const Tensor& x, const std::vector<Tensor>& weight,
+                             const std::vector<int64_t>& layout, double offset,
+                             const std::optional<Tensor>& bias) {
+  const char* op = "frozen_product_packed";
+  const lrk::PackedArgument packed(op, weight, layout, offset);
+  const lrk::Matrix input = matrix(op, "x", x), w = packed.matrix();
+  check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
+  const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
+  Tensor y = empty({input.rows, w.rows}, x.scalar_type());
+  lrk::frozen_linear(runtime(), matrix(op, "y", y), input, w, pointer(biases));
+  return y;
+}
+
 // y = x weight^T + bias, for the rows where this product beats the library's.
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const char* op = "frozen_linear";
+Tensor frozen_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "frozen_product";
   const lrk::Matrix input = matrix(op, "x", x), w = matrix(op, "weight", weight);
   check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
   const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
@@ -142,13 +190,13 @@ Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<
 
 namespace lrk::ops {
 
-Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
+namespace {
+
+Tensor grad_x_over(const char* op, const Tensor& grad_y, const Tensor& q, const lrk::Matrix& w,
                    const Tensor& lora_a, const std::optional<Tensor>& gate, double scaling,
                    const std::optional<Tensor>& dropout_seed, double dropout_p,
                    const std::optional<Tensor>& row_scale) {
-  const char* op = "lora_grad_x";
   const lrk::Matrix dy = matrix(op, "grad_y", grad_y);
-  const lrk::Matrix w = matrix(op, "weight", weight);
   check_shape(op, "weight", "(N, K)", w, dy.cols, w.cols);
   const lrk::Matrix a = matrix(op, "lora_a", lora_a);
   check_shape(op, "lora_a", "(R, K)", a, a.rows, w.cols);
@@ -165,6 +213,29 @@ Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
   grad.row_scale = pointer(scales);
   lrk::lora_grad_x(runtime(), grad);
   return grad_x;
+}
+
+}  // namespace
+
+Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
+                   const Tensor& lora_a, const std::optional<Tensor>& gate, double scaling,
+                   const std::optional<Tensor>& dropout_seed, double dropout_p,
+                   const std::optional<Tensor>& row_scale) {
+  const char* op = "lora_grad_x";
+  return grad_x_over(op, grad_y, q, matrix(op, "weight", weight), lora_a, gate, scaling,
+                     dropout_seed, dropout_p, row_scale);
+}
+
+// The same over a packed weight.
+Tensor lora_grad_x_packed(const Tensor& grad_y, const Tensor& q, const std::vector<Tensor>& weight,
+                          const std::vector<int64_t>& layout, double offset, const Tensor& lora_a,
+                          const std::optional<Tensor>& gate, double scaling,
+                          const std::optional<Tensor>& dropout_seed, double dropout_p,
+                          const std::optional<Tensor>& row_scale) {
+  const char* op = "lora_grad_x_packed";
+  const lrk::PackedArgument packed(op, weight, layout, offset);
+  return grad_x_over(op, grad_y, q, packed.matrix(), lora_a, gate, scaling, dropout_seed, dropout_p,
+                     row_scale);
 }
 
 Tensor lora_grad(const Tensor& big, const Tensor& p, const std::optional<Tensor>& gate,
@@ -193,6 +264,7 @@ namespace {
 
 using lrk::ops::lora_grad;
 using lrk::ops::lora_grad_x;
+using lrk::ops::lora_grad_x_packed;
 
 std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lora_b,
                                           const Tensor& p, const std::optional<Tensor>& gate,
@@ -214,6 +286,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(
   auto [q, grad_b] = lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.scalar_type());
   Tensor grad_x =
       lora_grad_x(grad_y, q, weight, lora_a, gate, scaling, dropout_seed, dropout_p, std::nullopt);
+  Tensor grad_a =
+      lora_grad(x, q, gate, scaling, false, dropout_seed, dropout_p, lora_a.scalar_type());
+  return {grad_x, grad_a, grad_b, q};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward_packed(
+    const Tensor& grad_y, const Tensor& x, const std::vector<Tensor>& weight,
+    const std::vector<int64_t>& layout, double offset, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& p, const std::optional<Tensor>& gate, double scaling,
+    const std::optional<Tensor>& dropout_seed, double dropout_p) {
+  auto [q, grad_b] = lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.scalar_type());
+  Tensor grad_x = lora_grad_x_packed(grad_y, q, weight, layout, offset, lora_a, gate, scaling,
+                                     dropout_seed, dropout_p, std::nullopt);
   Tensor grad_a =
       lora_grad(x, q, gate, scaling, false, dropout_seed, dropout_p, lora_a.scalar_type());
   return {grad_x, grad_a, grad_b, q};
@@ -278,7 +363,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
   m.def(
       "lora_up_(Tensor(a!) y, Tensor p, Tensor factor, bool factor_rank_last, Tensor? gate=None, "
       "float scaling=1.0, Tensor? dropout_seed=None, float dropout_p=0.0) -> ()");
-  m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("frozen_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "lora_linear_packed(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor lora_a, "
+      "Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, Tensor? dropout_seed, "
+      "float dropout_p, Tensor? column_scale, bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
+  m.def(
+      "frozen_product_packed(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor? bias) "
+      "-> Tensor");
+  m.def("packed_rows(Tensor[] weight, int[] layout, float offset, int start, int stop) -> Tensor");
+  m.def(
+      "lora_grad_x_packed(Tensor grad_y, Tensor q, Tensor[] weight, int[] layout, float offset, "
+      "Tensor lora_a, Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, "
+      "Tensor? row_scale=None) -> Tensor");
   m.def(
       "lora_grad_x(Tensor grad_y, Tensor q, Tensor weight, Tensor lora_a, Tensor? gate, "
       "float scaling, Tensor? dropout_seed, float dropout_p, Tensor? row_scale=None) -> Tensor");
@@ -290,6 +387,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor p, Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p) -> "
       "(Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor q)");
   m.def(
+      "lora_backward_packed(Tensor grad_y, Tensor x, Tensor[] weight, int[] layout, float offset, "
+      "Tensor lora_a, Tensor lora_b, Tensor p, Tensor? gate, float scaling, Tensor? dropout_seed, "
+      "float dropout_p) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor q)");
+  m.def(
       "lora_down_grad(Tensor grad_y, Tensor lora_b, Tensor p, Tensor? gate, float scaling, "
       "ScalarType grad_dtype) -> (Tensor q, Tensor grad_b)");
   m.def("dropout_keep_mask(Tensor seed, SymInt rows, SymInt columns, float p) -> Tensor");
@@ -300,10 +401,15 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_linear_fused", TORCH_BOX(&lora_linear_fused));
   m.impl("lora_linear_inference", TORCH_BOX(&lora_linear_inference));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
-  m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
+  m.impl("frozen_product", TORCH_BOX(&frozen_product));
+  m.impl("lora_linear_packed", TORCH_BOX(&lora_linear_packed));
+  m.impl("frozen_product_packed", TORCH_BOX(&frozen_product_packed));
+  m.impl("packed_rows", TORCH_BOX(&packed_rows));
+  m.impl("lora_grad_x_packed", TORCH_BOX(&lora_grad_x_packed));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("lora_backward_packed", TORCH_BOX(&lora_backward_packed));
   m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
   m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));
 }

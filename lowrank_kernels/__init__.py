@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import chain, federated, init, integrations, nn, optim, serving, smt
+from . import chain, federated, init, integrations, nn, optim, serving, smt, weights
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
 from .base_only import base_only
@@ -12,12 +12,14 @@ from .functional import (
     dora_column_scale,
     dora_linear,
     dora_weight_norm,
+    frozen_linear,
     lora_linear,
     multi_lora_linear,
     plan_batch,
     stack_column_scale,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
+from .quantize import quantize_
 from .report import Report
 from .smt import SMTConfig
 from .stack import LoRAStack
@@ -44,6 +46,7 @@ __all__ = [
     "dora_linear",
     "dora_weight_norm",
     "federated",
+    "frozen_linear",
     "init",
     "integrations",
     "load_adapter",
@@ -56,10 +59,12 @@ __all__ = [
     "optim",
     "plan_adaptation",
     "plan_batch",
+    "quantize_",
     "save_adapter",
     "save_lora_ga_adapter",
     "serving",
     "smt",
     "stack_column_scale",
     "unmerge_dora_",
+    "weights",
 ]

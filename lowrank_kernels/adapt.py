@@ -138,7 +138,7 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
     if config_of(model) is not None:
         raise ValueError("adapt: this model is adapted already; call undo() on its report first")
     model = held(model)
-    wanted, head = config.target_modules, _output_head(model)
+    wanted, head = config.target_modules, output_head(model)
     whole, task_heads = whole_modules(model, config), _task_heads(model)
     check_can_train_whole(model, whole)
     everything = wanted == ALL_LINEAR
@@ -259,7 +259,7 @@ def _looks_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or "Linear" in kind or kind == "Conv1D"
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     try:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -274,7 +274,7 @@ _OF_A_TASK_HEAD = (
 
 def _task_heads(model: nn.Module) -> set[str]:
     """Paths of the head of a transformers model without an output embedding: one for classification, or answers."""
-    if not hasattr(model, "get_output_embeddings") or _output_head(model) is not None:
+    if not hasattr(model, "get_output_embeddings") or output_head(model) is not None:
         return set()
     there = submodule(model, "")._modules
     return {name for names in TASK_HEADS.values() for name in names if name in there}

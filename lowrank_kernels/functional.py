@@ -38,6 +38,7 @@ from .ops.dora import (
     pair_of,
     plan_dora_linear,
 )
+from .ops.frozen import FrozenLinear, call_frozen_linear, check_frozen_linear, plan_frozen_linear
 from .ops.library import traced, transformed, unobserved
 from .ops.lora import (
     LoRALinear,
@@ -67,7 +68,7 @@ from .ops.plain import (
     plain_weight_norm,
 )
 from .stack import LoRAStack
-from .weights import FrozenWeight, Weight, rows
+from .weights import FrozenWeight, Weight, dense, like, rows
 
 
 def _seeded(call: Any, seed: Tensor | int | None, op: str) -> Any:
@@ -125,6 +126,7 @@ def lora_linear(
         again = lora_linear_again(x, weight, lora_a, lora_b, bias, gate, scaling)
         if again is not None:
             return again
+    weight = like(x, weight)
     call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, None, False, backend)
     if traced():
         raise_error(check_lora_linear(call))
@@ -271,6 +273,7 @@ def dora_linear(
     if scale_cache is not None and not isinstance(scale_cache, ScaleCache):
         raise TypeError(f"dora_linear: expected scale_cache to be a ScaleCache, got {type(scale_cache).__name__}")
     norm, scale = pair_of(norm_and_scale)
+    weight = like(x, weight)
     call = DoRALinear(
         x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
         scaling, dropout_p, None, dropout_base, detach_norm, False, backend,
@@ -294,6 +297,38 @@ def dora_linear(
     if torch.is_grad_enabled() and trained:
         call = call._replace(save=True)
     y: Tensor = call_dora_linear(call, plan, unseen=unseen)[0]
+    return y
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """y = x Wᵀ + bias over a frozen weight of any format; dX = dY W.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with a dense weight); any strides, may be empty.
+        weight: W (N, K), frozen: a tensor of x's dtype, or of :mod:`lowrank_kernels.weights`.
+        bias: (N,) or None, of any float dtype.
+        backend: "auto", "reference", "cpu" or "triton". The product is the format's own in all but "reference".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    Accumulates in float32 and rounds once. Of codes of few bits no dense copy is made on a CPU. Nothing is saved for
+    backward but W itself.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a weight that requires grad, a backend that is unknown or cannot
+            run here.
+        TypeError: dtypes that do not fit.
+    """
+    call = FrozenLinear(x, like(x, weight), bias, backend)
+    if traced():
+        raise_error(check_frozen_linear(call))
+        if transformed():
+            return torch.nn.functional.linear(x, dense(call.weight), bias)
+        plan = None
+    else:
+        plan = plan_frozen_linear(call)
+    y: Tensor = call_frozen_linear(call, plan)
     return y
 
 
@@ -398,7 +433,7 @@ def block_sparse_linear(
     Source: He et al., "Sparse Matrix in Large Language Model Fine-tuning", arXiv 2405.15525.
     """
     chosen, width = columns or (None, 0)
-    call = BlockSparseLinear(x, weight, blocks, block_index, bias, chosen, width, False, rewrite, backend)
+    call = BlockSparseLinear(x, like(x, weight), blocks, block_index, bias, chosen, width, False, rewrite, backend)
     raise_error(check_block_sparse_linear(call))
     if transformed():
         return plain_block_sparse_linear(x, weight, blocks, block_index, bias)
@@ -473,6 +508,7 @@ __all__ = [
     "dora_column_scale",
     "dora_linear",
     "dora_weight_norm",
+    "frozen_linear",
     "lora_linear",
     "plain_block_sparse_linear",
     "raise_error",
@@ -607,6 +643,7 @@ def multi_lora_linear(
     each_p = torch.tensor(ps, dtype=torch.float64, device=stack.lora_a.device) if ps else None
     slices = stack.slices if stack.is_sliced else None
     magnitude = stack.magnitude if stack.has_dora else None
+    weight = like(x, weight)
     call = MultiLoRALinear(
         x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank, slices,
         given, None, None, None, weights, None, None, each_p, None, False, False, backend,

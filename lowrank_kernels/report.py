@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .weights import of
+
 logger = logging.getLogger("lowrank_kernels")
 
 
@@ -92,9 +94,17 @@ def collapse(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) elements of the model's parameters, each counted once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if not is_lazy(p)]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    """(trainable, total) elements of the model's parameters, each counted once; of a weight that is stored in few bits,
+    the elements that it stands for."""
+    stored: set[int] = set()
+    total = 0
+    for module in model.modules():
+        weight = of(module)
+        if weight is not None:
+            stored.add(id(module._parameters.get("weight")))
+            total += weight.numel()
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if not is_lazy(p) and id(p) not in stored]
+    return sum(n for n, trains in sizes if trains), total + sum(n for n, _ in sizes)
 
 
 class FirstBackward:

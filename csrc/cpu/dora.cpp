@@ -210,17 +210,18 @@ void RowNorms::add_squares(const KernelTable& kernels, const Matrix& weight, int
   const SquareSums sums = square_sums(kernels);
   float wide[kDepthBlock];
   for (int64_t i = 0; i < rows; ++i) {
-    const void* at = element(weight, row + i, col);
     if (weight.dtype == Dtype::kBFloat16) {
-      squares[i] += sums.of_bfloat16(static_cast<const uint16_t*>(at), cols);
+      squares[i] +=
+          sums.of_bfloat16(static_cast<const uint16_t*>(element(weight, row + i, col)), cols);
       continue;
     }
     for (int64_t k = 0; k < cols; k += kDepthBlock) {
       const int64_t depth = std::min(kDepthBlock, cols - k);
-      const float* values = static_cast<const float*>(at) + k;
-      if (weight.dtype != Dtype::kFloat32) {
+      const float* values = wide;
+      if (weight.dtype == Dtype::kFloat32) {
+        values = static_cast<const float*>(element(weight, row + i, col + k));
+      } else {
         kernels.stage_float(wide, kDepthBlock, rectangle(weight, row + i, col + k, 1, depth));
-        values = wide;
       }
       squares[i] += sums.of_float(values, depth);
     }

@@ -13,6 +13,7 @@
 #include "block_product.h"
 #include "few_rows.h"
 #include "lora.h"
+#include "packed.h"
 #include "row_hash.h"
 
 namespace lrk {
@@ -26,6 +27,7 @@ constexpr int64_t kProductRows = 1024;    // rows of y that one task takes, at m
 constexpr int64_t kMixTasks = 8;          // tasks of grad_x_by_mixing, at least ...
 constexpr int64_t kMixColumns = 256;      // ... columns of one, at most ...
 constexpr int64_t kMixRows = 32;          // ... and rows of the weight in one of its sums
+constexpr int64_t kPackedRows = 8;        // of a packed weight that are unpacked at a time
 
 // A finished block of u = x W^T + s (p * gate) B^T, the sums of a region of y, goes out as
 // `epilogue` says. Changes the sums.
@@ -117,6 +119,26 @@ void linear_few_rows(const Runtime& runtime, const LoraLinear& linear, const Mat
   });
 }
 
+// Rows of a packed weight, unpacked: as bfloat16 where that is what they stand for.
+struct Unpacked {
+  Dtype dtype = Dtype::kFloat32;
+  void* data = nullptr;
+
+  Unpacked(const Matrix& weight, float* scratch) : data(scratch) {
+    if (weight.dtype != Dtype::kPacked) return;
+    if (static_cast<const Packed*>(weight.data)->value == Dtype::kBFloat16)
+      dtype = Dtype::kBFloat16;
+  }
+  void unpack(const KernelTable& kernels, const Region& from) const {
+    const Source s = rectangle(from.whole, from.row, from.col, from.rows, from.cols);
+    if (dtype == Dtype::kBFloat16) {
+      kernels.stage_bfloat16(static_cast<uint16_t*>(data), from.cols, s);
+    } else {
+      kernels.stage_float(static_cast<float*>(data), from.cols, s);
+    }
+  }
+};
+
 // With at most kDotRows tokens and no tiles, a row of the weight is read once, where it lies, and
 // multiplied with all rows of x; the rank is appended to the reduction. `p` is that of ScaledP.
 void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matrix& p) {
@@ -129,8 +151,13 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
   for (int64_t i = 0; i < m; ++i) p_rows[i] = static_cast<const float*>(element(p, i, 0));
   run(runtime, ceil_div(n, kDotColumns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
-        TaskScratch scratch(static_cast<size_t>(kDotColumns * rank) * sizeof(float));
-        float* staged = static_cast<float*>(scratch.base());
+        const bool packed = weight.dtype == Dtype::kPacked;
+        Layout own;
+        const size_t staged_at = own.add<float>(kDotColumns * rank);
+        const size_t wide_at = own.add<float>(packed ? kPackedRows * width : 0);
+        TaskScratch scratch(own.bytes());
+        float* staged = at<float>(scratch.base(), staged_at);
+        const Unpacked unpacked(weight, at<float>(scratch.base(), wide_at));
         float sums[kDotRows * kDotColumns];
         for (int64_t block = begin; block < end; ++block) {
           const int64_t col = block * kDotColumns, cols = std::min(kDotColumns, n - col);
@@ -140,10 +167,22 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
             correction.factor = staged;
             correction.stride = rank;
           }
-          kernels.dot_rows(
-              sums, kDotColumns, m, cols,
-              {x_rows.rows, element(weight, col, 0), weight.dtype, weight.stride, width},
-              rank ? &correction : nullptr);
+          if (packed) {
+            for (int64_t j = 0; j < cols; j += kPackedRows) {
+              const int64_t some = std::min(kPackedRows, cols - j);
+              unpacked.unpack(kernels, {weight, col + j, 0, some, width});
+              Dots more = correction;
+              more.factor = static_cast<const float*>(correction.factor) + j * correction.stride;
+              kernels.dot_rows(sums + j, kDotColumns, m, some,
+                               {x_rows.rows, unpacked.data, unpacked.dtype, width, width},
+                               rank ? &more : nullptr);
+            }
+          } else {
+            kernels.dot_rows(
+                sums, kDotColumns, m, cols,
+                {x_rows.rows, element(weight, col, 0), weight.dtype, weight.stride, width},
+                rank ? &correction : nullptr);
+          }
           if (linear.weight_hashes) {
             hash_rows(hash, weight, col, cols, linear.weight_hashes + col);
           }
@@ -298,12 +337,21 @@ void grad_x_by_mixing(const Runtime& runtime, const LoraGradX& grad, const Matri
   run(runtime, ceil_div(width, columns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
         float sums[kDotRows * kMixColumns], correction[kDotRows * kMixColumns];
+        const bool packed = weight.dtype == Dtype::kPacked;
+        TaskScratch scratch(static_cast<size_t>(packed ? kMixRows * columns : 0) * sizeof(float));
+        const Unpacked unpacked(weight, static_cast<float*>(scratch.base()));
         for (int64_t block = begin; block < end; ++block) {
           const int64_t col = block * columns, cols = std::min(columns, width - col);
           for (int64_t row = 0; row < n; row += kMixRows) {
-            kernels.mix_rows({sums, kMixColumns, dy + row, n, m, element(weight, row, col),
-                              weight.dtype, weight.stride, std::min(kMixRows, n - row), cols,
-                              row > 0});
+            const int64_t rows = std::min(kMixRows, n - row);
+            if (packed) {
+              unpacked.unpack(kernels, {weight, row, col, rows, cols});
+              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, unpacked.data, unpacked.dtype,
+                                cols, rows, cols, row > 0});
+            } else {
+              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, element(weight, row, col),
+                                weight.dtype, weight.stride, rows, cols, row > 0});
+            }
           }
           kernels.mix_rows({dropout ? correction : sums, kMixColumns,
                             static_cast<const float*>(q.data), q.stride, m, element(lora_a, 0, col),
@@ -347,6 +395,19 @@ void frozen_linear(const Runtime& runtime, const Matrix& y, const Matrix& x, con
   LoraLinear linear{y, no_p, x, weight, no_factor};
   linear.epilogue.bias = bias;
   lora_linear(runtime, linear);
+}
+
+void unpack(const Runtime& runtime, const Matrix& out, const Matrix& weight) {
+  const KernelTable& kernels = runtime.kernels;
+  run(runtime, out.rows, out.rows * out.cols > (int64_t{1} << 16), [&](int64_t begin, int64_t end) {
+    TaskScratch scratch(static_cast<size_t>(out.cols) * sizeof(float));
+    float* wide = static_cast<float*>(scratch.base());
+    for (int64_t row = begin; row < end; ++row) {
+      kernels.stage_float(wide, out.cols, rectangle(weight, row, 0, 1, out.cols));
+      kernels.store(mutable_element(out, row, 0), out.dtype, out.stride, wide, out.cols, 1,
+                    out.cols, 1.0f);
+    }
+  });
 }
 
 void lora_grad_x(const Runtime& runtime, const LoraGradX& grad) {

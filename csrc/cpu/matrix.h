@@ -14,7 +14,9 @@ struct Matrix {
   Dtype dtype;
   int64_t rows;
   int64_t cols;
-  int64_t stride;  // elements from one row to the next; columns are adjacent
+  int64_t stride;   // elements from one row to the next; columns are adjacent
+  int64_t row = 0;  // of a packed weight, whose `data` is the whole: where this matrix begins
+  int64_t col = 0;
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -28,11 +30,15 @@ inline void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
 }
 
 inline Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  if (m.dtype == Dtype::kPacked) {
+    return {m.data, m.dtype, rows, cols, m.stride, m.row + row, m.col + col};
+  }
   return {mutable_element(m, row, col), m.dtype, rows, cols, m.stride};
 }
 
 inline Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return {element(m, row, col), m.dtype, m.stride, rows, cols, cols, nullptr, row, col, nullptr};
+  const void* data = m.dtype == Dtype::kPacked ? m.data : element(m, row, col);
+  return {data, m.dtype, m.stride, rows, cols, cols, nullptr, m.row + row, m.col + col, nullptr};
 }
 
 inline void zero(const Matrix& m) {
@@ -49,15 +55,25 @@ struct Region {
 };
 
 // Into float32 panels. A few rows at a time: a cache line may serve two panels, and rows that lie a
-// power of two apart push each other out of the cache.
+// power of two apart push each other out of the cache. What is packed is unpacked over the width of
+// several panels at once, for each of which its blocks' scales would be worked out again.
 inline void stage_panels(const KernelTable& kernels, float* panels, int64_t panel_stride,
                          const Region& from) {
-  constexpr int64_t kRows = 8;
+  constexpr int64_t kRows = 8, kWide = 4 * kPanel;
+  float wide[kRows * kWide];
   for (int64_t i = 0; i < from.rows; i += kRows) {
     const int64_t rows = std::min(kRows, from.rows - i);
     for (int64_t j = 0; j < from.cols; j += kPanel) {
-      Source s =
-          rectangle(from.whole, from.row + i, from.col + j, rows, std::min(kPanel, from.cols - j));
+      const int64_t cols = std::min(kPanel, from.cols - j);
+      Source s = rectangle(from.whole, from.row + i, from.col + j, rows, cols);
+      if (from.whole.dtype == Dtype::kPacked) {
+        const int64_t at = j % kWide;
+        if (at == 0) {
+          s.cols = s.padded_cols = std::min(kWide, from.cols - j);
+          kernels.stage_float(wide, kWide, s);
+        }
+        s = {wide + at, Dtype::kFloat32, kWide, rows, cols, cols, nullptr, 0, 0, nullptr};
+      }
       s.padded_cols = kPanel;
       kernels.stage_float(panels + j / kPanel * panel_stride + i * kPanel, kPanel, s);
     }

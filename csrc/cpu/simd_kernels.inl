@@ -13,6 +13,7 @@
 
 #include "../philox.h"
 #include "kernel_table.h"
+#include "packed.h"
 
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
 #  include <immintrin.h>
@@ -181,6 +182,11 @@ LRK_INLINE void store_part(T* p, VecF v, int64_t n) {
   __builtin_memcpy(p, &raw, static_cast<size_t>(n) * sizeof(T));
 }
 
+template <typename T>
+LRK_INLINE void store_one(T* p, float v) {
+  store_part(p, splat(v), 1);
+}
+
 // ---- dropout ------------------------------------------------------------------------------------
 
 // Words of 2 * kWidth consecutive columns of one row, starting at a multiple of 4.
@@ -336,9 +342,255 @@ LRK_FN void stage_rows(Dst* dst, int64_t stride, const Source& s) {
   }
 }
 
+// ---- packed weights -----------------------------------------------------------------------------
+
+constexpr bool is_bfloat16(BFloat16) { return true; }
+template <typename T>
+constexpr bool is_bfloat16(T) {
+  return false;
+}
+
+LRK_INLINE VecF round_to(VecF v, float) { return v; }
+LRK_INLINE VecF round_to(VecF v, BFloat16) {  // by integers: the hardware takes subnormals as zero
+  const VecU u = (VecU)v;
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+  return (VecF)select((VecI)(v != v), u | 0x400000u, rounded);
+}
+LRK_INLINE VecF round_to(VecF v, Float16) { return widen(narrow(v, Float16{}), Float16{}); }
+
+// e4m3fn: sign, 4 bits of exponent with bias 7, 3 bits; no infinities.
+LRK_INLINE VecF from_float8(VecU u) {
+  const VecU magnitude = u & 0x7fu;
+  const VecF normal = (VecF)((magnitude << 20) + (120u << 23));
+  const VecF value = select((VecI)(magnitude < 8u), (normal - 0x1p-7f) * 2.0f, normal);
+  const VecU bits = select((VecI)(magnitude == 0x7fu), (u & 0) + 0x7fc00000u, (VecU)value);
+  return (VecF)(bits | (u & 0x80u) << 24);
+}
+
+LRK_INLINE float block_scale(const Packed& w, int64_t block) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(w.scale);
+  switch (w.scales) {
+    case Scales::kFloat32:
+      return static_cast<const float*>(w.scale)[block];
+    case Scales::kNested: {
+      const float product = w.map[bytes[block]] * w.nested[block >> w.nested_shift];
+      return product + w.offset;
+    }
+    case Scales::kExponent: {
+      const uint32_t e = bytes[block];
+      const uint32_t bits = e == 0 ? 0x400000u : e == 255 ? 0x7fc00000u : e << 23;
+      float value;
+      __builtin_memcpy(&value, &bits, sizeof(value));
+      return value;
+    }
+    case Scales::kFloat8:
+      return from_float8(VecU{} + bytes[block])[0] / w.offset;
+  }
+  return 0.0f;
+}
+
+// The values that the 16 nibbles have under one scale.
+struct Book {
+  float value[16];
+};
+
+// 4-bit codes `flat` to flat + n, all under one scale.
+template <typename Dst>
+LRK_INLINE void look_up(Dst* dst, const Book& book, const Packed& w, int64_t flat, int64_t n) {
+  const uint8_t* data = w.data;
+  const int64_t odd_first = w.codes == Codes::kHighNibbleFirst;
+  int64_t j = 0;
+#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
+  if (flat % 2 && n > 0) {
+    store_one(dst, book.value[odd_first ? data[flat / 2] & 15 : data[flat / 2] >> 4]);
+    j = 1;
+  }
+  const __m256i high = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  const __m256i low = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  const __m256i shifts = odd_first ? high : low;
+#  if defined(LRK_HAS_AVX512)
+  const __m512 values = _mm512_loadu_ps(book.value);
+  const __m512i wide_shifts = _mm512_inserti64x4(_mm512_castsi256_si512(shifts), shifts, 1);
+#  else
+  const __m256 first = _mm256_loadu_ps(book.value), second = _mm256_loadu_ps(book.value + 8);
+#  endif
+  for (; j + kWidth <= n; j += kWidth) {
+    int32_t words[2] = {};
+    __builtin_memcpy(words, data + (flat + j) / 2, kWidth / 2);
+#  if defined(LRK_HAS_AVX512)
+    // An index is the low 4 bits of a lane.
+    const __m512i codes =
+        _mm512_srlv_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(words[0])),
+                                             _mm256_set1_epi32(words[1]), 1),
+                          wide_shifts);
+    store(dst + j, (VecF)_mm512_permutexvar_ps(codes, values));
+#  else
+    // An index is the low 3 bits of a lane, and the fourth chooses.
+    const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(words[0]), shifts);
+    const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, codes),
+                                          _mm256_permutevar8x32_ps(second, codes),
+                                          _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    store(dst + j, (VecF)value);
+#  endif
+  }
+#endif
+  for (; j < n; ++j) {
+    const bool high_nibble = (flat + j) % 2 != odd_first;
+    const uint8_t byte = data[(flat + j) / 2];
+    store_one(dst + j, book.value[high_nibble ? byte >> 4 : byte & 15]);
+  }
+}
+
+#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
+
+// The 16 values as bfloat16, their lower and their upper bytes.
+struct ByteBook {
+  __m256i lower, upper;
+};
+
+LRK_INLINE __m256i twice(__m128i v) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(v), v, 1);
+}
+
+LRK_INLINE ByteBook bfloat16_book(const float* values, float scale) {
+  __m256i half[2];
+#  pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    const __m256i u =
+        _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * v), _mm256_set1_ps(scale)));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    half[v] = _mm256_srli_epi32(
+        _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  }
+  // 16 words of 16 bits, in order.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+  const __m128i first = _mm256_castsi256_si128(words), second = _mm256_extracti128_si256(words, 1);
+  const __m128i byte = _mm_set1_epi16(0xff);
+  return {twice(_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte))),
+          twice(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)))};
+}
+
+LRK_INLINE void store_words(BFloat16* dst, __m256i words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), words);
+}
+LRK_INLINE void store_words(float* dst, __m256i words) {
+  const __m256i first = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words));
+  const __m256i second = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
+  _mm256_storeu_ps(dst, _mm256_castsi256_ps(_mm256_slli_epi32(first, 16)));
+  _mm256_storeu_ps(dst + 8, _mm256_castsi256_ps(_mm256_slli_epi32(second, 16)));
+}
+
+// 32 codes at a time, from whole bytes; returns how many of n it did.
+template <typename Dst>
+LRK_INLINE int64_t look_up_words(Dst* dst, const ByteBook& book, const uint8_t* data,
+                                 bool high_first, int64_t n) {
+  const __m128i nibble = _mm_set1_epi8(15);
+  int64_t j = 0;
+  for (; j + 32 <= n; j += 32) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + j / 2));
+    const __m128i low = _mm_and_si128(bytes, nibble);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+    const __m128i even = high_first ? high : low, odd = high_first ? low : high;
+    const __m256i codes = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+    const __m256i lower = _mm256_shuffle_epi8(book.lower, codes);
+    const __m256i upper = _mm256_shuffle_epi8(book.upper, codes);
+    const __m256i a = _mm256_unpacklo_epi8(lower, upper), b = _mm256_unpackhi_epi8(lower, upper);
+    store_words(dst + j, _mm256_permute2x128_si256(a, b, 0x20));
+    store_words(dst + j + 16, _mm256_permute2x128_si256(a, b, 0x31));
+  }
+  return j;
+}
+
+#endif
+
+// 8-bit codes, all under one scale.
+template <typename T, typename Dst>
+LRK_INLINE void scale_bytes(Dst* dst, const Packed& w, float scale, int64_t flat, int64_t n) {
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int64_t count = n - j < kWidth ? n - j : kWidth;
+    VecF value;
+    if (w.codes == Codes::kInt8) {
+      typedef int8_t Bytes __attribute__((vector_size(LRK_W)));
+      const int8_t* from = reinterpret_cast<const int8_t*>(w.data) + flat + j;
+      const Bytes bytes =
+          count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
+      value = __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
+    } else {
+      typedef uint8_t Bytes __attribute__((vector_size(LRK_W)));
+      const uint8_t* from = w.data + flat + j;
+      const Bytes bytes =
+          count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
+      value = from_float8(__builtin_convertvector(bytes, VecU));
+    }
+    value = round_to(value * splat(scale), T{});
+    if (count == kWidth) {
+      store(dst + j, value);
+    } else {
+      store_part(dst + j, value, count);
+    }
+  }
+}
+
+template <typename T, typename Dst>
+LRK_FN void decode_row(Dst* dst, const Packed& w, int64_t row, int64_t col, int64_t cols) {
+  const int64_t flat = row * w.cols + col;
+  const int64_t size = w.run ? w.run : w.block_cols, at = w.run ? flat : col;
+  int64_t block = at / size + (w.run ? 0 : row / w.block_rows * w.grid);
+  int64_t n = size - at % size;
+  for (int64_t j = 0; j < cols; j += n, n = size, ++block) {
+    if (n > cols - j) n = cols - j;
+    const float scale = block_scale(w, block);
+    if (w.codes == Codes::kInt8 || w.codes == Codes::kFloat8) {
+      scale_bytes<T>(dst + j, w, scale, flat + j, n);
+      continue;
+    }
+    int64_t done = 0;
+#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
+    if (is_bfloat16(T{}) && n >= 32 && (flat + j) % 2 == 0 && scale - scale == 0.0f) {
+      done = look_up_words(dst + j, bfloat16_book(w.book, scale), w.data + (flat + j) / 2,
+                           w.codes == Codes::kHighNibbleFirst, n);
+      if (done == n) continue;
+    }
+#endif
+    Book book;
+#pragma GCC unroll 4
+    for (int v = 0; v < 16; v += kWidth) {
+      store(book.value + v, round_to(load(w.book + v) * splat(scale), T{}));
+    }
+    look_up(dst + j + done, book, w, flat + j + done, n - done);
+  }
+}
+
+template <typename T, typename Dst>
+LRK_FN void decode_rows(Dst* dst, int64_t stride, const Source& s) {
+  const Packed& w = *static_cast<const Packed*>(s.data);
+  for (int64_t i = 0; i < s.rows; ++i) {
+    Dst* to = dst + i * stride;
+    decode_row<T>(to, w, s.row + i, s.col, s.cols);
+    if (s.padded_cols > s.cols) {
+      __builtin_memset(to + s.cols, 0, static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
+    }
+  }
+}
+
+template <typename Dst>
+LRK_FN void stage_packed(Dst* dst, int64_t stride, const Source& s) {
+  switch (static_cast<const Packed*>(s.data)->value) {
+    case Dtype::kBFloat16:
+      return decode_rows<BFloat16>(dst, stride, s);
+    case Dtype::kFloat16:
+      return decode_rows<Float16>(dst, stride, s);
+    default:
+      return decode_rows<float>(dst, stride, s);
+  }
+}
+
 template <typename Dst>
 LRK_FN void stage_any(Dst* dst, int64_t stride, const Source& s) {
   switch (s.dtype) {
+    case Dtype::kPacked:
+      return stage_packed(dst, stride, s);
     case Dtype::kFloat32:
       return stage_rows<Dst, float>(dst, stride, s);
     case Dtype::kBFloat16:
@@ -560,6 +812,8 @@ LRK_FN void store_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* 
     case Dtype::kBFloat16:
       return store_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols,
                          scale);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return store_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols,
                          scale);
@@ -633,6 +887,8 @@ LRK_FN void add_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* sr
     case Dtype::kBFloat16:
       return add_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
                        dropout, row, col);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return add_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
                        dropout, row, col);
@@ -722,6 +978,8 @@ LRK_FN void scale_columns(void* dst, Dtype dtype, int64_t dst_stride, const void
       return scale_columns_typed(static_cast<BFloat16*>(dst), dst_stride,
                                  static_cast<const BFloat16*>(src), src_stride, rows, cols, scale,
                                  bias);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return scale_columns_typed(static_cast<Float16*>(dst), dst_stride,
                                  static_cast<const Float16*>(src), src_stride, rows, cols, scale,
@@ -741,6 +999,8 @@ LRK_FN void scale_grad(void* dst, Dtype dtype, int64_t dst_stride, const void* s
       return scale_grad_typed(static_cast<BFloat16*>(dst), dst_stride,
                               static_cast<const BFloat16*>(src), src_stride,
                               static_cast<const BFloat16*>(u), u_stride, rows, cols, scale, inner);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return scale_grad_typed(static_cast<Float16*>(dst), dst_stride,
                               static_cast<const Float16*>(src), src_stride,
@@ -846,6 +1106,8 @@ LRK_FN void dot_rows(float* out, int64_t out_stride, int64_t rows, int64_t rank,
       return dot_rows_typed<float>(out, out_stride, rows, rank, dots, more);
     case Dtype::kBFloat16:
       return dot_rows_typed<BFloat16>(out, out_stride, rows, rank, dots, more);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return dot_rows_typed<Float16>(out, out_stride, rows, rank, dots, more);
   }
@@ -918,6 +1180,8 @@ LRK_FN void mix_rows(const Mix& m) {
       return mix_rows_typed<float>(m);
     case Dtype::kBFloat16:
       return mix_rows_typed<BFloat16>(m);
+    case Dtype::kPacked:
+      return;  // it is staged first
     case Dtype::kFloat16:
       return mix_rows_typed<Float16>(m);
   }

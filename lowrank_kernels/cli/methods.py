@@ -85,6 +85,12 @@ METHODS = {
 }
 
 
+def leaves_base(method: str) -> bool:
+    """Whether the base model's weights stay as they are, so that they may be stored in few bits."""
+    row = METHODS[method]
+    return not row.changes_base and any(group is FACTORS for group in row.options)
+
+
 def _takers(group: arguments.OptionGroup) -> list[str]:
     return [name for name, row in METHODS.items() if any(taken is group for taken in row.options)]
 

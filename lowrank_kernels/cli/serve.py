@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ..quantize import quantize_
 from . import arguments
-from .train import DTYPES
+from .train import DTYPES, add_base_argument
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "--grace", type=arguments.whole(0), default=60, help="seconds for running requests when it ends (default 60)"
     )
     parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_base_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
 
 
@@ -54,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
     print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
     model, tokenizer = load_language_model(args.model, dtype, args.device)
+    if args.base:
+        report = quantize_(model, args.base)
+        print(f"{len(report.replaced)} linears stored as {args.base}, {len(report.skipped)} left", file=sys.stderr)
     name = Path(args.model).name
     with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
         batcher = Batcher(

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from ..quantize import quantize_
 from . import arguments, methods
 from .factors import FACTORS
 from .methods import METHODS
 from .smt import BLOCKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASES = ("nf4", "fp4", "int8", "fp8", "mxfp4")
 SHARED = (FACTORS, BLOCKS)
 """The groups of options of methods that `train` and `demo` share."""
 
@@ -53,6 +55,12 @@ def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]
     return model, tokenizer, training, held_out[:: max(1, len(held_out) // args.held_out)][: args.held_out]
 
 
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", choices=BASES, help="store the base model's linears in few bits first, as QLoRA does (default: dense)"
+    )
+
+
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help=__doc__, description=__doc__)
     parser.add_argument(
@@ -62,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
         help="; ".join(f"{name}: {row.summary}" for name, row in METHODS.items()) + " (default lora)",
     )
     add_training_arguments(parser, steps=100, warmup_steps=20)
+    add_base_argument(parser)
     methods.add_method_arguments(parser, beside=SHARED)
     parser.add_argument(
         "--output",
@@ -83,6 +92,8 @@ def _check(args: argparse.Namespace) -> None:
     arguments.refuse_options(
         args.given, methods.ignored_options(args.method), f"is not an option of --method {args.method}"
     )
+    if args.base and not methods.leaves_base(args.method):
+        raise ValueError(f"--base: --method {args.method} changes the base model's weights, which stay as dense ones")
     if args.checkpoint is None:
         arguments.refuse_options(
             args.given, ("--save-every", "--stop-after"), "needs --checkpoint, where the run is kept"
@@ -105,6 +116,9 @@ def run(args: argparse.Namespace) -> int:
         args.learning_rate = method.learning_rate
     checkpoint = read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
+    if args.base:
+        report = quantize_(model, args.base)
+        print(f"{len(report.replaced)} linears stored as {args.base}, {len(report.skipped)} left", file=sys.stderr)
     torch.manual_seed(args.seed)
     prepared = method.prepare(
         model,
@@ -147,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "method": args.method,
         "model": args.model,
+        "base": args.base or "dense",
         "rank": args.rank,
         "steps": args.steps,
         "seed": args.seed,

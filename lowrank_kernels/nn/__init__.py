@@ -1,6 +1,7 @@
 """Layers: a frozen linear, embedding or convolution and its correction."""
 
 from .block_sparse import BlockSparseLinear
+from .coded import CodedLinear
 from .conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .dora import DoRALinear
 from .embedding import DoRAEmbedding, LoRAEmbedding
@@ -9,6 +10,7 @@ from .multi_lora import MultiLoRALinear, use_adapters
 
 __all__ = [
     "BlockSparseLinear",
+    "CodedLinear",
     "DoRAConv1d",
     "DoRAConv2d",
     "DoRAConv3d",

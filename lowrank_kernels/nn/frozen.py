@@ -12,7 +12,8 @@ from torch.nn.modules.module import _global_forward_hooks as _for_all_forwards
 from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_forwards
 from torch.nn.parameter import is_lazy
 
-from ..weights import Weight, packed
+from ..weights import Weight
+from ..weights import of as packed
 from .matrix import frozen_weight, is_conv1d, matrix_shape, weight_shape
 from .sharded import is_dtensor
 

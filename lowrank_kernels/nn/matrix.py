@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..weights import Weight, packed
+from ..weights import Weight
+from ..weights import of as packed
 
 
 def is_conv1d(module: nn.Module) -> bool:

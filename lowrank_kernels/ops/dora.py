@@ -16,7 +16,7 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from ..weights import Weight, dense, grad_product, product
+from ..weights import Weight, corrected, corrected_grad, dense, grad_product, product
 from ..weights import rows as weight_rows
 from .backend import KERNEL_DTYPES, why_not
 from .library import define, define_trained
@@ -253,13 +253,14 @@ def _norm(call: DoRAWeightNorm, plan: Plan | None) -> DoRAWeightNormResults:
     return DoRAWeightNormResults(norm, sq_norm, None if magnitude is None else scale)
 
 
-_ROWS_AT_ONCE = 1 << 22  # elements of W that are dense, or widened, at a time
+_ROWS_AT_ONCE = 1 << 22  # elements of W that are widened at a time
+_UNPACKED_AT_ONCE = 1 << 19  # ... or made dense
 
 
 def _norm_by_rows(call: DoRAWeightNorm, plan: Plan) -> DoRAWeightNormResults:
     """The norms of a W that is not dense, some rows at a time."""
     n, k = call.weight.shape
-    step = max(1, _ROWS_AT_ONCE // max(1, k))
+    step = max(1, _UNPACKED_AT_ONCE // max(1, k))
     parts = []
     for start in range(0, n, step):
         own = slice(start, min(n, start + step))
@@ -334,7 +335,7 @@ def _decide(call: Any, records: bool, target: Target | None) -> Plan:
         forward_products(c, call, thinned, settled, scaled=True)
         c.ready(x, a, b, call.bias, rows=x)
         if not dropout and not records and directly_readable(x, a, b) and weight.stride[1] == 1:
-            if call.norm is not None and c.own:
+            if call.norm is not None and c.own and not weight.coded:
                 c.take("direct", True, "rule: no gradient is recorded, and operands are contiguous")
             if call.norm is None and weight.format == "dense":
                 c.take("remembers", True, "rule: no gradient is recorded, and operands are contiguous")
@@ -344,7 +345,7 @@ def _decide(call: Any, records: bool, target: Target | None) -> Plan:
             rows = call._replace(x=Meta.contiguous(*x.as_operand().shape, dtype=x.dtype, device=x.device))
         forward_tiles(c, rows, thinned, settled, scaled=True)
     if call.norm is None:
-        if backend == "cpu" and c.own:  # W is read once for the product and the norms
+        if backend == "cpu" and c.own and not weight.coded:  # W is read once for the product and the norms
             c.take("norm", "inside", "rule: the extension's own product makes the norms too")
         else:
             made = _decide_norm(_norm_call(call), False, target)
@@ -520,12 +521,10 @@ def _scaled_product(call: DoRALinear, column_scale: Tensor, plan: Plan) -> tuple
             dropout_p=dropout_p, dropout_seed=seed,
         )  # fmt: skip
     if plan.base == OWN:
-        if dropout_p == 0.0 and not save:
+        if dropout_p == 0.0 and not save and isinstance(weight, Tensor):
             y = cpp.lora_linear_inference(x, weight, lora_a, lora_b, bias, None, scaling, column_scale)
             return y, None, None
-        return cpp.lora_linear_fused(
-            x, weight, lora_a, lora_b, bias, None, scaling, seed, dropout_p, column_scale, save
-        )
+        return corrected(x, weight, lora_a, lora_b, bias, None, scaling, seed, dropout_p, column_scale, save)
     p = cpu_down(plan, x, lora_a, False, dropout_p, seed)
     u = product(x, weight, None)
     y = torch.empty_like(u) if save else u
@@ -585,7 +584,7 @@ def _cpu_backward(call: DoRALinearBackward, plan: Plan) -> tuple[Tensor | None, 
     grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u, scaling, dropout_p, seed, dropout_base = call[:13]
     need_x, need_a, need_b, need_m = call.needs
     own = need_x and plan.base == OWN
-    if own and need_a and need_b and plan.grad == OWN:
+    if own and need_a and need_b and plan.grad == OWN and isinstance(weight, Tensor):
         grads = cpp.dora_backward(
             grad_y, x, weight, lora_a, lora_b, norm, column_scale, p, u if need_m else None, scaling, seed, dropout_p
         )
@@ -605,7 +604,7 @@ def _cpu_backward(call: DoRALinearBackward, plan: Plan) -> tuple[Tensor | None, 
         elif need_x or need_a:
             q = cpu_down(plan, grad_u, lora_b, True)
     if own:  # g goes into the rows of W as they are packed
-        grad_x = cpp.lora_grad_x(grad_y, q, weight, lora_a, None, scaling, seed, dropout_p, column_scale)
+        grad_x = corrected_grad(grad_y, q, weight, lora_a, None, scaling, seed, dropout_p, column_scale)
     elif need_x and dropout_base:
         through_mask = grad_product(grad_u - grad_y, weight)
         cpu_up_(plan, through_mask, q, lora_a, False, scaling)

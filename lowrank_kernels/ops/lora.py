@@ -14,7 +14,7 @@ from .. import tuned
 from ..cpp import cpp
 from ..kernels.target import Target
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
-from ..weights import Weight, dense, grad_product, product
+from ..weights import CodedWeight, Weight, corrected, corrected_backward, corrected_grad, dense, grad_product, product
 from ..weights.dense import library_reads_past_rows
 from .library import define_trained, unseen
 from .operands import (
@@ -117,7 +117,7 @@ def forward_products(
 ) -> None:
     """Who makes the products of x Wᵀ + s drop(x) Aᵀ Bᵀ on a CPU; ``scaled``: its columns are multiplied (DoRA)."""
     x, weight, rank = call.x, call.weight, call.lora_a.shape[0]
-    if c.base(x, weight, *settled) == OWN:
+    if c.base(x, weight, *settled, coded=True) == OWN:
         c.take("down", OWN, "rule: of the same call")
         c.take("up", OWN, "rule: in the accumulators of x Wᵀ")
     else:
@@ -142,7 +142,7 @@ def gradient_products(c: Choosing, call: Any, settled: tuple[tuned.Fields, str],
     if need_x and two_bases:
         c.take("base", LIBRARY, "rule: dropout of the base product takes two products with W")
         c.thin("up", grad_y, lora_a.shape[0], False)
-    elif need_x and c.base(grad_y, weight, *settled, backward=True) == OWN:
+    elif need_x and c.base(grad_y, weight, *settled, backward=True, coded=True) == OWN:
         c.take("up", OWN, "rule: in the accumulators of dY W")
     elif need_x:
         c.thin("up", grad_y, lora_a.shape[0], dropout)
@@ -199,7 +199,7 @@ def _decide(call: Any, records: bool, target: Target | None) -> Plan:
     elif backend == "cpu":
         forward_products(c, call, dropout, settled)
         c.ready(x, a, b, call.bias, call.gate, rows=x)
-        if c.own and not (dropout or records or eager) and directly_readable(x, a, b):
+        if c.own and not (dropout or records or eager or weight.coded) and directly_readable(x, a, b):
             c.take("direct", True, "rule: no gradient is recorded, and operands are contiguous")
     elif backend == "triton":
         forward_tiles(c, call, dropout, settled)
@@ -272,9 +272,9 @@ def _prepared(call: LoRALinear) -> LoRALinear:
 def _cpu_forward(call: LoRALinear, plan: Plan) -> tuple[Tensor, Tensor | None]:
     x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, _ = call
     if plan.base == OWN:
-        if dropout_p == 0.0 and not save_p:
+        if dropout_p == 0.0 and not save_p and isinstance(weight, Tensor):
             return cpp.lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling, None), None
-        y, p, _ = cpp.lora_linear_fused(x, weight, lora_a, lora_b, bias, gate, scaling, seed, dropout_p, None, False)
+        y, p, _ = corrected(x, weight, lora_a, lora_b, bias, gate, scaling, seed, dropout_p, None, False)
         return y, p
     p = cpu_down(plan, x, lora_a, False, dropout_p, seed)
     y = product(x, weight, bias)
@@ -393,10 +393,8 @@ def _cpu_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, 
     need_x, need_a, need_b, _, need_gate = needs
     q = grad_x = grad_a = grad_b = None
     if need_x and need_a and need_b and plan.base == OWN and plan.grad == OWN:
-        grads: tuple[Tensor, ...] = cpp.lora_backward(
-            grad_y, x, weight, lora_a, lora_b, p, gate, scaling, seed, dropout_p
-        )
-        return grads
+        assert x is not None
+        return corrected_backward(grad_y, x, weight, lora_a, lora_b, p, gate, scaling, seed, dropout_p)
     if need_x or need_a or need_gate:
         if need_b:
             q, grad_b = cpp.lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.dtype)
@@ -408,7 +406,7 @@ def _cpu_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, 
     if need_x:
         assert q is not None
         if plan.base == OWN:
-            grad_x = cpp.lora_grad_x(grad_y, q, weight, lora_a, gate, scaling, seed, dropout_p, None)
+            grad_x = corrected_grad(grad_y, q, weight, lora_a, gate, scaling, seed, dropout_p, None)
         else:
             grad_x = grad_product(grad_y, weight)
             cpu_up_(plan, grad_x, q, lora_a, False, scaling, gate=gate, dropout_p=dropout_p, seed=seed)
@@ -522,7 +520,7 @@ def cast_products(dtype: torch.dtype, call: Any) -> Any:
 
 
 def _cast(dtype: torch.dtype, t: Any) -> Any:
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
+    return t.to(dtype) if isinstance(t, (Tensor, CodedWeight)) and t.dtype != torch.float64 else t
 
 
 call_lora_linear = define_trained(

@@ -408,7 +408,7 @@ def _forward(call: MultiLoRALinear, plan: Plan | None) -> MultiLoRALinearResults
 
 def _base_product(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if plan.backend == "cpu" and plan.base == OWN:
-        y: Tensor = cpp.frozen_linear(x, weight, bias)
+        y: Tensor = cpp.frozen_product(x, weight, bias)
         return y
     return product(x, weight, bias)
 

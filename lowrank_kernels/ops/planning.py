@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import tuned
 from ..kernels.lora_tiles import LoRATiles, Strategy, lora_tiles
 from ..kernels.target import Target, target_of
-from ..weights import FrozenWeight
+from ..weights import CodedWeight, FrozenWeight
 from . import cpu_rules
 from .backend import BACKENDS, automatic, interpreted, why_not
 from .library import kinds_of
@@ -38,7 +38,8 @@ def _has_values(t: Any) -> bool:
 
 
 class Meta(NamedTuple):
-    """What is known of a tensor without its values. ``aligned``: its first element is at a multiple of 16 bytes."""
+    """What is known of a tensor without its values. ``aligned``: its first element is at a multiple of 16 bytes;
+    ``coded``: a weight of codes, which the extension multiplies by."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -47,11 +48,13 @@ class Meta(NamedTuple):
     requires_grad: bool = False
     aligned: bool = True
     format: str = "dense"
+    coded: bool = False
 
     @classmethod
     def of(cls, t: Tensor | FrozenWeight) -> Meta:
         if isinstance(t, FrozenWeight):
-            return cls(t.shape, t.stride(), t.dtype, t.device, format=t.format)
+            coded = isinstance(t, CodedWeight) and t.extension_reads
+            return cls(t.shape, t.stride(), t.dtype, t.device, format=t.format, coded=coded)
         aligned = t.device.type == "meta" or (_has_values(t) and t.data_ptr() % 16 == 0)
         return cls(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, aligned)
 
@@ -205,11 +208,25 @@ class Choosing:
             _say_once(f"{self.op}: backend 'auto' runs 'reference' here: {reason}")
         return str(self.take("backend", name, f"rule: {reason or 'the kernels for such tensors'}"))
 
-    def base(self, x: Meta, weight: Meta, settled: Mapping[str, Any], source: str, *, backward: bool = False) -> str:
-        """On a CPU: who multiplies x (M, K), or in a backward dY (M, N), by the frozen weight."""
+    def base(
+        self,
+        x: Meta,
+        weight: Meta,
+        settled: Mapping[str, Any],
+        source: str,
+        *,
+        backward: bool = False,
+        coded: bool = False,
+    ) -> str:
+        """On a CPU: who multiplies x (M, K), or in a backward dY (M, N), by the frozen weight.
+
+        ``coded``: the op's own product takes codes, too.
+        """
         n, k = weight.shape
         inner, width = (n, k) if backward else (k, n)
         rule = cpu_rules.own_gradient if backward else cpu_rules.own_forward
+        if weight.coded and coded:
+            return str(self.take("base", OWN, f"rule: {weight.format} is decoded as it is multiplied"))
         if weight.format != "dense":
             return str(self.take("base", LIBRARY, f"rule: {weight.format} weights multiply by themselves"))
         if weight.stride[1] != 1:

@@ -15,7 +15,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias by PyTorch, which takes no bias of another dtype than x."""
     if library_reads_past_rows(x.dtype, x.device.type, weight.shape[1]):
         rows = _adjacent(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-        return _as(x, cpp.frozen_linear(rows, _adjacent(weight), None if bias is None else _readable(bias)))
+        return _as(x, cpp.frozen_product(rows, _adjacent(weight), None if bias is None else _readable(bias)))
     return linear(x, weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
 
 

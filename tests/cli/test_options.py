@@ -79,6 +79,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--seed": ("x", "-1", "1.5"),
         "--device": DEVICES,
         "--dtype": WORDS,
+        "--base": WORDS,
         "--output": FOLDERS,
         "--json": FILES,
         "--checkpoint": STATES,
@@ -122,6 +123,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--grace": ("x", "", "-1", "1.5"),
         "--device": DEVICES,
         "--dtype": WORDS,
+        "--base": WORDS,
     },
 }
 # Options of methods that the table does not name have kinds of their own, and none takes a word that says nothing.

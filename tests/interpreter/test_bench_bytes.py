@@ -102,8 +102,8 @@ def test_an_op_in_cpp_is_one_launch():
     shape = {name: SIZES[name] for name in "MKNR"}
     inputs = OPS["lora_linear"].make(shape, torch.float32, CPU)
     with torch.no_grad(), record_memory() as record:
-        y = torch.ops.lowrank_kernels.frozen_linear(inputs["x"], inputs["weight"], None)
+        y = torch.ops.lowrank_kernels.frozen_product(inputs["x"], inputs["weight"], None)
         torch.ops.lowrank_kernels.lora_up_(y, y[:, :4].contiguous(), inputs["lora_b"], True, None, 1.0, None, 0.0)
     first, last = record.launches[0], record.launches[-1]
-    assert (first.name, first.nbytes) == ("frozen_linear", inputs["x"].nbytes + inputs["weight"].nbytes + y.nbytes)
+    assert (first.name, first.nbytes) == ("frozen_product", inputs["x"].nbytes + inputs["weight"].nbytes + y.nbytes)
     assert last.name == "lora_up_" and last.nbytes == 2 * y.nbytes + 9 * 4 * 4 + inputs["lora_b"].nbytes

@@ -92,6 +92,11 @@ def _linear() -> dict[str, Any]:
 # function, operands that fit, wrong values by argument, what an argument is called in the message where not by its name
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[str, list[Any]]]] = {
     "lora_linear": (lk.lora_linear, _linear, {**LINEAR, "gate": _optional(R)}),
+    "frozen_linear": (
+        lk.frozen_linear,
+        lambda: {"x": torch.zeros(M, K), "weight": torch.zeros(N, K)},
+        {name: LINEAR[name] for name in ("x", "weight", "bias", "backend")},
+    ),
     "dora_linear": (
         lk.dora_linear,
         lambda: {**_linear(), "magnitude": torch.ones(N)},

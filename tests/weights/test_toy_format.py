@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lowrank_kernels as lk
 from lowrank_kernels.ops.lora import LoRALinear
 from lowrank_kernels.ops.planning import plan
-from lowrank_kernels.weights import FORMATS, FrozenWeight, dense, packed, register, rows
+from lowrank_kernels.weights import FORMATS, FrozenWeight, dense, of, register, rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 M, K, N, R = 9, 48, 40, 4
@@ -255,4 +255,4 @@ def test_a_formats_name_is_its_own() -> None:
 
 
 def test_no_format_knows_a_plain_linear() -> None:
-    assert packed(nn.Linear(2, 3)) is None
+    assert of(nn.Linear(2, 3)) is None

@@ -1,0 +1,85 @@
+"""``quantize_``: a model's linears in few bits, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .adapt import output_head
+from .config import names_match
+from .names import named_modules, place
+from .nn.coded import CodedLinear
+from .nn.frozen import why_not_frozen
+from .read_weights import why_not_called
+from .report import Replaced, Report, Skipped, count_parameters
+from .weights import FORMATS, CodedWeight
+
+
+def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str] = (), **settings: Any) -> Report:
+    """Store the weights of a model's linears in few bits, in place, one after the other: the base of a QLoRA.
+
+    Every nn.Linear becomes a :class:`~lowrank_kernels.nn.CodedLinear`, whose dense weight is gone for good; the output
+    head, a weight that several modules share, and what is no plain linear stay. Adapt the model afterwards.
+
+    Args:
+        model: of floating-point weights, on any device; not adapted yet.
+        format: "nf4", "fp4", "int8", "fp8" or "mxfp4".
+        skip: names of modules to leave as they are, as ``target_modules`` of :class:`~lowrank_kernels.LoRAConfig`.
+        settings: of the format's ``from_dense``: ``block_size`` of nf4 and fp4, ``block`` of fp8.
+
+    Returns:
+        A report of every linear replaced, and every one left and why. It cannot be undone.
+
+    Raises:
+        ValueError: an unknown format, no linear to replace, a weight that holds NaN or infinity (by its module's name;
+            the modules before it are replaced already).
+        TypeError: ``model`` is none.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
+    """
+    op = "quantize_"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    coded = {name: kind for name, kind in FORMATS.items() if issubclass(kind, CodedWeight)}
+    if format not in coded:
+        raise ValueError(f"{op}: expected format to be one of {', '.join(coded)}, got {format!r}")
+    kind: Any = coded[format]
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    head = output_head(model)
+    replaced: list[Replaced] = []
+    skipped: list[Skipped] = []
+    modules = dict(named_modules(model))
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            continue
+        above = {
+            path: m for path, m in modules.items() if m is not module and (not path or name.startswith(path + "."))
+        }
+        reason = why_not_frozen(module) or why_not_called(module, name, above)
+        if names_match(skip, name):
+            reason = "in skip"
+        elif module is head:
+            reason = "the output head"
+        elif owners[id(module.weight)] > 1:
+            reason = "its weight is shared with another module"
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+            continue
+        try:
+            weight = kind.from_dense(module.weight.detach(), **settings)
+        except ValueError as error:
+            raise ValueError(f"{op}: {name}: {error}") from error
+        owner, key = place(model, name)
+        owner._modules[key] = modules[name] = CodedLinear(weight, module.bias).train(module.training)
+        n, k = weight.shape
+        replaced.append(Replaced(name, "CodedLinear", (n, k), 0, format))
+        del module, weight, owner  # the dense weight is gone before the next one is read
+    if not replaced:
+        raise ValueError(f"{op}: expected a model with an nn.Linear to replace, got none")
+    return Report(op, tuple(replaced), tuple(skipped), *count_parameters(model))

@@ -1,0 +1,223 @@
+"""Weights of few bits: codes, and scales of blocks of them, read where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..cpp import cpp
+from .format import FrozenWeight
+
+C = TypeVar("C", bound="CodedWeight")
+
+# Numbers that the extension knows: csrc/cpu/packed.h.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK = 1 << 20  # elements that PyTorch decodes at a time
+
+
+class Codes(IntEnum):
+    """Where the code of an element lies: in a nibble of a byte that two share, or in a byte."""
+
+    HIGH_NIBBLE_FIRST, LOW_NIBBLE_FIRST, INT8, FLOAT8 = range(4)
+
+
+class Scales(IntEnum):
+    """What a scale is stored as: float32; a byte of a double quantisation; an exponent (e8m0); e4m3fn over a number."""
+
+    FLOAT32, NESTED, EXPONENT, FLOAT8 = range(4)
+
+
+@dataclass(eq=False)
+class CodedWeight(FrozenWeight):
+    """W (N, K) of which element i (of the flattened W) is rn(value(code_i) · scale of its block, dtype), in float32.
+
+    Attributes:
+        codes: one byte an element or two, in the order of the flattened W, of any shape; contiguous.
+        scales: one element a block, contiguous.
+        values: of the 16 codes, float32; None where codes are numbers themselves (INT8, FLOAT8).
+        nested: of a double quantisation: its map (256,) and its scales, float32.
+        offset: of a double quantisation: what is added; of FLOAT8 scales: what divides.
+        run: elements of the flattened W under one scale; 0 for blocks of ``block`` = (rows, columns) of W.
+        nested_block: scales under one scale.
+
+    On a CPU, the extension decodes it as it multiplies: no dense copy of W, or of a part of it beyond some KiB a
+    thread, is ever made. Elsewhere, PyTorch decodes what is asked for.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    scales: Tensor
+    values: Tensor | None = None
+    nested: tuple[Tensor, Tensor] | None = None
+    offset: float = 0.0
+    run: int = 0
+    block: tuple[int, int] = (1, 1)
+    nested_block: int = 0
+
+    code: ClassVar[Codes]
+    scale: ClassVar[Scales] = Scales.FLOAT32
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        kind, size = type(self).__name__, n * k
+        blocks = -(-size // self.run) if self.run else -(-n // self.block[0]) * -(-k // self.block[1])
+        wanted = -(-size // 2) if self.code <= Codes.LOW_NIBBLE_FIRST else size
+        if self.dtype not in DTYPES:
+            raise TypeError(f"{kind}: expected dtype to be float32, bfloat16 or float16, got {self.dtype}")
+        for name, tensor, count in (("codes", self.codes, wanted), ("scales", self.scales, blocks)):
+            if tensor.numel() != count:
+                raise ValueError(
+                    f"{kind}: expected {name} of {count} elements for a weight of shape ({n}, {k}), "
+                    f"got {tuple(tensor.shape)}"
+                )
+        if self.nested is not None and self.nested[1].numel() != -(-blocks // self.nested_block):
+            raise ValueError(
+                f"{kind}: expected {-(-blocks // self.nested_block)} scales of scales for {blocks} scales in blocks of "
+                f"{self.nested_block}, got {tuple(self.nested[1].shape)}"
+            )
+
+    @property
+    def scale_kind(self) -> Scales:
+        return Scales.NESTED if self.nested is not None else self.scale
+
+    def parts(self) -> Sequence[Tensor]:
+        return [t for t in (self.codes, self.scales, self.values, *(self.nested or ())) if t is not None]
+
+    def settings(self) -> str:
+        numbers = *self.shape, DTYPES.index(self.dtype), self.run, *self.block, self.nested_block, self.offset.hex()
+        return " ".join(map(str, numbers))
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor], settings: str) -> CodedWeight:
+        *numbers, offset = settings.split(" ")
+        n, k, dtype, run, rows, columns, nested_block = map(int, numbers)
+        codes, scales, *rest = parts
+        values = rest.pop(0) if cls.code <= Codes.LOW_NIBBLE_FIRST else None
+        nested = (rest[0], rest[1]) if rest else None
+        shape, block = torch.Size((n, k)), (rows, columns)
+        given = codes, scales, values, nested, float.fromhex(offset), run, block, nested_block
+        return cls(shape, DTYPES[dtype], *given)
+
+    def to(self, dtype: torch.dtype) -> CodedWeight:
+        """The same codes, of values that are rounded to ``dtype``."""
+        return self if dtype is self.dtype else replace(self, dtype=dtype)
+
+    @property
+    def extension_reads(self) -> bool:
+        """True where the extension multiplies by it."""
+        return self.codes.device.type == "cpu" and _extension.has_op("lora_linear_packed")
+
+    def arguments(self) -> tuple[list[Tensor], list[int], float]:
+        """The weight as ops of the extension take it."""
+        kinds = int(self.code), int(self.scale_kind), DTYPES.index(self.dtype)
+        return list(self.parts()), [*kinds, *self.shape, self.run, *self.block, self.nested_block], self.offset
+
+    def dense(self) -> Tensor:
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.extension_reads:
+            found: Tensor = cpp.packed_rows(*self.arguments(), start, stop)
+            return found
+        out = self.codes.new_empty(stop - start, self.shape[1], dtype=self.dtype)
+        step = max(1, _CHUNK // max(1, self.shape[1]))
+        for first in range(start, stop, step):
+            last = min(stop, first + step)
+            out[first - start : last - start] = self.decode(first, last)
+        return out
+
+    def decode(self, start: int, stop: int) -> Tensor:
+        """Rows of W by PyTorch: the formula, which the extension computes too."""
+        k = self.shape[1]
+        flat = torch.arange(start * k, stop * k, device=self.codes.device)
+        codes = self.codes.reshape(-1)
+        if self.values is not None:
+            byte = codes.view(torch.uint8)[flat // 2]
+            high = (flat % 2 == 0) == (self.code == Codes.HIGH_NIBBLE_FIRST)
+            value = self.values[torch.where(high, byte >> 4, byte & 15).long()]
+        else:
+            value = codes[flat].float()
+        if self.run:
+            place = flat // self.run
+        else:
+            rows, columns = self.block
+            place = flat // k // rows * -(-k // columns) + flat % k // columns
+        return (value * self.scale_values(place)).to(self.dtype).view(stop - start, k)
+
+    def scale_values(self, place: Tensor) -> Tensor:
+        """The scales of some blocks in float32."""
+        scales = self.scales.reshape(-1)[place]
+        if self.nested is not None:
+            table, nested = self.nested
+            return table[scales.long()] * nested[place // self.nested_block] + self.offset
+        if self.scale == Scales.EXPONENT:
+            return scales.view(torch.float8_e8m0fnu).float()
+        return scales.float() / self.offset if self.scale == Scales.FLOAT8 else scales
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.extension_reads or x.dtype == torch.float64:
+            return super().product(x, bias)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        y: Tensor = cpp.frozen_product_packed(_adjacent(rows), *self.arguments(), bias)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def grad_product(self, grad_y: Tensor) -> Tensor:
+        if not self.extension_reads or grad_y.dtype == torch.float64:
+            return super().grad_product(grad_y)
+        rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
+        no_q, no_a = rows.new_empty(rows.shape[0], 0), rows.new_empty(0, self.shape[1])
+        x: Tensor = cpp.lora_grad_x_packed(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
+        return x.view(*grad_y.shape[:-1], self.shape[1])
+
+    @classmethod
+    def from_checkpoint(cls: type[C], file: Any, name: str, **settings: Any) -> C:
+        """The weight ``name`` of a safetensors file: ``from_tensors`` of the format. Needs safetensors."""
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            made: C = cls.from_tensors(opened.get_tensor, name, **settings)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def stored(cls, tensors: Stored, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of a checkpoint by its name there.
+
+        Raises:
+            ValueError: it is missing, or of another dtype; by its name.
+        """
+        try:
+            found = tensors[name] if isinstance(tensors, Mapping) else tensors(name)
+        except Exception as error:
+            raise ValueError(f"{cls.__name__}: expected the tensor {name}, which is not there") from error
+        if dtype is not None and found.dtype != dtype:
+            raise ValueError(f"{cls.__name__}: expected {name} of dtype {dtype}, got {found.dtype}")
+        return found
+
+
+Stored = Callable[[str], Tensor] | Mapping[str, Tensor]
+"""The tensors of a checkpoint by their names."""
+
+
+def check_matrix(op: str, weight: Tensor) -> None:
+    """Raise for what is no matrix of floats."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{op}: expected weight of shape (N, K) and a float dtype, got {got}")
+
+
+def _adjacent(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def check_finite(op: str, **tensors: Tensor) -> None:
+    """Raise for a tensor that holds what is no finite number, which a cast to few bits would hide."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{op}: expected {name} to hold finite numbers, got NaN or infinity")

@@ -1,0 +1,88 @@
+"""FP8 (e4m3fn) with scales of blocks, of rows, or of the whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .coded import CodedWeight, Codes, Stored, check_finite, check_matrix
+from .format import register
+
+_LARGEST = 448.0
+
+
+@register
+class FP8Weight(CodedWeight):
+    """W = rn(q · s of its block, dtype): q float8_e4m3fn (N, K), s float32, one for ``block`` rows and columns of W.
+
+    Blocks are those of the config; they are never guessed from the number of scales (transformers 5.23 does: 192 rows
+    in blocks of 128 it reads as 96 and 96).
+    """
+
+    format = "fp8"
+    code = Codes.FLOAT8
+
+    @classmethod
+    def of_blocks(cls, q: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> FP8Weight:
+        """The weight of q (N, K) and its scales (⌈N / rows⌉, ⌈K / columns⌉) of float32, bfloat16 or e8m0."""
+        exponents = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        wide = scales.view(torch.float8_e8m0fnu).float() if exponents else scales.float()
+        return cls(q.shape, dtype, q.contiguous(), wide.contiguous(), block=block)
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, block: tuple[int, int] = (128, 128), *, dtype: torch.dtype | None = None
+    ) -> FP8Weight:
+        """W in 8 bits: each block over its largest |w| / 448, rounded to nearest.
+
+        Raises:
+            ValueError: a shape that is none, NaN or infinity, which the cast would turn into 448.
+        """
+        op = "FP8Weight.from_dense"
+        check_matrix(op, weight)
+        check_finite(op, weight=weight)
+        (n, k), (rows, columns) = weight.shape, block
+        grid = -(-n // rows), -(-k // columns)
+        padded = torch.nn.functional.pad(
+            weight.detach().float(), (0, grid[1] * columns - k, 0, grid[0] * rows - n)
+        ).view(grid[0], rows, grid[1], columns)
+        largest = padded.abs().amax((1, 3)) if padded.numel() else padded.new_zeros(grid)
+        scales = torch.where(largest == 0, 1.0, largest / _LARGEST)
+        q = (padded / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        q = q.view(grid[0] * rows, grid[1] * columns)[:n, :k]
+        return cls.of_blocks(q, scales, block, dtype or weight.dtype)
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> FP8Weight | None:
+        """The weight of transformers' ``FP8Linear``; None for any other module."""
+        weight, scales = (module._parameters.get(name) for name in ("weight", "weight_scale_inv"))
+        if weight is None or scales is None or weight.dtype != torch.float8_e4m3fn:
+            return None
+        size = getattr(module, "block_size", None)
+        rows, columns = weight.shape if size is None else size
+        return cls.of_blocks(weight.detach(), scales.detach(), (int(rows), int(columns)), torch.bfloat16)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Stored, name: str, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> FP8Weight:
+        """The weight ``name`` of a checkpoint, from its tensors by their names there.
+
+        Its scales are ``NAME_scale_inv`` of blocks, whose size has to be given, or ``NAME_scale`` of rows or of the
+        whole.
+
+        Raises:
+            ValueError: a tensor that is missing, of another size or dtype, or NaN; each by its name.
+        """
+        q = cls.stored(tensors, name, torch.float8_e4m3fn)
+        n, k = q.shape
+        if block is not None:
+            scales, of = cls.stored(tensors, f"{name}_scale_inv"), f"{name}_scale_inv"
+        else:
+            scales, of = cls.stored(tensors, f"{name}_scale"), f"{name}_scale"
+            if scales.numel() not in (1, n):
+                raise ValueError(f"FP8Weight: expected {of} of 1 or {n} elements, got {tuple(scales.shape)}")
+            block = (n, k) if scales.numel() == 1 else (1, k)
+        made = cls.of_blocks(q, scales, block, dtype)
+        check_finite("FP8Weight", **{of: made.scales})
+        return made
