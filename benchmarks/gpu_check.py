@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from lowrank_kernels.bench.tune import Settled, shapes, tune, words
 from lowrank_kernels.kernels import lora as launchers
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
+from lowrank_kernels.weights import FORMATS
 
 STRATEGIES = ("fused", "two_kernel", "library")
 CHECKED = {
@@ -70,6 +72,31 @@ def check_values(device: torch.device, dry: bool) -> Iterator[str]:
                 print(f"{'ok' if ok else 'FAIL':5} {words}{error} {row.reason}", flush=True)
                 if not ok:
                     yield f"values: {words}: {row.reason}{error}"
+
+
+def check_codes(device: torch.device, dry: bool) -> Iterator[str]:
+    """Products with weights of few bits, and what they decode to, against float64 and PyTorch's decoding."""
+    n, k = (72, 160) if dry else (1024, 4096)
+    # One rounding of the result; in float32 the sum over K as well, whose error grows with its root.
+    bounds = {dtype: torch.finfo(dtype).eps * (k**0.5 if dtype == torch.float32 else 2.0) for dtype in DTYPES}
+    for name, kind in FORMATS.items():
+        for dtype in DTYPES:
+            weight: Any = kind.from_dense((torch.randn(n, k, device=device) / k**0.5).to(dtype))
+            dense = weight.decode(0, n)
+            for m in (1, 70):
+                x, grad_y = (torch.randn(m, width, device=device).to(dtype) for width in (k, n))
+                for what, ours, exact in (
+                    ("y", weight.product(x, None), x.double() @ dense.double().T),
+                    ("dX", weight.grad_product(grad_y), grad_y.double() @ dense.double()),
+                ):
+                    error = float((ours.double() - exact).abs().max() / exact.abs().max())
+                    ok = error <= bounds[dtype]
+                    words = f"codes {name} M={m} {str(dtype).removeprefix('torch.')} {what}"
+                    print(f"{'ok' if ok else 'FAIL':5} {words}: relative error {error:.2e}", flush=True)
+                    if not ok:
+                        yield f"{words}: relative error {error:.2e}"
+            if not torch.equal(weight.product(torch.eye(k, dtype=dtype, device=device), None).T, dense):
+                yield f"codes {name} {dtype}: decodes to other bits"
 
 
 def check_determinism(device: torch.device, dry: bool) -> Iterator[str]:
@@ -225,7 +252,7 @@ def main() -> int:
         return 2
     device = torch.device("cpu" if args.dry else "cuda")
     start = time.monotonic()
-    failures = [*check_values(device, args.dry), *check_determinism(device, args.dry)]
+    failures = [*check_values(device, args.dry), *check_codes(device, args.dry), *check_determinism(device, args.dry)]
     strategies: list[dict[str, object]] = []
     if not args.dry:
         failures += [*check_graph_capture(device), *check_streams(device), *sanitize()]

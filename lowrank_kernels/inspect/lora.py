@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import lora as launchers
+from ..kernels.coded import CodedOperand, coded_product
 from ..kernels.lora_tiles import Strategy, choose_strategy, fused_fits, lora_tiles, predicted_seconds
 from ..kernels.target import Target
+from ..weights import FORMATS, NF4Weight
+from ..weights.coded import Scales
 from .registry import KernelWork, LaunchCase, OpFamily, Traced
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -81,6 +85,57 @@ def _cases() -> Iterator[LaunchCase]:
     yield _case("two_kernel", 2048, 16, "bf16", needs=(False, False, True))
 
 
+def _coded_case(
+    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, K: int = 4096
+) -> LaunchCase:
+    """The product with a weight of codes, or dX."""
+
+    def run(target: Target) -> None:
+        N = 4096
+        kind: Any = FORMATS[format_]
+        weight = kind.from_dense(torch.zeros(1, 32))
+
+        def empty(*shape: int, of: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device="meta")
+
+        run_, block = weight.run, weight.block
+        if format_ == "int8":
+            block = (1, K)
+        blocks = -(-N * K // run_) if run_ else -(-N // block[0]) * -(-K // block[1])
+        size = N * K // 2 if weight.values is not None else N * K
+        scale, tables = weight.scale_kind, None
+        if nested:
+            scale, tables = Scales.NESTED, (empty(256, of=_F32), empty(-(-blocks // 256), of=_F32))
+        operand = CodedOperand(
+            empty(size, of=torch.uint8),
+            empty(blocks, of=torch.uint8 if nested else weight.scales.dtype),
+            None if weight.values is None else empty(16, of=_F32),
+            tables,
+            (N, K),
+            int(weight.code),
+            int(scale),
+            weight.offset,
+            run_,
+            block,
+            256 if nested else 0,
+        )
+        coded_product(empty(M, N if grad else K, of=dtype), operand, None, grad=grad)
+
+    words = ["codes", format_, "nested" if nested else "", f"M={M}", "f32" if dtype == _F32 else "bf16"]
+    words += ["dX" if grad else "", f"K={K}" if K != 4096 else ""]
+    return LaunchCase(" ".join(word for word in words if word), run)
+
+
+def _coded_cases() -> Iterator[LaunchCase]:
+    for grad in (False, True):
+        for format_ in ("nf4", "int8", "fp8", "mxfp4"):
+            for M in (16, 2048):
+                yield _coded_case(format_, M, _BF16, grad=grad)
+        yield _coded_case("nf4", 2048, _BF16, grad=grad, nested=True)
+        yield _coded_case("nf4", 2048, _BF16, grad=grad, K=4304)  # scales change within a row of a tile
+        yield _coded_case("nf4", 2048, _F32, grad=grad)
+
+
 def _main_flops(a: Mapping[str, Any]) -> float:
     down = a["K"] if a.get("FUSE_DOWN") else 0
     up = a["K"] if "dx" in a else a["N"]
@@ -113,6 +168,17 @@ def _with_everything(
     )
 
 
+def _over_codes(x: Tensor, lora_a: Tensor, lora_b: Tensor, codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    weight = NF4Weight(torch.Size((48, 64)), x.dtype, codes, scales, values, run=64)
+    return functional.lora_linear(x, weight, lora_a, lora_b, scaling=2.0)
+
+
+def _tensors_over_codes(device: str) -> tuple[Tensor, ...]:
+    x, _, lora_a, lora_b, *_ = _traced_tensors(_BF16, _F32)(device)
+    codes = torch.zeros(48 * 32, dtype=torch.uint8, device=device)
+    return x, lora_a, lora_b, codes, torch.ones(48, device=device), torch.linspace(-1, 1, 16, device=device)
+
+
 def _choices(target: Target) -> Iterator[tuple[str, str]]:
     K = N = 4096
     for M in (1, 16, 2048, 8192):
@@ -127,7 +193,7 @@ def _choices(target: Target) -> Iterator[tuple[str, str]]:
 
 FAMILY = OpFamily(
     name="lora",
-    cases=_cases,
+    cases=lambda: chain(_cases(), _coded_cases()),
     choices=_choices,
     work={
         "_lora_linear_fwd_kernel": KernelWork(_main_flops, main=True),
@@ -136,10 +202,12 @@ FAMILY = OpFamily(
         "_lora_up_add_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["R"], in_place=("y_ptr",)),
         "_lora_grad_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["C"] * a["R"]),
         "_lora_bwd_q_grad_b_kernel": KernelWork(lambda a: 4.0 * a["M"] * a["N"] * a["R"]),
+        "_coded_product_kernel": KernelWork(lambda a: 2.0 * a["M"] * a["N"] * a["K"]),
         "_ordered_sum_kernel": KernelWork(lambda a: 1.0 * a["count"] * a["numel"], matrix=False),
     },
     traced=(
         Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),
         Traced("bfloat16, float32 factors, bias, gate, dropout", _with_everything, _traced_tensors(_BF16, _F32)),
+        Traced("over NF4 codes", _over_codes, _tensors_over_codes),
     ),
 )

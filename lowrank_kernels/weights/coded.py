@@ -162,19 +162,40 @@ class CodedWeight(FrozenWeight):
         return scales.float() / self.offset if self.scale == Scales.FLOAT8 else scales
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.extension_reads or x.dtype == torch.float64:
-            return super().product(x, bias)
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        y: Tensor = cpp.frozen_product_packed(_adjacent(rows), *self.arguments(), bias)
+        if self._triton_multiplies(x):
+            from ..kernels.coded import coded_product
+
+            y = coded_product(_adjacent(rows), self.operand(), bias)
+        elif self.extension_reads and x.dtype != torch.float64:
+            y = cpp.frozen_product_packed(_adjacent(rows), *self.arguments(), bias)
+        else:
+            return super().product(x, bias)
         return y.view(*x.shape[:-1], self.shape[0])
 
     def grad_product(self, grad_y: Tensor) -> Tensor:
-        if not self.extension_reads or grad_y.dtype == torch.float64:
-            return super().grad_product(grad_y)
         rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
-        no_q, no_a = rows.new_empty(rows.shape[0], 0), rows.new_empty(0, self.shape[1])
-        x: Tensor = cpp.lora_grad_x_packed(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
+        if self._triton_multiplies(grad_y):
+            from ..kernels.coded import coded_product
+
+            x = coded_product(_adjacent(rows), self.operand(), None, grad=True)
+        elif self.extension_reads and grad_y.dtype != torch.float64:
+            no_q, no_a = rows.new_empty(rows.shape[0], 0), rows.new_empty(0, self.shape[1])
+            x = cpp.lora_grad_x_packed(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
+        else:
+            return super().grad_product(grad_y)
         return x.view(*grad_y.shape[:-1], self.shape[1])
+
+    def operand(self) -> Any:
+        """The weight as the Triton kernels take it."""
+        from ..kernels.coded import CodedOperand
+
+        kinds = int(self.code), int(self.scale_kind)
+        tensors, (n, k) = (self.codes, self.scales, self.values, self.nested), self.shape
+        return CodedOperand(*tensors, (n, k), *kinds, self.offset, self.run, self.block, self.nested_block)
+
+    def _triton_multiplies(self, rows: Tensor) -> bool:
+        return rows.is_cuda and rows.dtype in DTYPES and 0 not in (*self.shape, rows.numel())
 
     @classmethod
     def from_checkpoint(cls: type[C], file: Any, name: str, **settings: Any) -> C:

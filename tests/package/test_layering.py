@@ -21,7 +21,7 @@ ALLOWED = {
     "reference": (set(), {"torch"}),
     "_extension": (set(), {"torch"}),
     "cpp": (set(), {"torch"}),
-    "weights": ({"cpp", "_extension"}, {"torch", "safetensors"}),
+    "weights": ({"cpp", "_extension", "kernels"}, {"torch", "safetensors"}),
     "finite": (set(), {"torch"}),
     "tuned": ({"_extension"}, {"torch"}),
     "kernels": ({"tuned"}, {"torch", "triton"}),
@@ -52,7 +52,10 @@ ALLOWED = {
     "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
-    "inspect": ({"families", "kernels", "ops", "reference", "functional", "stack"}, {"torch", "triton", "numpy"}),
+    "inspect": (
+        {"families", "kernels", "ops", "reference", "functional", "stack", "weights"},
+        {"torch", "triton", "numpy"},
+    ),
     "cli": (None, None),
 }
 

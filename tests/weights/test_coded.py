@@ -240,9 +240,14 @@ def checkpoint() -> dict[str, Tensor]:
 
     weight = nested(NF4Weight.from_dense(weight_of((16, 96), torch.float32)))
     state = {
-        "quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [16, 96], "nested_blocksize": 256,
-        "nested_dtype": "float32", "nested_offset": 0.37,
-    }  # fmt: skip
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "float32",
+        "shape": [16, 96],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": 0.37,
+    }
     return {
         "w": weight.codes[:, None],
         "w.absmax": weight.scales,

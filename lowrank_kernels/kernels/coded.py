@@ -1,0 +1,170 @@
+"""Triton kernels that multiply by a weight of 4- or 8-bit codes, which they decode in registers.
+
+y = x Wᵀ + bias and dX = dY W with w = rn(value(code) · scale of its block, x's dtype); see ``weights/coded.py``. The
+decoded tile is the first operand of the product, so that it goes to the matrix unit from registers: what is computed
+is yᵀ and dXᵀ. Accumulates in float32 and rounds once; no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import precision
+from .tiles import cast, dot, load_tile, store_tile, tile_position
+
+_HIGH_NIBBLE_FIRST, _INT8, _FLOAT8 = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
+_NESTED, _EXPONENT, _FLOAT8_SCALE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def _from_float8(byte):
+    """e4m3fn as float32, by integers: sign, 4 bits of exponent with bias 7, 3 bits; NaN where all 7 are set."""
+    magnitude = (byte & 0x7F).to(tl.uint32)
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, (normal - 0.0078125) * 2.0, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(byte >= 0x80, -value, value)
+
+
+@triton.jit
+def _block_scale(scales_ptr, map_ptr, nested_ptr, at, mask, offset, NESTED_BLOCK: tl.constexpr, SCALES: tl.constexpr):
+    """The scales of blocks in float32."""
+    scale = tl.load(scales_ptr + at, mask=mask, other=0)
+    if SCALES == _NESTED:
+        nested = tl.load(nested_ptr + at // NESTED_BLOCK, mask=mask, other=0.0)
+        scale = tl.load(map_ptr + scale.to(tl.int32)) * nested + offset
+    elif SCALES == _EXPONENT:
+        bits = tl.where(scale == 0, 0x400000, scale.to(tl.uint32) << 23)
+        scale = tl.where(scale == 255, float("nan"), bits.to(tl.uint32).to(tl.float32, bitcast=True))
+    elif SCALES == _FLOAT8_SCALE:
+        scale = tl.div_rn(_from_float8(scale), tl.zeros(scale.shape, tl.float32) + offset)
+    return scale
+
+
+@triton.jit
+def load_coded_tile(codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, n0, k0, N, K, offset, run, grid,
+                    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+                    CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_A_ROW: tl.constexpr, DTYPE: tl.constexpr,
+                    ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """The (ROWS, COLS) tile of W at (n0, k0), decoded and rounded to DTYPE; zero outside of W.
+
+    BLOCK_COLS 0: blocks of ``run`` elements of the flattened W. SCALE_A_ROW: each row of a tile lies in one block.
+    """
+    offs_n = n0 + tl.arange(0, ROWS)
+    offs_k = k0 + tl.arange(0, COLS)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    if CODES == _INT8 or CODES == _FLOAT8:
+        byte = tl.load(codes_ptr + flat, mask=mask, other=0)
+        if CODES == _INT8:
+            value = byte.to(tl.int8, bitcast=True).to(tl.float32)
+        else:
+            value = _from_float8(byte)
+    else:
+        byte = tl.load(codes_ptr + flat // 2, mask=mask, other=0)
+        upper = (flat % 2 == 0) == (CODES == _HIGH_NIBBLE_FIRST)
+        code = tl.where(upper, byte >> 4, byte & 15)
+        value = tl.load(values_ptr + code.to(tl.int32))
+    if SCALE_A_ROW:
+        if BLOCK_COLS == 0:
+            place = (offs_n.to(tl.int64) * K + k0) // run
+        else:
+            place = (offs_n // BLOCK_ROWS).to(tl.int64) * grid + k0 // BLOCK_COLS
+        known = (offs_n < N) & (k0 < K)
+        scale = _block_scale(scales_ptr, map_ptr, nested_ptr, place, known, offset, NESTED_BLOCK, SCALES)[:, None]
+    else:
+        if BLOCK_COLS == 0:
+            place = flat // run
+        else:
+            place = (offs_n // BLOCK_ROWS).to(tl.int64)[:, None] * grid + (offs_k // BLOCK_COLS)[None, :]
+        scale = _block_scale(scales_ptr, map_ptr, nested_ptr, place, mask, offset, NESTED_BLOCK, SCALES)
+    return cast(tl.where(mask, value * scale, 0.0), DTYPE)
+
+
+@triton.jit
+def _coded_product_kernel(
+    in_ptr, codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, bias_ptr, out_ptr,
+    M, N, K, stride_in, offset, run, grid,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_A_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, GROUP_M: tl.constexpr, GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A (BLOCK_M, BLOCK_W) tile of y = x Wᵀ + bias a program, or with GRAD of dX = dY W.
+
+    W comes in tiles of (BLOCK_W, BLOCK_W). Grid: (cdiv(M, BLOCK_M) · cdiv(columns of the result, BLOCK_W),).
+    """
+    dtype: tl.constexpr = in_ptr.dtype.element_ty
+    columns = K if GRAD else N
+    inner = N if GRAD else K
+    pid_m, pid_c = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(columns, BLOCK_W), GROUP_M)
+    m0, c0 = pid_m * BLOCK_M, pid_c * BLOCK_W
+    acc = tl.zeros([BLOCK_W, BLOCK_M], dtype=tl.float32)
+    for r0 in range(0, inner, BLOCK_W):
+        n0, k0 = (r0, c0) if GRAD else (c0, r0)
+        w = load_coded_tile(
+            codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, n0, k0, N, K, offset, run, grid, BLOCK_ROWS,
+            BLOCK_COLS, NESTED_BLOCK, CODES, SCALES, SCALE_A_ROW, dtype, BLOCK_W, BLOCK_W,
+        )  # fmt: skip
+        rows = load_tile(in_ptr, m0, r0, M, inner, stride_in, 1, BLOCK_M, BLOCK_W, False)
+        acc = dot(w.T if GRAD else w, rows.T, acc, PRECISION)
+    if bias_ptr is not None:
+        offs_c = c0 + tl.arange(0, BLOCK_W)
+        acc += tl.load(bias_ptr + offs_c, mask=offs_c < columns, other=0.0).to(tl.float32)[:, None]
+    store_tile(out_ptr, acc.T, m0, c0, M, columns, columns, 1, BLOCK_M, BLOCK_W, False)
+
+
+class CodedOperand(NamedTuple):
+    """A coded weight as the kernels take it: bytes, and the numbers of ``weights/coded.py``."""
+
+    codes: Tensor
+    scales: Tensor
+    values: Tensor | None
+    nested: tuple[Tensor, Tensor] | None
+    shape: tuple[int, int]
+    code: int
+    scale: int
+    offset: float
+    run: int
+    block: tuple[int, int]
+    nested_block: int
+
+
+def coded_product(rows: Tensor, w: CodedOperand, bias: Tensor | None, *, grad: bool = False) -> Tensor:
+    """x Wᵀ + bias, or with ``grad`` dY W, in one launch; ``rows`` is a matrix with adjacent columns."""
+    M, (N, K) = rows.shape[0], w.shape
+    wide, (block_rows, block_cols) = rows.dtype == torch.float32, w.block
+    columns = K if grad else N
+    out = rows.new_empty(M, columns)
+    # No matrix unit at full float32 precision, and a scale for each element where blocks do not fit: smaller tiles keep
+    # in registers.
+    length = w.run or (64 if block_cols >= K else block_cols)
+    in_rows = not w.run or K % w.run == 0
+    block_w = 64 if in_rows and length % 64 == 0 and not wide else 32
+    block_m = min(32 if wide else 128, max(16, triton.next_power_of_2(M)))
+    one_block = in_rows and length % block_w == 0
+    scales = w.scales if w.scale == 0 else w.scales.view(torch.uint8)
+    _coded_product_kernel[(triton.cdiv(M, block_m) * triton.cdiv(columns, block_w),)](
+        *(rows, w.codes.view(torch.uint8), scales, w.values, *(w.nested or (None, None)), bias, out),
+        *(M, N, K, rows.stride(0), w.offset, w.run, 0 if w.run else triton.cdiv(K, block_cols)),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=0 if w.run else block_cols,
+        NESTED_BLOCK=w.nested_block,
+        CODES=w.code,
+        SCALES=w.scale,
+        SCALE_A_ROW=one_block,
+        BLOCK_M=block_m,
+        BLOCK_W=block_w,
+        GROUP_M=8,
+        GRAD=grad,
+        PRECISION=precision(rows.dtype),
+        num_warps=8 if w.values is not None and block_m * block_w == 128 * 64 else 4,
+        num_stages=2,
+        enable_fp_fusion=False,  # a double quantisation's scale is rounded twice
+    )
+    return out
