@@ -80,7 +80,7 @@ def check_codes(device: torch.device, dry: bool) -> Iterator[str]:
     # One rounding of the result; in float32 the sum over K as well, whose error grows with its root.
     bounds = {dtype: torch.finfo(dtype).eps * (k**0.5 if dtype == torch.float32 else 2.0) for dtype in DTYPES}
     for name, kind in FORMATS.items():
-        for dtype in DTYPES:
+        for dtype in DTYPES if hasattr(kind, "from_dense") else ():
             weight: Any = kind.from_dense((torch.randn(n, k, device=device) / k**0.5).to(dtype))
             dense = weight.decode(0, n)
             for m in (1, 70):

@@ -23,9 +23,11 @@ from . import dense as _dense
 from .coded import DTYPES, CodedWeight
 from .format import FORMATS, FrozenWeight, register, unpacked
 from .fp8 import FP8Weight
+from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .mxfp4 import MXFP4Weight
 from .nf4 import FP4Weight, NF4Weight
+from .nvfp4 import NVFP4Weight
 
 Weight = Tensor | FrozenWeight
 
@@ -111,9 +113,11 @@ __all__ = [
     "FP4Weight",
     "FP8Weight",
     "FrozenWeight",
+    "Int4Weight",
     "Int8Weight",
     "MXFP4Weight",
     "NF4Weight",
+    "NVFP4Weight",
     "Weight",
     "corrected",
     "corrected_backward",

@@ -159,7 +159,9 @@ class CodedWeight(FrozenWeight):
             return table[scales.long()] * nested[place // self.nested_block] + self.offset
         if self.scale == Scales.EXPONENT:
             return scales.view(torch.float8_e8m0fnu).float()
-        return scales.float() / self.offset if self.scale == Scales.FLOAT8 else scales
+        if self.scale == Scales.FLOAT8:
+            return scales.view(torch.float8_e4m3fn).float() / self.offset
+        return scales
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -10,7 +10,7 @@ from .format import register
 
 _BLOCK = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = (*_E2M1, *(-v for v in _E2M1))
+E2M1_VALUES = (*_E2M1, *(-v for v in _E2M1))
 
 
 @register
@@ -30,7 +30,7 @@ class MXFP4Weight(CodedWeight):
         """The weight of bytes, 16 a block, and exponents (N, K / 32), uint8: one expert's, for gpt-oss's experts."""
         scales = scales.view(torch.uint8).contiguous()
         shape = torch.Size((scales.shape[0], scales.shape[1] * _BLOCK))
-        values = torch.tensor(_VALUES, device=codes.device)
+        values = torch.tensor(E2M1_VALUES, device=codes.device)
         return cls(shape, dtype, codes.view(torch.uint8).contiguous(), scales, values, block=(1, _BLOCK))
 
     @classmethod
@@ -56,7 +56,7 @@ class MXFP4Weight(CodedWeight):
         # A half goes to the even code: below an even code it goes up, above one down.
         codes = torch.bucketize(size, middles)
         upper = torch.bucketize(size, middles, right=True)
-        codes = torch.where((codes != upper) & (codes % 2 == 1), upper, codes) + 8 * (scaled.signbit())
+        codes = torch.where((codes != upper) & (codes % 2 == 1), upper, codes) + 8 * (scaled < 0)
         codes = codes.to(torch.uint8)
         packed = codes[:, ::2] | codes[:, 1::2] << 4
         return cls.of_blocks(packed, (exponents + 127).to(torch.uint8), dtype or weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_kernels.inspect.memory import record_memory
 from lowrank_kernels.inspect.triton_internals import without_driver
 from lowrank_kernels.kernels.coded import coded_product
-from lowrank_kernels.weights import CodedWeight, FP8Weight, NF4Weight
+from lowrank_kernels.weights import CodedWeight, FP8Weight, NF4Weight, NVFP4Weight
 from tests.tolerance import assert_as_exact_as_eager
 from tests.weights.test_coded import DTYPES, FORMATS, by_name, nested, weight_of
 
@@ -74,6 +74,13 @@ def identity_product(weight: CodedWeight) -> Tensor:
 def test_it_decodes_to_the_bits_of_the_formula(kind: Any, dtype: torch.dtype) -> None:
     weight = kind.from_dense(weight_of((40, 96), dtype))
     assert torch.equal(identity_product(weight), weight.decode(0, 40))
+
+
+def test_scales_of_every_float8_over_a_number() -> None:
+    scales = torch.arange(1, 127, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).view(63, 2)
+    codes = torch.arange(63 * 16).to(torch.uint8).view(63, 16)
+    weight = NVFP4Weight.of_blocks(codes, scales, 700.0, torch.float32)
+    assert torch.equal(identity_product(weight), weight.decode(0, 63))
 
 
 def test_a_nested_scale_is_rounded_twice() -> None:

@@ -16,7 +16,17 @@ import lowrank_kernels as lk
 from lowrank_kernels import _extension
 from lowrank_kernels.ops.lora import LoRALinear
 from lowrank_kernels.ops.planning import plan
-from lowrank_kernels.weights import CodedWeight, FP4Weight, FP8Weight, Int8Weight, MXFP4Weight, NF4Weight, unpacked
+from lowrank_kernels.weights import (
+    CodedWeight,
+    FP4Weight,
+    FP8Weight,
+    Int4Weight,
+    Int8Weight,
+    MXFP4Weight,
+    NF4Weight,
+    NVFP4Weight,
+    unpacked,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (NF4Weight, FP4Weight, Int8Weight, FP8Weight, MXFP4Weight)
@@ -304,6 +314,53 @@ def test_other_checkpoints() -> None:
     fours = MXFP4Weight.from_dense(dense)
     tensors = {"w_packed": fours.codes, "w_scale": fours.scales}
     assert torch.equal(MXFP4Weight.from_tensors(tensors, "w", dtype=torch.float32).dense(), fours.dense())
+
+
+def test_nvfp4_and_int4_checkpoints() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (20, 32), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(20, 4, generator=generator) * 400).to(torch.float8_e4m3fn)
+    tensors = {"w_packed": codes, "w_scale": scales, "w_global_scale": torch.tensor([700.0])}
+    read = NVFP4Weight.from_tensors(tensors, "w")
+    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nibbles = torch.stack((codes & 15, codes >> 4), 2).view(20, 64).long()
+    values = e2m1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
+    known = (values * (scales.float() / 700.0).repeat_interleave(16, 1)).bfloat16()
+    assert torch.equal(read.dense(), known) and torch.equal(read.decode(0, 20), known)
+
+    words = torch.randint(-(2**31), 2**31 - 1, (20, 8), dtype=torch.int64, generator=generator).int()
+    groups = torch.rand(20, 2, generator=generator).bfloat16()
+    tensors = {"w_packed": words, "w_scale": groups, "w_shape": torch.tensor([20, 64])}
+    read_groups = Int4Weight.from_tensors(tensors, "w")
+    q = (words[:, :, None].long() >> (4 * torch.arange(8))) & 15
+    known = ((q.view(20, 64) - 8).bfloat16() * groups.repeat_interleave(32, 1)).bfloat16()
+    assert torch.equal(read_groups.dense(), known) and torch.equal(read_groups.decode(0, 20), known)
+    for dtype in DTYPES:
+        for weight in (read.to(dtype), read_groups.to(dtype)):
+            x = torch.randn(5, 64, generator=generator).to(dtype)
+            torch.testing.assert_close(weight.product(x, None), x @ weight.dense().T, rtol=0.02, atol=0.1)
+
+
+UNREAD: dict[str, tuple[Any, dict[str, Tensor], str]] = {
+    "zero points": (Int4Weight, {"w_zero_point": torch.zeros(1)}, "expected no w_zero_point; symmetric groups"),
+    "an order": (Int4Weight, {"w_g_idx": torch.zeros(64)}, "expected no w_g_idx"),
+    "a width": (Int4Weight, {"w_shape": torch.tensor([4, 60])}, "expected K to be a multiple of 8"),
+    "rows": (Int4Weight, {"w_shape": torch.tensor([5, 64])}, "expected w_scale of 5 rows"),
+    "words": (Int4Weight, {"w_packed": torch.zeros(4, 7, dtype=torch.int32)}, "expected codes of 128 elements"),
+    "no global scale": (NVFP4Weight, {"w_global_scale": torch.zeros(1)}, "expected w_global_scale of one number but 0"),
+    "NaN": (NVFP4Weight, {"w_global_scale": torch.tensor([torch.nan])}, "expected w_global_scale to hold finite"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_a_checkpoint_holds_that_is_not_read_is_refused(name: str) -> None:
+    kind, changed, message = UNREAD[name]
+    int4 = {"w_packed": torch.zeros(4, 8, dtype=torch.int32), "w_shape": torch.tensor([4, 64])}
+    nvfp4 = {"w_packed": torch.zeros(4, 32, dtype=torch.uint8), "w_global_scale": torch.ones(1)}
+    scale = torch.ones(4, 2) if kind is Int4Weight else torch.ones(4, 4).to(torch.float8_e4m3fn)
+    tensors = {**(int4 if kind is Int4Weight else nvfp4), "w_scale": scale, **changed}
+    with pytest.raises(ValueError, match=message):
+        kind.from_tensors(tensors, "w")
 
 
 def test_a_scale_that_is_no_number_is_seen_in_what_it_scales() -> None:
