@@ -6,6 +6,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,10 +100,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     stored: set[int] = set()
     total = 0
     for module in model.modules():
-        weight = of(module)
-        if weight is not None:
-            stored.add(id(module._parameters.get("weight")))
-            total += weight.numel()
+        with suppress(ValueError):  # one that cannot be read is counted by its bytes
+            weight = of(module)
+            if weight is not None:
+                stored.add(id(module._parameters.get("weight")))
+                total += weight.numel()
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if not is_lazy(p) and id(p) not in stored]
     return sum(n for n, trains in sizes if trains), total + sum(n for n, _ in sizes)
 

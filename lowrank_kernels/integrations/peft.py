@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class _Accelerated:
         names = [name for name in self.active_adapters if name in _first_factors(self)]
         if has_hooks(base) or base.weight.requires_grad or any(_why_not_adapter(self, name) for name in names):
             return []
-        if len(names) > 1 and (self.pefts is not PeftLinear or any(name in self.lora_variant for name in names)):
+        if len(names) > 1 and (self.ours is not LoRALinear or any(name in self.lora_variant for name in names)):
             return []
         drops = [d for d in (self.lora_dropout[name] for name in names) if isinstance(d, nn.Dropout) and d.training]
         return [] if drops and (len(names) > 1 or drops[0].p >= 1.0) else names
@@ -90,17 +91,16 @@ class _Accelerated:
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-class AcceleratedLinear(_Accelerated, PeftLinear):
-    """PEFT's ``lora.Linear`` with y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or
-    with a DoRA adapter as one op.
+class _OverLinear(_Accelerated):
+    """y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or with a DoRA adapter as one op.
 
     Numbers: factors are rounded to x's dtype inside the op, which accumulates in float32. PEFT casts x to the factors'
     dtype, multiplies there, and rounds the base product and then the sum to x's dtype.
     """
 
-    pefts, ours, dora = PeftLinear, LoRALinear, (DoraLinearVariant, DoraLinearLayer)
+    ours, dora = LoRALinear, (DoraLinearVariant, DoraLinearLayer)
 
-    def _on_ops(self, x: Tensor, adapters: list[str]) -> Tensor:
+    def _on_ops(self: Any, x: Tensor, adapters: list[str]) -> Tensor:
         if adapters[0] in self.lora_variant:
             return self._dora(x, adapters[0])
         base: Any = self.base_layer
@@ -120,7 +120,7 @@ class AcceleratedLinear(_Accelerated, PeftLinear):
         p = self._dropout(adapters[0])
         return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p)
 
-    def _dora(self, x: Tensor, name: str) -> Tensor:
+    def _dora(self: Any, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
         layers: Any = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         a, b, m = (layer.weight for layer in layers)
@@ -151,6 +151,12 @@ class AcceleratedLinear(_Accelerated, PeftLinear):
             dropout_p=self._dropout(name) if self.training else 0.0,
             dropout_base=True,
         )
+
+
+class AcceleratedLinear(_OverLinear, PeftLinear):
+    """PEFT's ``lora.Linear``."""
+
+    pefts = PeftLinear
 
 
 _FEW_ROWS = 64  # for which the extension's product of W is its own
@@ -218,6 +224,16 @@ _CLASSES: dict[Any, Any] = {
 }
 
 
+def _know_bitsandbytes() -> None:
+    """Add PEFT's layers over bitsandbytes' linears, where PEFT has loaded them: without it there are none."""
+    theirs = sys.modules.get("peft.tuners.lora.bnb")
+    for name in ("Linear4bit", "Linear8bitLt"):
+        pefts = getattr(theirs, name, None)
+        if pefts is not None and pefts not in _CLASSES:
+            members = {"pefts": pefts, "__doc__": f"PEFT's ``lora.{name}``, whose codes are read where they lie."}
+            _CLASSES[pefts] = type(f"Accelerated{name}", (_OverLinear, pefts), members)
+
+
 def _first_factors(layer: Any) -> Any:
     """PEFT's A of each adapter."""
     return layer.lora_embedding_A if isinstance(layer, PeftEmbedding) else layer.lora_A
@@ -273,7 +289,8 @@ def _pays_without_dora(base: Any) -> bool:
 def accelerate(peft_model: nn.Module) -> Report:
     """Let PEFT's LoRA and DoRA layers run on this package's ops, in place.
 
-    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D that holds at least one LoRA or DoRA
+    Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D, and every ``lora.Linear4bit`` and
+    ``lora.Linear8bitLt`` over bitsandbytes' linears, that holds at least one LoRA or DoRA
     adapter, with any rank, alpha, rsLoRA, dropout, lora_bias, pattern and bias
     mode, and any number of active adapters. Adapters may be added, deleted, switched, merged, hot-swapped and saved
     afterwards through PEFT as before. Layers that PEFT makes later (an added adapter with new targets) are PEFT's:
@@ -287,7 +304,7 @@ def accelerate(peft_model: nn.Module) -> Report:
     whose library has no convolution of it. These run one active adapter at a time on the ops.
 
     What it does not take runs as before and is in the report's ``skipped``: LoRA over other convolutions, the other
-    variants, quantised bases, layers of other classes.
+    variants, bases of other quantisations, layers of other classes.
 
     Args:
         peft_model: a PeftModel, or any model with PEFT's LoRA layers in it.
@@ -298,6 +315,7 @@ def accelerate(peft_model: nn.Module) -> Report:
     Raises:
         ValueError: no LoRA layer of PEFT's in the model.
     """
+    _know_bitsandbytes()
     modules: Any = peft_model.named_modules()
     layers = [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
     if not layers:

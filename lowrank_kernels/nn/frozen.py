@@ -89,8 +89,11 @@ def is_tracked_view(weight: Weight) -> bool:
 def why_not_frozen(module: nn.Module) -> str | None:
     """Why ``module`` cannot be used as x ↦ x Wᵀ + bias with a plain frozen weight W; None when it can."""
     kind = type(module).__name__
-    if packed(module) is not None:
-        return _HOOKED if has_hooks(module) else None
+    try:
+        if packed(module) is not None:
+            return _HOOKED if has_hooks(module) else None
+    except ValueError as error:  # of a format that is known, in a state that cannot be read
+        return str(error)
     if not isinstance(module, nn.Linear):
         if hasattr(module, "base_layer"):
             return f"already adapted ({kind})"

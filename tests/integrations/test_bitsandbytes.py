@@ -127,3 +127,57 @@ def test_a_model_of_such_linears_is_adapted_and_trained(config: Any) -> None:
         assert torch.equal(kept, t)
     with pytest.raises(ValueError, match="expected a dense weight"):
         model[0].merge_()
+
+
+def peft_over(kind: str, config: Any) -> Any:
+    """A PeftModel over two linears of bitsandbytes'."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    if kind == "int8":
+        layers = []
+        for n, k in ((96, 64), (64, 96)):
+            module = bnb.nn.Linear8bitLt(k, n, has_fp16_weights=False)
+            module.load_state_dict(nn.Linear(k, n).state_dict())
+            layers.append(module.to("cpu"))
+    else:
+        layers = [linear4(kind, True, n, k, compute_dtype=torch.float32) for n, k in ((96, 64), (64, 96))]
+    base = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = kind != "int8", kind == "int8"
+    return peft.get_peft_model(base, config)
+
+
+# DoRA over int8 is left out: PEFT 0.21.2 itself raises at the first forward (its state has no SCB then).
+@pytest.mark.parametrize(
+    ("kind", "dora"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+)
+def test_pefts_layers_run_on_the_ops(kind: str, dora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], use_dora=dora, init_lora_weights=False)
+    model = peft_over(kind, config)
+    layers = [model.base_model.model[i] for i in (0, 2)]
+    classes = [type(layer) for layer in layers]
+    assert all(c.__module__ == "peft.tuners.lora.bnb" for c in classes)
+    x = torch.randn(7, 64)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    def run() -> list[Tensor]:
+        y = model(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])]
+
+    before = run()
+    report = lk.integrations.peft.accelerate(model)
+    assert len(report.replaced) == 2 and not report.skipped
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    close = {"rtol": 0.05, "atol": 0.05} if kind == "int8" else {"rtol": 1e-4, "atol": 1e-4}  # int8: PEFT in float16
+    for ours, theirs in zip(run(), before, strict=True):
+        torch.testing.assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), **close)
+    report.undo()
+    assert [type(layer) for layer in layers] == classes
+
+
+def test_a_layer_whose_weight_cannot_be_read_is_left_as_it_is() -> None:
+    model = nn.Sequential(linear4("nf4", False), nn.Linear(96, 8))
+    model[0].weight.quant_state.packing_format_for_cpu = True  # as its evaluation on some processors leaves it
+    report = lk.adapt(model, lk.LoRAConfig(r=2))
+    assert [r.name for r in report.replaced] == ["1"]
+    assert "laid out anew for evaluation on this CPU" in dict((s.name, s.reason) for s in report.skipped)["0"]
