@@ -7,6 +7,7 @@
 //   linear_few_rows   up to kFewRows: the weight's rows stream past x in panels
 //   linear_many_rows  more: x's rows stream past blocks of the weight in panels
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -404,8 +405,18 @@ void unpack(const Runtime& runtime, const Matrix& out, const Matrix& weight) {
     float* wide = static_cast<float*>(scratch.base());
     for (int64_t row = begin; row < end; ++row) {
       kernels.stage_float(wide, out.cols, rectangle(weight, row, 0, 1, out.cols));
-      kernels.store(mutable_element(out, row, 0), out.dtype, out.stride, wide, out.cols, 1,
-                    out.cols, 1.0f);
+      void* to = mutable_element(out, row, 0);
+      if (out.dtype != Dtype::kBFloat16) {
+        kernels.store(to, out.dtype, out.stride, wide, out.cols, 1, out.cols, 1.0f);
+        continue;
+      }
+      // Rounded already: the upper half is the value. Hardware that rounds takes subnormals as
+      // zero.
+      for (int64_t j = 0; j < out.cols; ++j) {
+        uint32_t bits;
+        std::memcpy(&bits, wide + j, sizeof(bits));
+        static_cast<uint16_t*>(to)[j] = static_cast<uint16_t>(bits >> 16);
+      }
     }
   });
 }

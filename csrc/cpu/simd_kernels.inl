@@ -398,16 +398,16 @@ struct Book {
 template <typename Dst>
 LRK_INLINE void look_up(Dst* dst, const Book& book, const Packed& w, int64_t flat, int64_t n) {
   const uint8_t* data = w.data;
-  const int64_t odd_first = w.codes == Codes::kHighNibbleFirst;
+  const bool high_first = w.codes == Codes::kHighNibbleFirst;
   int64_t j = 0;
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
   if (flat % 2 && n > 0) {
-    store_one(dst, book.value[odd_first ? data[flat / 2] & 15 : data[flat / 2] >> 4]);
+    store_one(dst, book.value[high_first ? data[flat / 2] & 15 : data[flat / 2] >> 4]);
     j = 1;
   }
   const __m256i high = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   const __m256i low = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m256i shifts = odd_first ? high : low;
+  const __m256i shifts = high_first ? high : low;
 #  if defined(LRK_HAS_AVX512)
   const __m512 values = _mm512_loadu_ps(book.value);
   const __m512i wide_shifts = _mm512_inserti64x4(_mm512_castsi256_si512(shifts), shifts, 1);
@@ -435,7 +435,7 @@ LRK_INLINE void look_up(Dst* dst, const Book& book, const Packed& w, int64_t fla
   }
 #endif
   for (; j < n; ++j) {
-    const bool high_nibble = (flat + j) % 2 != odd_first;
+    const bool high_nibble = (flat + j) % 2 != (high_first ? 1 : 0);
     const uint8_t byte = data[(flat + j) / 2];
     store_one(dst + j, book.value[high_nibble ? byte >> 4 : byte & 15]);
   }
