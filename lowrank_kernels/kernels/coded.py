@@ -108,9 +108,28 @@ def _coded_product_kernel(
     for r0 in range(0, inner, BLOCK_W):
         n0, k0 = (r0, c0) if GRAD else (c0, r0)
         w = load_coded_tile(
-            codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, n0, k0, N, K, offset, run, grid, BLOCK_ROWS,
-            BLOCK_COLS, NESTED_BLOCK, CODES, SCALES, SCALE_A_ROW, dtype, BLOCK_W, BLOCK_W,
-        )  # fmt: skip
+            codes_ptr,
+            scales_ptr,
+            values_ptr,
+            map_ptr,
+            nested_ptr,
+            n0,
+            k0,
+            N,
+            K,
+            offset,
+            run,
+            grid,
+            BLOCK_ROWS,
+            BLOCK_COLS,
+            NESTED_BLOCK,
+            CODES,
+            SCALES,
+            SCALE_A_ROW,
+            dtype,
+            BLOCK_W,
+            BLOCK_W,
+        )
         rows = load_tile(in_ptr, m0, r0, M, inner, stride_in, 1, BLOCK_M, BLOCK_W, False)
         acc = dot(w.T if GRAD else w, rows.T, acc, PRECISION)
     if bias_ptr is not None:
