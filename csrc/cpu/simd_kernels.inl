@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../philox.h"
 #include "kernel_table.h"
@@ -504,6 +505,23 @@ LRK_INLINE int64_t look_up_words(Dst* dst, const ByteBook& book, const uint8_t* 
 
 #endif
 
+// Bytes to 32-bit lanes, as signed as they are. GCC splits the plain vector conversion into halves.
+template <typename To, typename Bytes>
+LRK_INLINE To widen_bytes(Bytes bytes) {
+#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
+  __m128i raw = _mm_setzero_si128();
+  __builtin_memcpy(&raw, &bytes, sizeof(bytes));
+  const bool is_signed = std::is_same<To, VecI>::value;
+#  if defined(LRK_HAS_AVX512)
+  return (To)(is_signed ? _mm512_cvtepi8_epi32(raw) : _mm512_cvtepu8_epi32(raw));
+#  else
+  return (To)(is_signed ? _mm256_cvtepi8_epi32(raw) : _mm256_cvtepu8_epi32(raw));
+#  endif
+#else
+  return __builtin_convertvector(bytes, To);
+#endif
+}
+
 // 8-bit codes, all under one scale.
 template <typename T, typename Dst>
 LRK_INLINE void scale_bytes(Dst* dst, const Packed& w, float scale, int64_t flat, int64_t n) {
@@ -515,15 +533,16 @@ LRK_INLINE void scale_bytes(Dst* dst, const Packed& w, float scale, int64_t flat
       const int8_t* from = reinterpret_cast<const int8_t*>(w.data) + flat + j;
       const Bytes bytes =
           count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
-      value = __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
+      value = __builtin_convertvector(widen_bytes<VecI>(bytes), VecF);
     } else {
       typedef uint8_t Bytes __attribute__((vector_size(LRK_W)));
       const uint8_t* from = w.data + flat + j;
       const Bytes bytes =
           count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
-      value = from_float8(__builtin_convertvector(bytes, VecU));
+      value = from_float8(widen_bytes<VecU>(bytes));
     }
-    value = round_to(value * splat(scale), T{});
+    value = value * splat(scale);
+    if (!std::is_same<T, Dst>::value) value = round_to(value, T{});  // else the store rounds
     if (count == kWidth) {
       store(dst + j, value);
     } else {
