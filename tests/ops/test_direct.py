@@ -13,6 +13,7 @@ from lowrank_kernels import _extension, functional, tuned
 from lowrank_kernels.ops import lora
 from lowrank_kernels.ops.multi_lora import MultiLoRALinear
 from lowrank_kernels.ops.planning import plan
+from lowrank_kernels.reference import lora_linear_ref
 from tests.tolerance import assert_as_exact_as_eager
 
 _extension.require("lora_linear_inference")
@@ -427,3 +428,24 @@ def test_a_merge_that_does_not_fit_is_refused_and_changes_nothing(change, messag
     with pytest.raises((TypeError, ValueError), match=message):
         lk.merge_lora_(*change(weight, a, b))
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("given", [(), ("bias",), ("gate",), ("bias", "gate")], ids="-".join)
+def test_a_call_that_ran_before_is_not_planned_again_and_gives_the_same(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(11)
+    shapes = {"x": (3, 72), "weight": (40, 72), "lora_a": (5, 72), "lora_b": (40, 5), "bias": (40,), "gate": (5,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    operands = {name: t for name, t in tensors.items() if name in ("x", "weight", "lora_a", "lora_b", *given)}
+    with torch.no_grad():
+        known = lk.lora_linear(**operands, scaling=0.7, backend="cpu")
+        lk.lora_linear(**operands, scaling=1.3)
+
+        def refuse(call: object) -> None:
+            raise AssertionError("planned again")
+
+        monkeypatch.setattr(functional, "plan_lora_linear", refuse)
+        again = lk.lora_linear(**operands, scaling=0.7)
+    assert torch.equal(again, known)
+    assert not torch.allclose(known, lora_linear_ref(**operands, scaling=0.75)[0])
