@@ -29,7 +29,7 @@ from lowrank_kernels.bench.tune import Settled, shapes, tune, words
 from lowrank_kernels.kernels import lora as launchers
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.target import target_of
-from lowrank_kernels.weights import FORMATS
+from lowrank_kernels.weights import encoders
 
 STRATEGIES = ("fused", "two_kernel", "library")
 CHECKED = {
@@ -79,8 +79,8 @@ def check_codes(device: torch.device, dry: bool) -> Iterator[str]:
     n, k = (72, 160) if dry else (1024, 4096)
     # One rounding of the result; in float32 the sum over K as well, whose error grows with its root.
     bounds = {dtype: torch.finfo(dtype).eps * (k**0.5 if dtype == torch.float32 else 2.0) for dtype in DTYPES}
-    for name, kind in FORMATS.items():
-        for dtype in DTYPES if hasattr(kind, "from_dense") else ():
+    for name, kind in encoders().items():
+        for dtype in DTYPES:
             weight: Any = kind.from_dense((torch.randn(n, k, device=device) / k**0.5).to(dtype))
             dense = weight.decode(0, n)
             for m in (1, 70):

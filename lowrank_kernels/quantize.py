@@ -14,7 +14,7 @@ from .nn.coded import CodedLinear
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import Replaced, Report, Skipped, count_parameters
-from .weights import FORMATS
+from .weights import encoders
 
 
 def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str] = (), **settings: Any) -> Report:
@@ -42,10 +42,10 @@ def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str
     op = "quantize_"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    coded = {name: kind for name, kind in FORMATS.items() if hasattr(kind, "from_dense")}
-    if format not in coded:
-        raise ValueError(f"{op}: expected format to be one of {', '.join(coded)}, got {format!r}")
-    kind: Any = coded[format]
+    kinds = encoders()
+    if format not in kinds:
+        raise ValueError(f"{op}: expected format to be one of {', '.join(kinds)}, got {format!r}")
+    kind = kinds[format]
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

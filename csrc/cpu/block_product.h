@@ -125,16 +125,17 @@ inline void pack_block(const KernelTable& kernels, float* dst, int64_t padded_de
     stage_panels(kernels, dst + panel_begin * padded_depth * kPanel + k0 * kPanel,
                  padded_depth * kPanel,
                  {src.matrix, k0, c0, k1 - k0, std::min(panel_end * kPanel, columns) - c0});
+    for (int64_t panel = panel_begin; src.depth_scale && panel < panel_end; ++panel) {
+      float* out = dst + panel * padded_depth * kPanel;
+      for (int64_t k = k0; k < k1; ++k) {
+        for (int64_t c = 0; c < kPanel; ++c) out[k * kPanel + c] *= src.depth_scale[k];
+      }
+    }
+    return;
   }
   float* rows = static_cast<float*>(buffer);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     float* out = dst + panel * padded_depth * kPanel + k0 * kPanel;
-    if (!src.columns_first) {
-      for (int64_t k = k0; src.depth_scale && k < k1; ++k) {
-        for (int64_t c = 0; c < kPanel; ++c) out[(k - k0) * kPanel + c] *= src.depth_scale[k];
-      }
-      continue;
-    }
     const int64_t c0 = panel * kPanel, count = std::min(kPanel, columns - c0);
     Source s = rectangle(src.matrix, c0, k0, count, k1 - k0);
     const uint32_t* in = static_cast<const uint32_t*>(s.data);

@@ -436,7 +436,7 @@ LRK_INLINE void look_up(Dst* dst, const Book& book, const Packed& w, int64_t fla
   }
 #endif
   for (; j < n; ++j) {
-    const bool high_nibble = (flat + j) % 2 != (high_first ? 1 : 0);
+    const bool high_nibble = ((flat + j) % 2 == 0) == high_first;
     const uint8_t byte = data[(flat + j) / 2];
     store_one(dst + j, book.value[high_nibble ? byte >> 4 : byte & 15]);
   }

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..quantize import quantize_
 from . import arguments
-from .train import DTYPES, add_base_argument
+from .train import DTYPES, add_base_argument, store_base
 
 
 def add_parser(subparsers: Any) -> None:
@@ -56,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
     print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
     model, tokenizer = load_language_model(args.model, dtype, args.device)
-    if args.base:
-        report = quantize_(model, args.base)
-        print(f"{len(report.replaced)} linears stored as {args.base}, {len(report.skipped)} left", file=sys.stderr)
+    store_base(model, args.base)
     name = Path(args.model).name
     with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
         batcher = Batcher(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..quantize import quantize_
+from ..weights import encoders
 from . import arguments, methods
 from .factors import FACTORS
 from .methods import METHODS
 from .smt import BLOCKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASES = ("nf4", "fp4", "int8", "fp8", "mxfp4")
 SHARED = (FACTORS, BLOCKS)
 """The groups of options of methods that `train` and `demo` share."""
 
@@ -57,8 +57,17 @@ def load_task(args: argparse.Namespace) -> tuple[Any, Any, list[Any], list[Any]]
 
 def add_base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", choices=BASES, help="store the base model's linears in few bits first, as QLoRA does (default: dense)"
+        "--base",
+        choices=encoders(),
+        help="store the base model's linears in few bits first, as QLoRA does (default: dense)",
     )
+
+
+def store_base(model: Any, format_: str | None) -> None:
+    """The base model as --base says."""
+    if format_ is not None:
+        report = quantize_(model, format_)
+        print(f"{len(report.replaced)} linears stored as {format_}, {len(report.skipped)} left", file=sys.stderr)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -116,9 +125,7 @@ def run(args: argparse.Namespace) -> int:
         args.learning_rate = method.learning_rate
     checkpoint = read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
-    if args.base:
-        report = quantize_(model, args.base)
-        print(f"{len(report.replaced)} linears stored as {args.base}, {len(report.skipped)} left", file=sys.stderr)
+    store_base(model, args.base)
     torch.manual_seed(args.seed)
     prepared = method.prepare(
         model,

@@ -107,6 +107,11 @@ def of(module: nn.Module) -> FrozenWeight | None:
     return next((weight for weight in found if weight is not None), None)
 
 
+def encoders() -> dict[str, Any]:
+    """The formats that a dense weight can be stored in, by name: those with ``from_dense``."""
+    return {name: kind for name, kind in FORMATS.items() if hasattr(kind, "from_dense")}
+
+
 __all__ = [
     "FORMATS",
     "CodedWeight",
@@ -123,6 +128,7 @@ __all__ = [
     "corrected_backward",
     "corrected_grad",
     "dense",
+    "encoders",
     "grad_product",
     "like",
     "of",

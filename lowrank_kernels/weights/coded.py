@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..cpp import cpp
+from ..finite import all_finite
 from .format import FrozenWeight
 
 C = TypeVar("C", bound="CodedWeight")
@@ -47,7 +48,7 @@ class CodedWeight(FrozenWeight):
         nested_block: scales under one scale.
 
     On a CPU, the extension decodes it as it multiplies: no dense copy of W, or of a part of it beyond some KiB a
-    thread, is ever made. Elsewhere, PyTorch decodes what is asked for.
+    thread, is made for a product. On a GPU a Triton kernel decodes tiles in registers. PyTorch decodes rows elsewhere.
     """
 
     shape: torch.Size
@@ -77,6 +78,8 @@ class CodedWeight(FrozenWeight):
                     f"{kind}: expected {name} of {count} elements for a weight of shape ({n}, {k}), "
                     f"got {tuple(tensor.shape)}"
                 )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{kind}: expected {name} to be contiguous, got strides {tensor.stride()}")
         if self.nested is not None and self.nested[1].numel() != -(-blocks // self.nested_block):
             raise ValueError(
                 f"{kind}: expected {-(-blocks // self.nested_block)} scales of scales for {blocks} scales in blocks of "
@@ -242,5 +245,5 @@ def _adjacent(rows: Tensor) -> Tensor:
 def check_finite(op: str, **tensors: Tensor) -> None:
     """Raise for a tensor that holds what is no finite number, which a cast to few bits would hide."""
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{op}: expected {name} to hold finite numbers, got NaN or infinity")

@@ -234,6 +234,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "shape": (lambda: Int8Weight.from_dense(torch.randn(4)), r"expected weight of shape \(N, K\)"),
     "integers": (lambda: FP4Weight.from_dense(torch.ones(4, 4, dtype=torch.int8)), "and a float dtype"),
     "dtype": (lambda: NF4Weight.from_dense(torch.randn(4, 64), dtype=torch.float64), "expected dtype to be float32"),
+    "strides": (
+        lambda: Int8Weight.of_rows(torch.zeros(8, 4, dtype=torch.int8).T, torch.ones(4), torch.float32),
+        "expected codes to be contiguous",
+    ),
 }
 
 
