@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,15 @@ def main() -> int:
                 )
     if options.json:
         options.json.write_text(
-            json.dumps({"environment": environment(), "size": size, "rank": rank, "rows": rows}, indent=1)
+            json.dumps(
+                {
+                    "environment": {**environment(), "command": " ".join(["python", *sys.argv])},
+                    "size": size,
+                    "rank": rank,
+                    "rows": rows,
+                },
+                indent=1,
+            )
         )
     return 0
 
