@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "arguments.h"
+#include "coded_argument.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/lora.h"
 #include "lora_ops.h"
-#include "packed_argument.h"
 
 #if defined(LRK_WITH_CUDA)
 #  include "cuda/dropout_mask.h"
@@ -88,28 +88,28 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_fused(
                     dropout_seed, dropout_p, column_scale, keep_u);
 }
 
-// The same over a packed weight.
-std::tuple<Tensor, Tensor, Tensor> lora_linear_packed(
+// The same over a coded weight.
+std::tuple<Tensor, Tensor, Tensor> lora_linear_coded(
     const Tensor& x, const std::vector<Tensor>& weight, const std::vector<int64_t>& layout,
     double offset, const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& gate, double scaling, const std::optional<Tensor>& dropout_seed,
     double dropout_p, const std::optional<Tensor>& column_scale, bool keep_u) {
-  const char* op = "lora_linear_packed";
-  const lrk::PackedArgument packed(op, weight, layout, offset);
-  return fused_over(op, x, packed.matrix(), lora_a, lora_b, bias, gate, scaling, dropout_seed,
+  const char* op = "lora_linear_coded";
+  const lrk::CodedArgument coded(op, weight, layout, offset);
+  return fused_over(op, x, coded.matrix(), lora_a, lora_b, bias, gate, scaling, dropout_seed,
                     dropout_p, column_scale, keep_u);
 }
 
-// Rows [start, stop) of a packed weight, dense.
-Tensor packed_rows(const std::vector<Tensor>& weight, const std::vector<int64_t>& layout,
-                   double offset, int64_t start, int64_t stop) {
-  const char* op = "packed_rows";
-  const lrk::PackedArgument packed(op, weight, layout, offset);
-  const lrk::Matrix w = packed.matrix();
+// Rows [start, stop) of a coded weight, dense.
+Tensor coded_rows(const std::vector<Tensor>& weight, const std::vector<int64_t>& layout,
+                  double offset, int64_t start, int64_t stop) {
+  const char* op = "coded_rows";
+  const lrk::CodedArgument coded(op, weight, layout, offset);
+  const lrk::Matrix w = coded.matrix();
   STD_TORCH_CHECK(0 <= start && start <= stop && stop <= w.rows, op,
                   ": expected 0 <= start <= ", "stop <= ", w.rows, ", got ", start, " and ", stop);
-  Tensor out = empty({stop - start, w.cols}, packed.value_type());
-  lrk::unpack(runtime(), matrix(op, "output", out), part(w, start, 0, stop - start, w.cols));
+  Tensor out = empty({stop - start, w.cols}, coded.value_type());
+  lrk::decode(runtime(), matrix(op, "output", out), part(w, start, 0, stop - start, w.cols));
   return out;
 }
 
@@ -159,13 +159,13 @@ void lora_up_(Tensor y, const Tensor& p, const Tensor& factor, bool factor_rank_
   lrk::lora_up(runtime(), up);
 }
 
-// y = x weight^T + bias over a packed weight.
-Tensor frozen_product_packed(const Tensor& x, const std::vector<Tensor>& weight,
-                             const std::vector<int64_t>& layout, double offset,
-                             const std::optional<Tensor>& bias) {
-  const char* op = "frozen_product_packed";
-  const lrk::PackedArgument packed(op, weight, layout, offset);
-  const lrk::Matrix input = matrix(op, "x", x), w = packed.matrix();
+// y = x weight^T + bias over a coded weight.
+Tensor frozen_product_coded(const Tensor& x, const std::vector<Tensor>& weight,
+                            const std::vector<int64_t>& layout, double offset,
+                            const std::optional<Tensor>& bias) {
+  const char* op = "frozen_product_coded";
+  const lrk::CodedArgument coded(op, weight, layout, offset);
+  const lrk::Matrix input = matrix(op, "x", x), w = coded.matrix();
   check_shape(op, "weight", "(N, K)", w, w.rows, input.cols);
   const std::vector<float> biases = float_values(op, "bias", "N", bias, w.rows);
   Tensor y = empty({input.rows, w.rows}, x.scalar_type());
@@ -226,15 +226,15 @@ Tensor lora_grad_x(const Tensor& grad_y, const Tensor& q, const Tensor& weight,
                      dropout_seed, dropout_p, row_scale);
 }
 
-// The same over a packed weight.
-Tensor lora_grad_x_packed(const Tensor& grad_y, const Tensor& q, const std::vector<Tensor>& weight,
-                          const std::vector<int64_t>& layout, double offset, const Tensor& lora_a,
-                          const std::optional<Tensor>& gate, double scaling,
-                          const std::optional<Tensor>& dropout_seed, double dropout_p,
-                          const std::optional<Tensor>& row_scale) {
-  const char* op = "lora_grad_x_packed";
-  const lrk::PackedArgument packed(op, weight, layout, offset);
-  return grad_x_over(op, grad_y, q, packed.matrix(), lora_a, gate, scaling, dropout_seed, dropout_p,
+// The same over a coded weight.
+Tensor lora_grad_x_coded(const Tensor& grad_y, const Tensor& q, const std::vector<Tensor>& weight,
+                         const std::vector<int64_t>& layout, double offset, const Tensor& lora_a,
+                         const std::optional<Tensor>& gate, double scaling,
+                         const std::optional<Tensor>& dropout_seed, double dropout_p,
+                         const std::optional<Tensor>& row_scale) {
+  const char* op = "lora_grad_x_coded";
+  const lrk::CodedArgument coded(op, weight, layout, offset);
+  return grad_x_over(op, grad_y, q, coded.matrix(), lora_a, gate, scaling, dropout_seed, dropout_p,
                      row_scale);
 }
 
@@ -264,7 +264,7 @@ namespace {
 
 using lrk::ops::lora_grad;
 using lrk::ops::lora_grad_x;
-using lrk::ops::lora_grad_x_packed;
+using lrk::ops::lora_grad_x_coded;
 
 std::tuple<Tensor, Tensor> lora_down_grad(const Tensor& grad_y, const Tensor& lora_b,
                                           const Tensor& p, const std::optional<Tensor>& gate,
@@ -291,14 +291,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward(
   return {grad_x, grad_a, grad_b, q};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward_packed(
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_backward_coded(
     const Tensor& grad_y, const Tensor& x, const std::vector<Tensor>& weight,
     const std::vector<int64_t>& layout, double offset, const Tensor& lora_a, const Tensor& lora_b,
     const Tensor& p, const std::optional<Tensor>& gate, double scaling,
     const std::optional<Tensor>& dropout_seed, double dropout_p) {
   auto [q, grad_b] = lora_down_grad(grad_y, lora_b, p, gate, scaling, lora_b.scalar_type());
-  Tensor grad_x = lora_grad_x_packed(grad_y, q, weight, layout, offset, lora_a, gate, scaling,
-                                     dropout_seed, dropout_p, std::nullopt);
+  Tensor grad_x = lora_grad_x_coded(grad_y, q, weight, layout, offset, lora_a, gate, scaling,
+                                    dropout_seed, dropout_p, std::nullopt);
   Tensor grad_a =
       lora_grad(x, q, gate, scaling, false, dropout_seed, dropout_p, lora_a.scalar_type());
   return {grad_x, grad_a, grad_b, q};
@@ -365,15 +365,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "float scaling=1.0, Tensor? dropout_seed=None, float dropout_p=0.0) -> ()");
   m.def("frozen_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "lora_linear_packed(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor lora_a, "
+      "lora_linear_coded(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor lora_a, "
       "Tensor lora_b, Tensor? bias, Tensor? gate, float scaling, Tensor? dropout_seed, "
       "float dropout_p, Tensor? column_scale, bool keep_u) -> (Tensor y, Tensor p, Tensor u)");
   m.def(
-      "frozen_product_packed(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor? bias) "
+      "frozen_product_coded(Tensor x, Tensor[] weight, int[] layout, float offset, Tensor? bias) "
       "-> Tensor");
-  m.def("packed_rows(Tensor[] weight, int[] layout, float offset, int start, int stop) -> Tensor");
+  m.def("coded_rows(Tensor[] weight, int[] layout, float offset, int start, int stop) -> Tensor");
   m.def(
-      "lora_grad_x_packed(Tensor grad_y, Tensor q, Tensor[] weight, int[] layout, float offset, "
+      "lora_grad_x_coded(Tensor grad_y, Tensor q, Tensor[] weight, int[] layout, float offset, "
       "Tensor lora_a, Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p, "
       "Tensor? row_scale=None) -> Tensor");
   m.def(
@@ -387,7 +387,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_kernels, m) {
       "Tensor p, Tensor? gate, float scaling, Tensor? dropout_seed, float dropout_p) -> "
       "(Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor q)");
   m.def(
-      "lora_backward_packed(Tensor grad_y, Tensor x, Tensor[] weight, int[] layout, float offset, "
+      "lora_backward_coded(Tensor grad_y, Tensor x, Tensor[] weight, int[] layout, float offset, "
       "Tensor lora_a, Tensor lora_b, Tensor p, Tensor? gate, float scaling, Tensor? dropout_seed, "
       "float dropout_p) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor q)");
   m.def(
@@ -402,14 +402,14 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, m) {
   m.impl("lora_linear_inference", TORCH_BOX(&lora_linear_inference));
   m.impl("lora_up_", TORCH_BOX(&lora_up_));
   m.impl("frozen_product", TORCH_BOX(&frozen_product));
-  m.impl("lora_linear_packed", TORCH_BOX(&lora_linear_packed));
-  m.impl("frozen_product_packed", TORCH_BOX(&frozen_product_packed));
-  m.impl("packed_rows", TORCH_BOX(&packed_rows));
-  m.impl("lora_grad_x_packed", TORCH_BOX(&lora_grad_x_packed));
+  m.impl("lora_linear_coded", TORCH_BOX(&lora_linear_coded));
+  m.impl("frozen_product_coded", TORCH_BOX(&frozen_product_coded));
+  m.impl("coded_rows", TORCH_BOX(&coded_rows));
+  m.impl("lora_grad_x_coded", TORCH_BOX(&lora_grad_x_coded));
   m.impl("lora_grad_x", TORCH_BOX(&lora_grad_x));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
-  m.impl("lora_backward_packed", TORCH_BOX(&lora_backward_packed));
+  m.impl("lora_backward_coded", TORCH_BOX(&lora_backward_coded));
   m.impl("lora_down_grad", TORCH_BOX(&lora_down_grad));
   m.impl("dropout_keep_mask", TORCH_BOX(&dropout_keep_mask));
 }

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR, AdapterConfig, endings, names_match
 from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
-from .nn.matrix import is_linear, matrix_shape
+from .nn.matrix import is_linear, matrix_shape, weight_tensor
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
 
@@ -318,7 +318,7 @@ def _replace(
                 undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
                 parent._modules[child] = replacement[id(module)]
     for name, layer in layers.items():
-        others = tuple(o for o in owners[id(plan.targets[name].weight)] if o != f"{name}.weight")
+        others = tuple(o for o in owners.get(id(weight_tensor(plan.targets[name])), ()) if o != f"{name}.weight")
         if others:
             layer.weight_shared_with = others  # type: ignore[assignment]
 

@@ -13,8 +13,8 @@
 
 namespace lrk {
 
-// kPacked: a weight of packed.h, which is staged and nothing else.
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kPacked };
+// kCoded: a weight of coded.h, which is staged and nothing else.
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kCoded };
 
 constexpr int64_t kPanel = 16;
 
@@ -30,7 +30,7 @@ struct Dropout {
 // A rectangle of a tensor that is to be converted. `row` and `col` are its place in the whole
 // tensor, which dropout needs; `col` is a multiple of 4 whenever `dropout` is set.
 struct Source {
-  const void* data;  // of a packed weight: the weight itself, of which row and col tell the place
+  const void* data;  // of a coded weight: the weight itself, of which row and col tell the place
   Dtype dtype;
   int64_t stride;  // elements from one row to the next; columns are adjacent
   int64_t rows;

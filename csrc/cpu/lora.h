@@ -91,8 +91,8 @@ void lora_linear(const Runtime& runtime, const LoraLinear& linear);
 void frozen_linear(const Runtime& runtime, const Matrix& y, const Matrix& x, const Matrix& weight,
                    const float* bias);
 
-// out = the rows of a packed weight, rounded to its values' dtype already.
-void unpack(const Runtime& runtime, const Matrix& out, const Matrix& weight);
+// out = the rows of a coded weight, rounded to its values' dtype already.
+void decode(const Runtime& runtime, const Matrix& out, const Matrix& weight);
 
 // grad_x (M, K) = grad_y weight + scale * keep * ((q * gate) lora_a), summed before it is rounded.
 struct LoraGradX {

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "block_product.h"
+#include "coded.h"
 #include "few_rows.h"
 #include "lora.h"
-#include "packed.h"
 #include "row_hash.h"
 
 namespace lrk {
@@ -28,7 +28,7 @@ constexpr int64_t kProductRows = 1024;    // rows of y that one task takes, at m
 constexpr int64_t kMixTasks = 8;          // tasks of grad_x_by_mixing, at least ...
 constexpr int64_t kMixColumns = 256;      // ... columns of one, at most ...
 constexpr int64_t kMixRows = 32;          // ... and rows of the weight in one of its sums
-constexpr int64_t kPackedRows = 8;        // of a packed weight that are unpacked at a time
+constexpr int64_t kDecodedRows = 8;       // of a coded weight that are decoded at a time
 
 // A finished block of u = x W^T + s (p * gate) B^T, the sums of a region of y, goes out as
 // `epilogue` says. Changes the sums.
@@ -120,17 +120,16 @@ void linear_few_rows(const Runtime& runtime, const LoraLinear& linear, const Mat
   });
 }
 
-// Rows of a packed weight, unpacked: as bfloat16 where that is what they stand for.
-struct Unpacked {
+// Rows of a coded weight, decoded: as bfloat16 where that is what they stand for.
+struct Decoded {
   Dtype dtype = Dtype::kFloat32;
   void* data = nullptr;
 
-  Unpacked(const Matrix& weight, float* scratch) : data(scratch) {
-    if (weight.dtype != Dtype::kPacked) return;
-    if (static_cast<const Packed*>(weight.data)->value == Dtype::kBFloat16)
-      dtype = Dtype::kBFloat16;
+  Decoded(const Matrix& weight, float* scratch) : data(scratch) {
+    if (weight.dtype != Dtype::kCoded) return;
+    if (static_cast<const Coded*>(weight.data)->value == Dtype::kBFloat16) dtype = Dtype::kBFloat16;
   }
-  void unpack(const KernelTable& kernels, const Region& from) const {
+  void decode(const KernelTable& kernels, const Region& from) const {
     const Source s = rectangle(from.whole, from.row, from.col, from.rows, from.cols);
     if (dtype == Dtype::kBFloat16) {
       kernels.stage_bfloat16(static_cast<uint16_t*>(data), from.cols, s);
@@ -152,13 +151,13 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
   for (int64_t i = 0; i < m; ++i) p_rows[i] = static_cast<const float*>(element(p, i, 0));
   run(runtime, ceil_div(n, kDotColumns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
-        const bool packed = weight.dtype == Dtype::kPacked;
+        const bool coded = weight.dtype == Dtype::kCoded;
         Layout own;
         const size_t staged_at = own.add<float>(kDotColumns * rank);
-        const size_t wide_at = own.add<float>(packed ? kPackedRows * width : 0);
+        const size_t wide_at = own.add<float>(coded ? kDecodedRows * width : 0);
         TaskScratch scratch(own.bytes());
         float* staged = at<float>(scratch.base(), staged_at);
-        const Unpacked unpacked(weight, at<float>(scratch.base(), wide_at));
+        const Decoded decoded(weight, at<float>(scratch.base(), wide_at));
         float sums[kDotRows * kDotColumns];
         for (int64_t block = begin; block < end; ++block) {
           const int64_t col = block * kDotColumns, cols = std::min(kDotColumns, n - col);
@@ -168,14 +167,14 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
             correction.factor = staged;
             correction.stride = rank;
           }
-          if (packed) {
-            for (int64_t j = 0; j < cols; j += kPackedRows) {
-              const int64_t some = std::min(kPackedRows, cols - j);
-              unpacked.unpack(kernels, {weight, col + j, 0, some, width});
+          if (coded) {
+            for (int64_t j = 0; j < cols; j += kDecodedRows) {
+              const int64_t some = std::min(kDecodedRows, cols - j);
+              decoded.decode(kernels, {weight, col + j, 0, some, width});
               Dots more = correction;
               more.factor = static_cast<const float*>(correction.factor) + j * correction.stride;
               kernels.dot_rows(sums + j, kDotColumns, m, some,
-                               {x_rows.rows, unpacked.data, unpacked.dtype, width, width},
+                               {x_rows.rows, decoded.data, decoded.dtype, width, width},
                                rank ? &more : nullptr);
             }
           } else {
@@ -338,16 +337,16 @@ void grad_x_by_mixing(const Runtime& runtime, const LoraGradX& grad, const Matri
   run(runtime, ceil_div(width, columns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
         float sums[kDotRows * kMixColumns], correction[kDotRows * kMixColumns];
-        const bool packed = weight.dtype == Dtype::kPacked;
-        TaskScratch scratch(static_cast<size_t>(packed ? kMixRows * columns : 0) * sizeof(float));
-        const Unpacked unpacked(weight, static_cast<float*>(scratch.base()));
+        const bool coded = weight.dtype == Dtype::kCoded;
+        TaskScratch scratch(static_cast<size_t>(coded ? kMixRows * columns : 0) * sizeof(float));
+        const Decoded decoded(weight, static_cast<float*>(scratch.base()));
         for (int64_t block = begin; block < end; ++block) {
           const int64_t col = block * columns, cols = std::min(columns, width - col);
           for (int64_t row = 0; row < n; row += kMixRows) {
             const int64_t rows = std::min(kMixRows, n - row);
-            if (packed) {
-              unpacked.unpack(kernels, {weight, row, col, rows, cols});
-              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, unpacked.data, unpacked.dtype,
+            if (coded) {
+              decoded.decode(kernels, {weight, row, col, rows, cols});
+              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, decoded.data, decoded.dtype,
                                 cols, rows, cols, row > 0});
             } else {
               kernels.mix_rows({sums, kMixColumns, dy + row, n, m, element(weight, row, col),
@@ -398,7 +397,7 @@ void frozen_linear(const Runtime& runtime, const Matrix& y, const Matrix& x, con
   lora_linear(runtime, linear);
 }
 
-void unpack(const Runtime& runtime, const Matrix& out, const Matrix& weight) {
+void decode(const Runtime& runtime, const Matrix& out, const Matrix& weight) {
   const KernelTable& kernels = runtime.kernels;
   run(runtime, out.rows, out.rows * out.cols > (int64_t{1} << 16), [&](int64_t begin, int64_t end) {
     TaskScratch scratch(static_cast<size_t>(out.cols) * sizeof(float));

@@ -15,7 +15,7 @@ struct Matrix {
   int64_t rows;
   int64_t cols;
   int64_t stride;   // elements from one row to the next; columns are adjacent
-  int64_t row = 0;  // of a packed weight, whose `data` is the whole: where this matrix begins
+  int64_t row = 0;  // of a coded weight, whose `data` is the whole: where this matrix begins
   int64_t col = 0;
 };
 
@@ -30,14 +30,14 @@ inline void* mutable_element(const Matrix& m, int64_t row, int64_t col) {
 }
 
 inline Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  if (m.dtype == Dtype::kPacked) {
+  if (m.dtype == Dtype::kCoded) {
     return {m.data, m.dtype, rows, cols, m.stride, m.row + row, m.col + col};
   }
   return {mutable_element(m, row, col), m.dtype, rows, cols, m.stride};
 }
 
 inline Source rectangle(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  const void* data = m.dtype == Dtype::kPacked ? m.data : element(m, row, col);
+  const void* data = m.dtype == Dtype::kCoded ? m.data : element(m, row, col);
   return {data, m.dtype, m.stride, rows, cols, cols, nullptr, m.row + row, m.col + col, nullptr};
 }
 
@@ -55,7 +55,7 @@ struct Region {
 };
 
 // Into float32 panels. A few rows at a time: a cache line may serve two panels, and rows that lie a
-// power of two apart push each other out of the cache. What is packed is unpacked over the width of
+// power of two apart push each other out of the cache. What is coded is decoded over the width of
 // several panels at once, for each of which its blocks' scales would be worked out again.
 inline void stage_panels(const KernelTable& kernels, float* panels, int64_t panel_stride,
                          const Region& from) {
@@ -66,7 +66,7 @@ inline void stage_panels(const KernelTable& kernels, float* panels, int64_t pane
     for (int64_t j = 0; j < from.cols; j += kPanel) {
       const int64_t cols = std::min(kPanel, from.cols - j);
       Source s = rectangle(from.whole, from.row + i, from.col + j, rows, cols);
-      if (from.whole.dtype == Dtype::kPacked) {
+      if (from.whole.dtype == Dtype::kCoded) {
         const int64_t at = j % kWide;
         if (at == 0) {
           s.cols = s.padded_cols = std::min(kWide, from.cols - j);

@@ -13,8 +13,8 @@
 #include <type_traits>
 
 #include "../philox.h"
+#include "coded.h"
 #include "kernel_table.h"
-#include "packed.h"
 
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
 #  include <immintrin.h>
@@ -343,7 +343,10 @@ LRK_FN void stage_rows(Dst* dst, int64_t stride, const Source& s) {
   }
 }
 
-// ---- packed weights -----------------------------------------------------------------------------
+LRK_FN void transpose(uint32_t* dst, int64_t dst_stride, const uint32_t* src, int64_t src_stride,
+                      int64_t rows, int64_t cols);
+
+// ---- coded weights ------------------------------------------------------------------------------
 
 constexpr bool is_bfloat16(BFloat16) { return true; }
 template <typename T>
@@ -368,7 +371,7 @@ LRK_INLINE VecF from_float8(VecU u) {
   return (VecF)(bits | (u & 0x80u) << 24);
 }
 
-LRK_INLINE float block_scale(const Packed& w, int64_t block) {
+LRK_INLINE float block_scale(const Coded& w, int64_t block) {
   const uint8_t* bytes = static_cast<const uint8_t*>(w.scale);
   switch (w.scales) {
     case Scales::kFloat32:
@@ -397,7 +400,7 @@ struct Book {
 
 // 4-bit codes `flat` to flat + n, all under one scale.
 template <typename Dst>
-LRK_INLINE void look_up(Dst* dst, const Book& book, const Packed& w, int64_t flat, int64_t n) {
+LRK_INLINE void look_up(Dst* dst, const Book& book, const Coded& w, int64_t flat, int64_t n) {
   const uint8_t* data = w.data;
   const bool high_first = w.codes == Codes::kHighNibbleFirst;
   int64_t j = 0;
@@ -453,12 +456,12 @@ LRK_INLINE __m256i twice(__m128i v) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(v), v, 1);
 }
 
-LRK_INLINE ByteBook bfloat16_book(const float* values, float scale) {
+LRK_INLINE ByteBook bfloat16_book(const float* values, float zero, float scale) {
   __m256i half[2];
 #  pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    const __m256i u =
-        _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(values + 8 * v), _mm256_set1_ps(scale)));
+    const __m256 value = _mm256_sub_ps(_mm256_loadu_ps(values + 8 * v), _mm256_set1_ps(zero));
+    const __m256i u = _mm256_castps_si256(_mm256_mul_ps(value, _mm256_set1_ps(scale)));
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     half[v] = _mm256_srli_epi32(
         _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
@@ -522,26 +525,28 @@ LRK_INLINE To widen_bytes(Bytes bytes) {
 #endif
 }
 
-// 8-bit codes, all under one scale.
-template <typename T, typename Dst>
-LRK_INLINE void scale_bytes(Dst* dst, const Packed& w, float scale, int64_t flat, int64_t n) {
+enum class Bytes { kInt8, kFloat8, kNibble };
+
+// n values of bytes, rounded to T: int8 or float8 times `scale`, or the nibble `shift` bits up
+// times `scale` less `least`.
+template <typename T, Bytes Kind, typename Dst>
+LRK_INLINE void decode_bytes(Dst* dst, const uint8_t* from, int64_t n, float scale,
+                             float least = 0.0f, int shift = 0) {
+  typedef int8_t Signed __attribute__((vector_size(LRK_W)));
+  typedef uint8_t Unsigned __attribute__((vector_size(LRK_W)));
   for (int64_t j = 0; j < n; j += kWidth) {
     const int64_t count = n - j < kWidth ? n - j : kWidth;
+    const Unsigned bytes =
+        count == kWidth ? load_raw<Unsigned>(from + j) : load_part_raw<Unsigned>(from + j, count);
     VecF value;
-    if (w.codes == Codes::kInt8) {
-      typedef int8_t Bytes __attribute__((vector_size(LRK_W)));
-      const int8_t* from = reinterpret_cast<const int8_t*>(w.data) + flat + j;
-      const Bytes bytes =
-          count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
-      value = __builtin_convertvector(widen_bytes<VecI>(bytes), VecF);
+    if (Kind == Bytes::kInt8) {
+      value = __builtin_convertvector(widen_bytes<VecI>((Signed)bytes), VecF) * splat(scale);
+    } else if (Kind == Bytes::kFloat8) {
+      value = from_float8(widen_bytes<VecU>(bytes)) * splat(scale);
     } else {
-      typedef uint8_t Bytes __attribute__((vector_size(LRK_W)));
-      const uint8_t* from = w.data + flat + j;
-      const Bytes bytes =
-          count == kWidth ? load_raw<Bytes>(from) : load_part_raw<Bytes>(from, count);
-      value = from_float8(widen_bytes<VecU>(bytes));
+      const VecU code = widen_bytes<VecU>(bytes) >> static_cast<uint32_t>(shift) & 15u;
+      value = __builtin_convertvector((VecI)code, VecF) * splat(scale) - splat(least);
     }
-    value = value * splat(scale);
     if (!std::is_same<T, Dst>::value) value = round_to(value, T{});  // else the store rounds
     if (count == kWidth) {
       store(dst + j, value);
@@ -551,23 +556,71 @@ LRK_INLINE void scale_bytes(Dst* dst, const Packed& w, float scale, int64_t flat
   }
 }
 
+LRK_INLINE float half_at(const uint8_t* p) {
+  return load_part(reinterpret_cast<const Float16*>(p), 1)[0];
+}
+
+// Elements `at` to at + n of the 32 whose number is `block`, in records of a GGUF file.
 template <typename T, typename Dst>
-LRK_FN void decode_row(Dst* dst, const Packed& w, int64_t row, int64_t col, int64_t cols) {
+LRK_INLINE void decode_record(Dst* dst, const Coded& w, int64_t block, int64_t at, int64_t n) {
+  if (w.codes == Codes::kQ8_0) {
+    const uint8_t* record = w.data + block * 34;
+    return decode_bytes<T, Bytes::kInt8>(dst, record + 2 + at, n, half_at(record));
+  }
+  // A half d and a half m, for 8 blocks 6 bits of each, and 32 bytes for two blocks.
+  const uint8_t* record = w.data + block / 8 * 144;
+  const uint8_t* six = record + 4;
+  const int b = static_cast<int>(block % 8), shift = b % 2 * 4;
+  int scale = six[b % 4] & 63, least = six[b % 4 + 4] & 63;
+  if (b >= 4) {
+    scale = (six[b + 4] & 15) | (six[b - 4] >> 6 << 4);
+    least = six[b + 4] >> 4 | six[b] >> 6 << 4;
+  }
+  const float d = half_at(record) * static_cast<float>(scale);
+  const float m = half_at(record + 2) * static_cast<float>(least);
+  decode_bytes<T, Bytes::kNibble>(dst, record + 16 + b / 2 * 32 + at, n, d, m, shift);
+}
+
+// One row's piece, where each column has a block of its own.
+template <typename T, typename Dst>
+LRK_FN void decode_grouped_row(Dst* dst, const Coded& w, int64_t row, int64_t col, int64_t cols) {
+  for (int64_t j = 0; j < cols; ++j) {
+    const int64_t flat = row * w.cols + col + j, block = row * w.grid + w.groups[col + j];
+    const bool high = (flat % 2 == 0) == (w.codes == Codes::kHighNibbleFirst);
+    const uint8_t byte = w.data[flat / 2];
+    const float zero = w.zeros ? static_cast<float>(w.zeros[block]) : 0.0f;
+    const float value = (w.book[high ? byte >> 4 : byte & 15] - zero) * block_scale(w, block);
+    store_one(dst + j, round_to(splat(value), T{})[0]);
+  }
+}
+
+template <typename T, typename Dst>
+LRK_FN void decode_row(Dst* dst, const Coded& w, int64_t row, int64_t col, int64_t cols) {
+  if (w.groups) return decode_grouped_row<T>(dst, w, row, col, cols);
   const int64_t flat = row * w.cols + col;
   const int64_t size = w.run ? w.run : w.block_cols, at = w.run ? flat : col;
   int64_t block = at / size + (w.run ? 0 : row / w.block_rows * w.grid);
   int64_t n = size - at % size;
   for (int64_t j = 0; j < cols; j += n, n = size, ++block) {
     if (n > cols - j) n = cols - j;
-    const float scale = block_scale(w, block);
-    if (w.codes == Codes::kInt8 || w.codes == Codes::kFloat8) {
-      scale_bytes<T>(dst + j, w, scale, flat + j, n);
+    if (in_records(w.codes)) {
+      decode_record<T>(dst + j, w, block, (flat + j) % size, n);
       continue;
     }
+    const float scale = block_scale(w, block);
+    if (w.codes == Codes::kInt8) {
+      decode_bytes<T, Bytes::kInt8>(dst + j, w.data + flat + j, n, scale);
+      continue;
+    }
+    if (w.codes == Codes::kFloat8) {
+      decode_bytes<T, Bytes::kFloat8>(dst + j, w.data + flat + j, n, scale);
+      continue;
+    }
+    const float zero = w.zeros ? static_cast<float>(w.zeros[block]) : 0.0f;
     int64_t done = 0;
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
     if (is_bfloat16(T{}) && n >= 32 && (flat + j) % 2 == 0 && scale - scale == 0.0f) {
-      done = look_up_words(dst + j, bfloat16_book(w.book, scale), w.data + (flat + j) / 2,
+      done = look_up_words(dst + j, bfloat16_book(w.book, zero, scale), w.data + (flat + j) / 2,
                            w.codes == Codes::kHighNibbleFirst, n);
       if (done == n) continue;
     }
@@ -575,27 +628,88 @@ LRK_FN void decode_row(Dst* dst, const Packed& w, int64_t row, int64_t col, int6
     Book book;
 #pragma GCC unroll 4
     for (int v = 0; v < 16; v += kWidth) {
-      store(book.value + v, round_to(load(w.book + v) * splat(scale), T{}));
+      store(book.value + v, round_to((load(w.book + v) - splat(zero)) * splat(scale), T{}));
     }
     look_up(dst + j + done, book, w, flat + j + done, n - done);
   }
 }
 
+// Codes in words: kWidth rows of W lie beside each other in memory. They are decoded a column at a
+// time, with a row a lane, and turned.
 template <typename T, typename Dst>
-LRK_FN void decode_rows(Dst* dst, int64_t stride, const Source& s) {
-  const Packed& w = *static_cast<const Packed*>(s.data);
-  for (int64_t i = 0; i < s.rows; ++i) {
-    Dst* to = dst + i * stride;
-    decode_row<T>(to, w, s.row + i, s.col, s.cols);
-    if (s.padded_cols > s.cols) {
-      __builtin_memset(to + s.cols, 0, static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
+LRK_FN void decode_words(Dst* dst, int64_t stride, const Source& s) {
+  const Coded& w = *static_cast<const Coded*>(s.data);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(w.data);
+  const float* scales = static_cast<const float*>(w.scale);
+  const bool down = w.codes == Codes::kWordsDown;
+  for (int64_t i = 0; i < s.rows; i += kWidth) {
+    const int64_t row = s.row + i, rows = s.rows - i < kWidth ? s.rows - i : kWidth;
+    int64_t across[kWidth];
+    VecU shifts = {};
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      across[lane] = (row + lane) / 8;
+      const uint32_t r = static_cast<uint32_t>((row + lane) % 8);
+      shifts[lane] = 4 * (r / 2 + r % 2 * 4);
+    }
+    VecF scale = {}, zero = {};
+    int64_t known = -1;
+    for (int64_t j = 0; j < s.cols; j += kWidth) {
+      const int64_t cols = s.cols - j < kWidth ? s.cols - j : kWidth;
+      float tile[kWidth * kWidth] = {}, turned[kWidth * kWidth];
+      for (int64_t c = 0; c < cols; ++c) {
+        const int64_t k = s.col + j + c, group = w.groups ? w.groups[k] : k / w.block_cols;
+        if (group != known) {
+          known = group;
+          scale = load_part(scales + group * w.rows + row, rows);
+          const uint8_t* zeros = w.zeros + group * w.rows + row;
+          for (int64_t lane = 0; lane < rows; ++lane) zero[lane] = static_cast<float>(zeros[lane]);
+        }
+        VecU code;
+        if (down) {
+          code = load_part_raw<VecU>(words + k / 8 * w.rows + row, rows) >>
+                 static_cast<uint32_t>(4 * (k % 8));
+        } else {
+          uint32_t lanes[kWidth] = {};
+          const uint32_t* line = words + k * (w.rows / 8);
+          for (int64_t lane = 0; lane < rows; ++lane) lanes[lane] = line[across[lane]];
+          code = load_raw<VecU>(lanes) >> shifts;
+        }
+        const VecF value = __builtin_convertvector((VecI)(code & 15u), VecF);
+        store(tile + c * kWidth, round_to((value - zero) * scale, T{}));
+      }
+      transpose(reinterpret_cast<uint32_t*>(turned), kWidth,
+                reinterpret_cast<const uint32_t*>(tile), kWidth, kWidth, kWidth);
+      for (int64_t r = 0; r < rows; ++r) {
+        Dst* to = dst + (i + r) * stride + j;
+        if (cols == kWidth) {
+          store(to, load(turned + r * kWidth));
+        } else {
+          store_part(to, load(turned + r * kWidth), cols);
+        }
+      }
     }
   }
 }
 
+template <typename T, typename Dst>
+LRK_FN void decode_rows(Dst* dst, int64_t stride, const Source& s) {
+  const Coded& w = *static_cast<const Coded*>(s.data);
+  if (in_words(w.codes)) {
+    decode_words<T>(dst, stride, s);
+  } else {
+    for (int64_t i = 0; i < s.rows; ++i)
+      decode_row<T>(dst + i * stride, w, s.row + i, s.col, s.cols);
+  }
+  if (s.padded_cols == s.cols) return;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    __builtin_memset(dst + i * stride + s.cols, 0,
+                     static_cast<size_t>(s.padded_cols - s.cols) * sizeof(Dst));
+  }
+}
+
 template <typename Dst>
-LRK_FN void stage_packed(Dst* dst, int64_t stride, const Source& s) {
-  switch (static_cast<const Packed*>(s.data)->value) {
+LRK_FN void stage_coded(Dst* dst, int64_t stride, const Source& s) {
+  switch (static_cast<const Coded*>(s.data)->value) {
     case Dtype::kBFloat16:
       return decode_rows<BFloat16>(dst, stride, s);
     case Dtype::kFloat16:
@@ -608,8 +722,8 @@ LRK_FN void stage_packed(Dst* dst, int64_t stride, const Source& s) {
 template <typename Dst>
 LRK_FN void stage_any(Dst* dst, int64_t stride, const Source& s) {
   switch (s.dtype) {
-    case Dtype::kPacked:
-      return stage_packed(dst, stride, s);
+    case Dtype::kCoded:
+      return stage_coded(dst, stride, s);
     case Dtype::kFloat32:
       return stage_rows<Dst, float>(dst, stride, s);
     case Dtype::kBFloat16:
@@ -831,7 +945,7 @@ LRK_FN void store_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* 
     case Dtype::kBFloat16:
       return store_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols,
                          scale);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return store_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols,
@@ -906,7 +1020,7 @@ LRK_FN void add_rows(void* dst, Dtype dtype, int64_t dst_stride, const float* sr
     case Dtype::kBFloat16:
       return add_typed(static_cast<BFloat16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
                        dropout, row, col);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return add_typed(static_cast<Float16*>(dst), dst_stride, src, src_stride, rows, cols, scale,
@@ -997,7 +1111,7 @@ LRK_FN void scale_columns(void* dst, Dtype dtype, int64_t dst_stride, const void
       return scale_columns_typed(static_cast<BFloat16*>(dst), dst_stride,
                                  static_cast<const BFloat16*>(src), src_stride, rows, cols, scale,
                                  bias);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return scale_columns_typed(static_cast<Float16*>(dst), dst_stride,
@@ -1018,7 +1132,7 @@ LRK_FN void scale_grad(void* dst, Dtype dtype, int64_t dst_stride, const void* s
       return scale_grad_typed(static_cast<BFloat16*>(dst), dst_stride,
                               static_cast<const BFloat16*>(src), src_stride,
                               static_cast<const BFloat16*>(u), u_stride, rows, cols, scale, inner);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return scale_grad_typed(static_cast<Float16*>(dst), dst_stride,
@@ -1125,7 +1239,7 @@ LRK_FN void dot_rows(float* out, int64_t out_stride, int64_t rows, int64_t rank,
       return dot_rows_typed<float>(out, out_stride, rows, rank, dots, more);
     case Dtype::kBFloat16:
       return dot_rows_typed<BFloat16>(out, out_stride, rows, rank, dots, more);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return dot_rows_typed<Float16>(out, out_stride, rows, rank, dots, more);
@@ -1199,7 +1313,7 @@ LRK_FN void mix_rows(const Mix& m) {
       return mix_rows_typed<float>(m);
     case Dtype::kBFloat16:
       return mix_rows_typed<BFloat16>(m);
-    case Dtype::kPacked:
+    case Dtype::kCoded:
       return;  // it is staged first
     case Dtype::kFloat16:
       return mix_rows_typed<Float16>(m);

@@ -14,8 +14,8 @@ from ..kernels import lora as launchers
 from ..kernels.coded import CodedOperand, coded_product
 from ..kernels.lora_tiles import Strategy, choose_strategy, fused_fits, lora_tiles, predicted_seconds
 from ..kernels.target import Target
-from ..weights import FORMATS, NF4Weight
-from ..weights.coded import Scales
+from ..weights import FORMATS, CodedWeight, NF4Weight
+from ..weights.coded import Codes, Scales
 from .registry import KernelWork, LaunchCase, OpFamily, Traced
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -85,44 +85,46 @@ def _cases() -> Iterator[LaunchCase]:
     yield _case("two_kernel", 2048, 16, "bf16", needs=(False, False, True))
 
 
+_RUNS = {"nf4": 64, "q8_0": 32, "q4_k": 32}
+_BLOCKS = {"fp8": (128, 128), "mxfp4": (1, 32), "gptq": (1, 128), "awq": (1, 128)}
+
+
 def _coded_case(
-    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, K: int = 4096
+    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, order: bool = False, K: int = 4096
 ) -> LaunchCase:
-    """The product with a weight of codes, or dX."""
+    """The product with a weight of codes, or dX; ``order``: with columns in groups out of order."""
 
     def run(target: Target) -> None:
         N = 4096
-        kind: Any = FORMATS[format_]
-        weight = kind.from_dense(torch.zeros(1, 32))
+        kind = FORMATS[format_]
+        assert issubclass(kind, CodedWeight)
+        code, scale = kind.code, Scales.NESTED if nested else kind.scale
 
         def empty(*shape: int, of: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=of, device="meta")
 
-        run_, block = weight.run, weight.block
-        if format_ == "int8":
-            block = (1, K)
+        run_, block = _RUNS.get(format_, 0), _BLOCKS.get(format_, (1, K))
         blocks = -(-N * K // run_) if run_ else -(-N // block[0]) * -(-K // block[1])
-        size = N * K // 2 if weight.values is not None else N * K
-        scale, tables = weight.scale_kind, None
-        if nested:
-            scale, tables = Scales.NESTED, (empty(256, of=_F32), empty(-(-blocks // 256), of=_F32))
+        words, records = code.item == 4, code >= Codes.Q8_0
         operand = CodedOperand(
-            empty(size, of=torch.uint8),
-            empty(blocks, of=torch.uint8 if nested else weight.scales.dtype),
-            None if weight.values is None else empty(16, of=_F32),
-            tables,
+            empty(code.items(N * K), of=torch.int32 if words else torch.uint8),
+            None if records else empty(blocks, of=_F32 if scale == Scales.FLOAT32 else torch.uint8),
+            empty(16, of=_F32) if code <= Codes.LOW_NIBBLE_FIRST else None,
+            (empty(256, of=_F32), empty(-(-blocks // 256), of=_F32)) if nested else None,
+            empty(blocks, of=torch.uint8) if words else None,
+            empty(K, of=torch.int32) if order else None,
             (N, K),
-            int(weight.code),
+            int(code),
             int(scale),
-            weight.offset,
+            0.0,
             run_,
             block,
             256 if nested else 0,
         )
         coded_product(empty(M, N if grad else K, of=dtype), operand, None, grad=grad)
 
-    words = ["codes", format_, "nested" if nested else "", f"M={M}", "f32" if dtype == _F32 else "bf16"]
-    words += ["dX" if grad else "", f"K={K}" if K != 4096 else ""]
+    words = ["codes", format_, "nested" if nested else "", "ordered" if order else "", f"M={M}"]
+    words += ["f32" if dtype == _F32 else "bf16", "dX" if grad else "", f"K={K}" if K != 4096 else ""]
     return LaunchCase(" ".join(word for word in words if word), run)
 
 
@@ -131,6 +133,9 @@ def _coded_cases() -> Iterator[LaunchCase]:
         for format_ in ("nf4", "int8", "fp8", "mxfp4"):
             for M in (16, 2048):
                 yield _coded_case(format_, M, _BF16, grad=grad)
+        for format_ in ("gptq", "awq", "q8_0", "q4_k"):
+            yield _coded_case(format_, 2048, _BF16, grad=grad)
+        yield _coded_case("gptq", 2048, _BF16, grad=grad, order=True)
         yield _coded_case("nf4", 2048, _BF16, grad=grad, nested=True)
         yield _coded_case("nf4", 2048, _BF16, grad=grad, K=4304)  # scales change within a row of a tile
         yield _coded_case("nf4", 2048, _F32, grad=grad)

@@ -1,8 +1,8 @@
 """Triton kernels that multiply by a weight of 4- or 8-bit codes, which they decode in registers.
 
-y = x Wᵀ + bias and dX = dY W with w = rn(value(code) · scale of its block, x's dtype); see ``weights/coded.py``. The
-decoded tile is the first operand of the product, so that it goes to the matrix unit from registers: what is computed
-is yᵀ and dXᵀ. Accumulates in float32 and rounds once; no atomics.
+y = x Wᵀ + bias and dX = dY W with w = rn((value(code) - zero) · scale of its block, x's dtype); see
+``weights/coded.py``. The decoded tile is the first operand of the product, so that it goes to the matrix unit from
+registers: what is computed is yᵀ and dXᵀ. Accumulates in float32 and rounds once; no atomics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 from .launch import precision
 from .tiles import cast, dot, load_tile, store_tile, tile_position
 
+# The numbers of weights/coded.py.
 _HIGH_NIBBLE_FIRST, _INT8, _FLOAT8 = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
+_WORDS_DOWN, _WORDS_ACROSS, _Q8_0, _Q4_K = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 _NESTED, _EXPONENT, _FLOAT8_SCALE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -47,10 +49,61 @@ def _block_scale(scales_ptr, map_ptr, nested_ptr, at, mask, offset, NESTED_BLOCK
 
 
 @triton.jit
-def load_coded_tile(codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, n0, k0, N, K, offset, run, grid,
-                    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-                    CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_A_ROW: tl.constexpr, DTYPE: tl.constexpr,
-                    ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def _half(ptr, mask):
+    """The float16 at an address of bytes, as float32."""
+    low, high = tl.load(ptr, mask=mask, other=0).to(tl.uint16), tl.load(ptr + 1, mask=mask, other=0).to(tl.uint16)
+    return (low | high << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _q4_k(ptr, flat, mask):
+    """Elements of records of 144 bytes: halves d and m, 8 scales and 8 least values of 6 bits, 4 bits an element."""
+    record = ptr + flat // 256 * 144
+    block = (flat // 32 % 8).to(tl.int32)
+    four = block % 4
+    first, second = tl.load(record + 4 + four, mask=mask, other=0), tl.load(record + 8 + four, mask=mask, other=0)
+    third = tl.load(record + 12 + four, mask=mask, other=0)
+    scale = tl.where(block < 4, first & 63, third & 15 | (first >> 6) << 4).to(tl.float32)
+    least = tl.where(block < 4, second & 63, third >> 4 | (second >> 6) << 4).to(tl.float32)
+    byte = tl.load(record + 16 + block // 2 * 32 + flat % 32, mask=mask, other=0)
+    code = tl.where(block % 2 == 0, byte & 15, byte >> 4).to(tl.float32)
+    return code * (_half(record, mask) * scale) - _half(record + 2, mask) * least
+
+
+@triton.jit
+def _code_values(codes_ptr, values_ptr, offs_n, offs_k, mask, N, K, CODES: tl.constexpr):
+    """What the codes of a tile stand for, in float32: without their scales, but for those of records."""
+    flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    if CODES == _WORDS_DOWN:
+        at = (offs_k // 8).to(tl.int64)[None, :] * N + offs_n[:, None]
+        value = (tl.load(codes_ptr + at, mask=mask, other=0) >> (offs_k % 8 * 4)[None, :] & 15).to(tl.float32)
+    elif CODES == _WORDS_ACROSS:
+        at = offs_k.to(tl.int64)[None, :] * (N // 8) + (offs_n // 8)[:, None]
+        shift = (offs_n % 8 // 2 + offs_n % 2 * 4) * 4
+        value = (tl.load(codes_ptr + at, mask=mask, other=0) >> shift[:, None] & 15).to(tl.float32)
+    elif CODES == _Q4_K:
+        value = _q4_k(codes_ptr, flat, mask)
+    elif CODES == _Q8_0:
+        record = codes_ptr + flat // 32 * 34
+        byte = tl.load(record + 2 + flat % 32, mask=mask, other=0)
+        value = byte.to(tl.int8, bitcast=True).to(tl.float32) * _half(record, mask)
+    elif CODES == _INT8:
+        value = tl.load(codes_ptr + flat, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    elif CODES == _FLOAT8:
+        value = _from_float8(tl.load(codes_ptr + flat, mask=mask, other=0))
+    else:
+        byte = tl.load(codes_ptr + flat // 2, mask=mask, other=0)
+        upper = (flat % 2 == 0) == (CODES == _HIGH_NIBBLE_FIRST)
+        code = tl.where(upper, byte >> 4, byte & 15)
+        value = tl.load(values_ptr + code.to(tl.int32))
+    return value
+
+
+@triton.jit
+def load_coded_tile(codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, zeros_ptr, groups_ptr, n0, k0, N, K,
+                    offset, run, grid, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+                    NESTED_BLOCK: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_A_ROW: tl.constexpr,
+                    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The (ROWS, COLS) tile of W at (n0, k0), decoded and rounded to DTYPE; zero outside of W.
 
     BLOCK_COLS 0: blocks of ``run`` elements of the flattened W. SCALE_A_ROW: each row of a tile lies in one block.
@@ -58,37 +111,35 @@ def load_coded_tile(codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, n0, 
     offs_n = n0 + tl.arange(0, ROWS)
     offs_k = k0 + tl.arange(0, COLS)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    if CODES == _INT8 or CODES == _FLOAT8:
-        byte = tl.load(codes_ptr + flat, mask=mask, other=0)
-        if CODES == _INT8:
-            value = byte.to(tl.int8, bitcast=True).to(tl.float32)
+    value = _code_values(codes_ptr, values_ptr, offs_n, offs_k, mask, N, K, CODES)
+    if scales_ptr is not None:
+        rows = offs_n.to(tl.int64)[:, None]
+        if SCALE_A_ROW:
+            columns = k0 + tl.zeros([1], tl.int32)[None, :]
+            known = (offs_n < N)[:, None] & (columns < K)
         else:
-            value = _from_float8(byte)
-    else:
-        byte = tl.load(codes_ptr + flat // 2, mask=mask, other=0)
-        upper = (flat % 2 == 0) == (CODES == _HIGH_NIBBLE_FIRST)
-        code = tl.where(upper, byte >> 4, byte & 15)
-        value = tl.load(values_ptr + code.to(tl.int32))
-    if SCALE_A_ROW:
+            columns = offs_k[None, :]
+            known = mask
         if BLOCK_COLS == 0:
-            place = (offs_n.to(tl.int64) * K + k0) // run
+            place = (rows * K + columns) // run
         else:
-            place = (offs_n // BLOCK_ROWS).to(tl.int64) * grid + k0 // BLOCK_COLS
-        known = (offs_n < N) & (k0 < K)
-        scale = _block_scale(scales_ptr, map_ptr, nested_ptr, place, known, offset, NESTED_BLOCK, SCALES)[:, None]
-    else:
-        if BLOCK_COLS == 0:
-            place = flat // run
-        else:
-            place = (offs_n // BLOCK_ROWS).to(tl.int64)[:, None] * grid + (offs_k // BLOCK_COLS)[None, :]
-        scale = _block_scale(scales_ptr, map_ptr, nested_ptr, place, mask, offset, NESTED_BLOCK, SCALES)
-    return cast(tl.where(mask, value * scale, 0.0), DTYPE)
+            if groups_ptr is None:
+                block = columns // BLOCK_COLS
+            else:
+                block = tl.load(groups_ptr + columns, mask=columns < K, other=0)
+            if CODES == _WORDS_DOWN or CODES == _WORDS_ACROSS:
+                place = block.to(tl.int64) * N + rows
+            else:
+                place = rows // BLOCK_ROWS * grid + block
+        if zeros_ptr is not None:
+            value -= tl.load(zeros_ptr + place, mask=known, other=0).to(tl.float32)
+        value *= _block_scale(scales_ptr, map_ptr, nested_ptr, place, known, offset, NESTED_BLOCK, SCALES)
+    return cast(tl.where(mask, value, 0.0), DTYPE)
 
 
 @triton.jit
 def _coded_product_kernel(
-    in_ptr, codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, bias_ptr, out_ptr,
+    in_ptr, codes_ptr, scales_ptr, values_ptr, map_ptr, nested_ptr, zeros_ptr, groups_ptr, bias_ptr, out_ptr,
     M, N, K, stride_in, offset, run, grid,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_A_ROW: tl.constexpr,
@@ -113,6 +164,8 @@ def _coded_product_kernel(
             values_ptr,
             map_ptr,
             nested_ptr,
+            zeros_ptr,
+            groups_ptr,
             n0,
             k0,
             N,
@@ -139,12 +192,14 @@ def _coded_product_kernel(
 
 
 class CodedOperand(NamedTuple):
-    """A coded weight as the kernels take it: bytes, and the numbers of ``weights/coded.py``."""
+    """A coded weight as the kernels take it: bytes or words, and the numbers of ``weights/coded.py``."""
 
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     values: Tensor | None
     nested: tuple[Tensor, Tensor] | None
+    zeros: Tensor | None
+    groups: Tensor | None
     shape: tuple[int, int]
     code: int
     scale: int
@@ -163,13 +218,15 @@ def coded_product(rows: Tensor, w: CodedOperand, bias: Tensor | None, *, grad: b
     # No matrix unit at full float32 precision, and a scale for each element where blocks do not fit: smaller tiles keep
     # in registers.
     length = w.run or (64 if block_cols >= K else block_cols)
-    in_rows = not w.run or K % w.run == 0
+    in_rows = (not w.run or K % w.run == 0) and w.groups is None
     block_w = 64 if in_rows and length % 64 == 0 and not wide else 32
     block_m = min(32 if wide else 128, max(16, triton.next_power_of_2(M)))
     one_block = in_rows and length % block_w == 0
-    scales = w.scales if w.scale == 0 else w.scales.view(torch.uint8)
+    codes = w.codes if w.codes.dtype == torch.int32 else w.codes.view(torch.uint8)
+    scales = w.scales if w.scales is None or w.scale == 0 else w.scales.view(torch.uint8)
+    decoding = codes, scales, w.values, *(w.nested or (None, None)), w.zeros, w.groups
     _coded_product_kernel[(triton.cdiv(M, block_m) * triton.cdiv(columns, block_w),)](
-        *(rows, w.codes.view(torch.uint8), scales, w.values, *(w.nested or (None, None)), bias, out),
+        *(rows, *decoding, bias, out),
         *(M, N, K, rows.stride(0), w.offset, w.run, 0 if w.run else triton.cdiv(K, block_cols)),
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=0 if w.run else block_cols,
@@ -182,7 +239,7 @@ def coded_product(rows: Tensor, w: CodedOperand, bias: Tensor | None, *, grad: b
         GROUP_M=8,
         GRAD=grad,
         PRECISION=precision(rows.dtype),
-        num_warps=8 if w.values is not None and block_m * block_w == 128 * 64 else 4,
+        num_warps=8 if w.code not in (2, 3, 6) and block_m * block_w == 128 * 64 else 4,
         num_stages=2,
         enable_fp_fusion=False,  # a double quantisation's scale is rounded twice
     )

@@ -13,8 +13,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _before_all_for
 from torch.nn.parameter import is_lazy
 
 from ..weights import Weight
-from ..weights import of as packed
-from .matrix import frozen_weight, is_conv1d, matrix_shape, weight_shape
+from ..weights import of as stored
+from .matrix import frozen_weight, is_conv1d, matrix_shape, weight_shape, weight_tensor
 from .sharded import is_dtensor
 
 # Subclasses of nn.Linear that compute the same by other calls: that of transformers' Falcon adds the bias by itself.
@@ -55,7 +55,7 @@ def must_be_called(*linears: nn.Module) -> bool:
 def _has_plain_forward(module: nn.Module) -> bool:
     kind = type(module)
     plain = kind.forward in _PLAIN_FORWARDS or is_conv1d(module) or kind.__name__ in _SAME_FUNCTION
-    return plain or packed(module) is not None
+    return plain or stored(module) is not None
 
 
 def has_global_hooks() -> bool:
@@ -90,7 +90,7 @@ def why_not_frozen(module: nn.Module) -> str | None:
     """Why ``module`` cannot be used as x ↦ x Wᵀ + bias with a plain frozen weight W; None when it can."""
     kind = type(module).__name__
     try:
-        if packed(module) is not None:
+        if stored(module) is not None:
             return _HOOKED if has_hooks(module) else None
     except ValueError as error:  # of a format that is known, in a state that cannot be read
         return str(error)
@@ -165,7 +165,7 @@ class AroundBase(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The wrapped module's, as that keeps it."""
-        return self.base_layer.weight
+        return weight_tensor(self.base_layer)
 
     @property
     def matrix(self) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..weights import Weight
-from ..weights import of as packed
+from ..weights import of as stored
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """True for an nn.Linear, transformers' Conv1D, and what keeps its weight in a format of ``weights``."""
-    return isinstance(module, nn.Linear) or is_conv1d(module) or packed(module) is not None
+    return isinstance(module, nn.Linear) or is_conv1d(module) or stored(module) is not None
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -62,8 +62,18 @@ def frozen_weight(module: Any) -> Weight:
     if type(module) is nn.Linear:  # at every forward of a layer: nothing is faster
         weight: Tensor = module.weight
         return weight
-    found = packed(module)
+    found = stored(module)
     return as_matrix(module, module.weight) if found is None else found
+
+
+def weight_tensor(module: Any) -> Tensor:
+    """The tensor that a module's weight lies in: ``weight``, or the codes of a format that names them otherwise."""
+    weight: Tensor | None = getattr(module, "weight", None)
+    found = None if weight is not None else stored(module)
+    if found is not None:
+        return found.parts()[0]
+    assert weight is not None
+    return weight
 
 
 def write_matrix_(weight: Tensor, matrix: Tensor) -> None:

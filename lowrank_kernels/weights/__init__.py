@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from ..cpp import cpp
 from . import dense as _dense
+from .awq import AWQWeight
 from .coded import DTYPES, CodedWeight
 from .format import FORMATS, FrozenWeight, register, unpacked
 from .fp8 import FP8Weight
+from .gguf import Q4_KWeight, Q8_0Weight
+from .gptq import GPTQWeight
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .mxfp4 import MXFP4Weight
@@ -50,7 +53,7 @@ def corrected(x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, *rest: 
     if isinstance(weight, Tensor):
         found: tuple[Tensor, Tensor, Tensor] = cpp.lora_linear_fused(x, weight, lora_a, lora_b, *rest)
     else:
-        found = cpp.lora_linear_packed(x, *_coded(weight).arguments(), lora_a, lora_b, *rest)
+        found = cpp.lora_linear_coded(x, *_coded(weight).arguments(), lora_a, lora_b, *rest)
     return found
 
 
@@ -62,7 +65,7 @@ def corrected_grad(grad_y: Tensor, q: Tensor, weight: Weight, lora_a: Tensor, *r
     if isinstance(weight, Tensor):
         found: Tensor = cpp.lora_grad_x(grad_y, q, weight, lora_a, *rest)
     else:
-        found = cpp.lora_grad_x_packed(grad_y, q, *_coded(weight).arguments(), lora_a, *rest)
+        found = cpp.lora_grad_x_coded(grad_y, q, *_coded(weight).arguments(), lora_a, *rest)
     return found
 
 
@@ -71,7 +74,7 @@ def corrected_backward(grad_y: Tensor, x: Tensor, weight: Weight, *rest: Any) ->
     if isinstance(weight, Tensor):
         found: tuple[Tensor, ...] = cpp.lora_backward(grad_y, x, weight, *rest)
     else:
-        found = cpp.lora_backward_packed(grad_y, x, *_coded(weight).arguments(), *rest)
+        found = cpp.lora_backward_coded(grad_y, x, *_coded(weight).arguments(), *rest)
     return found
 
 
@@ -114,15 +117,19 @@ def encoders() -> dict[str, Any]:
 
 __all__ = [
     "FORMATS",
+    "AWQWeight",
     "CodedWeight",
     "FP4Weight",
     "FP8Weight",
     "FrozenWeight",
+    "GPTQWeight",
     "Int4Weight",
     "Int8Weight",
     "MXFP4Weight",
     "NF4Weight",
     "NVFP4Weight",
+    "Q4_KWeight",
+    "Q8_0Weight",
     "Weight",
     "corrected",
     "corrected_backward",

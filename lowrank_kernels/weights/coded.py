@@ -17,15 +17,38 @@ from .format import FrozenWeight
 
 C = TypeVar("C", bound="CodedWeight")
 
-# Numbers that the extension knows: csrc/cpu/packed.h.
+# Numbers that the extension knows: csrc/cpu/coded.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 1 << 20  # elements that PyTorch decodes at a time
 
 
 class Codes(IntEnum):
-    """Where the code of an element lies: in a nibble of a byte that two share, or in a byte."""
+    """Where the code of an element lies.
 
-    HIGH_NIBBLE_FIRST, LOW_NIBBLE_FIRST, INT8, FLOAT8 = range(4)
+    In a nibble of a byte that two share, or in a byte; in an int32 of 8 elements of a row (K / 8, N), lowest first, or
+    of 8 rows (K, N / 8), in the order 0, 2, 4, 6, 1, 3, 5, 7; in a record of a GGUF file, beside its scale.
+    """
+
+    HIGH_NIBBLE_FIRST, LOW_NIBBLE_FIRST, INT8, FLOAT8, WORDS_DOWN, WORDS_ACROSS, Q8_0, Q4_K = range(8)
+
+    @property
+    def item(self) -> int:
+        """Bytes of an item of the codes."""
+        return 4 if self in (Codes.WORDS_DOWN, Codes.WORDS_ACROSS) else 1
+
+    def items(self, size: int) -> int:
+        """Items that hold the codes of ``size`` elements."""
+        elements, bytes_ = _RECORDS.get(self, (2, 1) if self in _NIBBLES else (1, 1))
+        return -(-size // elements) * bytes_ // self.item
+
+    @property
+    def step(self) -> int:
+        """Elements of a row that only come together."""
+        return 8 if self.item == 4 else _RECORDS.get(self, (1, 1))[0]
+
+
+_NIBBLES = (Codes.HIGH_NIBBLE_FIRST, Codes.LOW_NIBBLE_FIRST, Codes.WORDS_DOWN, Codes.WORDS_ACROSS)
+_RECORDS = {Codes.Q8_0: (32, 34), Codes.Q4_K: (256, 144)}  # elements, bytes
 
 
 class Scales(IntEnum):
@@ -36,16 +59,19 @@ class Scales(IntEnum):
 
 @dataclass(eq=False)
 class CodedWeight(FrozenWeight):
-    """W (N, K) of which element i (of the flattened W) is rn(value(code_i) · scale of its block, dtype), in float32.
+    """W (N, K) of elements rn((value(code) - zero) · scale of its block, dtype), computed in float32.
 
     Attributes:
-        codes: one byte an element or two, in the order of the flattened W, of any shape; contiguous.
-        scales: one element a block, contiguous.
-        values: of the 16 codes, float32; None where codes are numbers themselves (INT8, FLOAT8).
+        codes: as ``code`` says, of any shape; contiguous.
+        scales: one element a block, contiguous; of codes in words, (blocks, N); of records, None.
+        values: of the 16 codes, float32; None where codes are numbers themselves.
         nested: of a double quantisation: its map (256,) and its scales, float32.
         offset: of a double quantisation: what is added; of FLOAT8 scales: what divides.
         run: elements of the flattened W under one scale; 0 for blocks of ``block`` = (rows, columns) of W.
         nested_block: scales under one scale.
+        zeros: uint8, of the shape of the scales; None for zero.
+        groups: int32 (K,), the block of each column, where they are out of order; None where k is in block
+            k // columns.
 
     On a CPU, the extension decodes it as it multiplies: no dense copy of W, or of a part of it beyond some KiB a
     thread, is made for a product. On a GPU a Triton kernel decodes tiles in registers. PyTorch decodes rows elsewhere.
@@ -54,13 +80,15 @@ class CodedWeight(FrozenWeight):
     shape: torch.Size
     dtype: torch.dtype
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     values: Tensor | None = None
     nested: tuple[Tensor, Tensor] | None = None
     offset: float = 0.0
     run: int = 0
     block: tuple[int, int] = (1, 1)
     nested_block: int = 0
+    zeros: Tensor | None = None
+    groups: Tensor | None = None
 
     code: ClassVar[Codes]
     scale: ClassVar[Scales] = Scales.FLOAT32
@@ -69,10 +97,16 @@ class CodedWeight(FrozenWeight):
         n, k = self.shape
         kind, size = type(self).__name__, n * k
         blocks = -(-size // self.run) if self.run else -(-n // self.block[0]) * -(-k // self.block[1])
-        wanted = -(-size // 2) if self.code <= Codes.LOW_NIBBLE_FIRST else size
         if self.dtype not in DTYPES:
             raise TypeError(f"{kind}: expected dtype to be float32, bfloat16 or float16, got {self.dtype}")
-        for name, tensor, count in (("codes", self.codes, wanted), ("scales", self.scales, blocks)):
+        if k % self.code.step or (self.code.item == 4 and n % 8):
+            both = "N and K" if self.code.item == 4 else "K"
+            raise ValueError(f"{kind}: expected {both} to be a multiple of {self.code.step}, got ({n}, {k})")
+        counts = {"codes": self.code.items(size), "scales": blocks, "zeros": blocks, "groups": k}
+        for name, count in counts.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
             if tensor.numel() != count:
                 raise ValueError(
                     f"{kind}: expected {name} of {count} elements for a weight of shape ({n}, {k}), "
@@ -91,22 +125,30 @@ class CodedWeight(FrozenWeight):
         return Scales.NESTED if self.nested is not None else self.scale
 
     def parts(self) -> Sequence[Tensor]:
-        return [t for t in (self.codes, self.scales, self.values, *(self.nested or ())) if t is not None]
+        found = self.codes, self.scales, self.values, *(self.nested or ()), self.zeros, self.groups
+        return [t for t in found if t is not None]
+
+    def _numbers(self) -> list[int]:
+        there = int(self.zeros is not None), int(self.groups is not None)
+        return [DTYPES.index(self.dtype), *self.shape, self.run, *self.block, self.nested_block, *there]
 
     def settings(self) -> str:
-        numbers = *self.shape, DTYPES.index(self.dtype), self.run, *self.block, self.nested_block, self.offset.hex()
-        return " ".join(map(str, numbers))
+        return " ".join(map(str, (*self._numbers(), self.offset.hex())))
 
     @classmethod
     def from_parts(cls, parts: Sequence[Tensor], settings: str) -> CodedWeight:
         *numbers, offset = settings.split(" ")
-        n, k, dtype, run, rows, columns, nested_block = map(int, numbers)
-        codes, scales, *rest = parts
-        values = rest.pop(0) if cls.code <= Codes.LOW_NIBBLE_FIRST else None
-        nested = (rest[0], rest[1]) if rest else None
-        shape, block = torch.Size((n, k)), (rows, columns)
-        given = codes, scales, values, nested, float.fromhex(offset), run, block, nested_block
-        return cls(shape, DTYPES[dtype], *given)
+        dtype, n, k, run, rows, columns, nested_block, has_zeros, has_groups = map(int, numbers)
+        rest = list(parts)
+        groups = rest.pop() if has_groups else None
+        zeros = rest.pop() if has_zeros else None
+        codes, scales, values, table, nested = rest + [None] * (5 - len(rest))
+        if values is not None and cls.code > Codes.LOW_NIBBLE_FIRST:
+            raise ValueError(f"{cls.__name__}: expected no values of codes")
+        pair = None if table is None or nested is None else (table, nested)
+        shape, block, divisor = torch.Size((n, k)), (rows, columns), float.fromhex(offset)
+        assert codes is not None
+        return cls(shape, DTYPES[dtype], codes, scales, values, pair, divisor, run, block, nested_block, zeros, groups)
 
     def to(self, dtype: torch.dtype) -> CodedWeight:
         """The same codes, of values that are rounded to ``dtype``."""
@@ -115,19 +157,18 @@ class CodedWeight(FrozenWeight):
     @property
     def extension_reads(self) -> bool:
         """True where the extension multiplies by it."""
-        return self.codes.device.type == "cpu" and _extension.has_op("lora_linear_packed")
+        return self.codes.device.type == "cpu" and _extension.has_op("lora_linear_coded")
 
     def arguments(self) -> tuple[list[Tensor], list[int], float]:
         """The weight as ops of the extension take it."""
-        kinds = int(self.code), int(self.scale_kind), DTYPES.index(self.dtype)
-        return list(self.parts()), [*kinds, *self.shape, self.run, *self.block, self.nested_block], self.offset
+        return list(self.parts()), [int(self.code), int(self.scale_kind), *self._numbers()], self.offset
 
     def dense(self) -> Tensor:
         return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.extension_reads:
-            found: Tensor = cpp.packed_rows(*self.arguments(), start, stop)
+            found: Tensor = cpp.coded_rows(*self.arguments(), start, stop)
             return found
         out = self.codes.new_empty(stop - start, self.shape[1], dtype=self.dtype)
         step = max(1, _CHUNK // max(1, self.shape[1]))
@@ -138,10 +179,16 @@ class CodedWeight(FrozenWeight):
 
     def decode(self, start: int, stop: int) -> Tensor:
         """Rows of W by PyTorch: the formula, which the extension computes too."""
-        k = self.shape[1]
+        n, k = self.shape
         flat = torch.arange(start * k, stop * k, device=self.codes.device)
+        row, column = flat // k, flat % k
         codes = self.codes.reshape(-1)
-        if self.values is not None:
+        if self.code == Codes.WORDS_DOWN:
+            value = (codes[column // 8 * n + row] >> column % 8 * 4 & 15).float()
+        elif self.code == Codes.WORDS_ACROSS:
+            order = row % 8 // 2 + row % 2 * 4
+            value = (codes[column * (n // 8) + row // 8] >> order * 4 & 15).float()
+        elif self.values is not None:
             byte = codes.view(torch.uint8)[flat // 2]
             high = (flat % 2 == 0) == (self.code == Codes.HIGH_NIBBLE_FIRST)
             value = self.values[torch.where(high, byte >> 4, byte & 15).long()]
@@ -150,12 +197,18 @@ class CodedWeight(FrozenWeight):
         if self.run:
             place = flat // self.run
         else:
-            rows, columns = self.block
-            place = flat // k // rows * -(-k // columns) + flat % k // columns
+            block = column // self.block[1] if self.groups is None else self.groups.long()[column]
+            if self.code.item == 4:
+                place = block * n + row
+            else:
+                place = row // self.block[0] * -(-k // self.block[1]) + block
+        if self.zeros is not None:
+            value = value - self.zeros.reshape(-1)[place]
         return (value * self.scale_values(place)).to(self.dtype).view(stop - start, k)
 
     def scale_values(self, place: Tensor) -> Tensor:
         """The scales of some blocks in float32."""
+        assert self.scales is not None
         scales = self.scales.reshape(-1)[place]
         if self.nested is not None:
             table, nested = self.nested
@@ -173,7 +226,7 @@ class CodedWeight(FrozenWeight):
 
             y = coded_product(_adjacent(rows), self.operand(), bias)
         elif self.extension_reads and x.dtype != torch.float64:
-            y = cpp.frozen_product_packed(_adjacent(rows), *self.arguments(), bias)
+            y = cpp.frozen_product_coded(_adjacent(rows), *self.arguments(), bias)
         else:
             return super().product(x, bias)
         return y.view(*x.shape[:-1], self.shape[0])
@@ -186,7 +239,7 @@ class CodedWeight(FrozenWeight):
             x = coded_product(_adjacent(rows), self.operand(), None, grad=True)
         elif self.extension_reads and grad_y.dtype != torch.float64:
             no_q, no_a = rows.new_empty(rows.shape[0], 0), rows.new_empty(0, self.shape[1])
-            x = cpp.lora_grad_x_packed(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
+            x = cpp.lora_grad_x_coded(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
         else:
             return super().grad_product(grad_y)
         return x.view(*grad_y.shape[:-1], self.shape[1])
@@ -196,7 +249,7 @@ class CodedWeight(FrozenWeight):
         from ..kernels.coded import CodedOperand
 
         kinds = int(self.code), int(self.scale_kind)
-        tensors, (n, k) = (self.codes, self.scales, self.values, self.nested), self.shape
+        tensors, (n, k) = (self.codes, self.scales, self.values, self.nested, self.zeros, self.groups), self.shape
         return CodedOperand(*tensors, (n, k), *kinds, self.offset, self.run, self.block, self.nested_block)
 
     def _triton_multiplies(self, rows: Tensor) -> bool:
@@ -225,6 +278,14 @@ class CodedWeight(FrozenWeight):
         if dtype is not None and found.dtype != dtype:
             raise ValueError(f"{cls.__name__}: expected {name} of dtype {dtype}, got {found.dtype}")
         return found
+
+    @classmethod
+    def found(cls, tensors: Stored, name: str) -> Tensor | None:
+        """A tensor of a checkpoint by its name there; None where it is missing."""
+        try:
+            return cls.stored(tensors, name)
+        except ValueError:
+            return None
 
 
 Stored = Callable[[str], Tensor] | Mapping[str, Tensor]

@@ -84,5 +84,6 @@ class FP8Weight(CodedWeight):
                 raise ValueError(f"FP8Weight: expected {of} of 1 or {n} elements, got {tuple(scales.shape)}")
             block = (n, k) if scales.numel() == 1 else (1, k)
         made = cls.of_blocks(q, scales, block, dtype)
+        assert made.scales is not None
         check_finite("FP8Weight", **{of: made.scales})
         return made

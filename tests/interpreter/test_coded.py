@@ -13,6 +13,7 @@ from lowrank_kernels.inspect.triton_internals import without_driver
 from lowrank_kernels.kernels.coded import coded_product
 from lowrank_kernels.weights import CodedWeight, FP8Weight, NF4Weight, NVFP4Weight
 from tests.tolerance import assert_as_exact_as_eager
+from tests.weights.stored import STORED, made
 from tests.weights.test_coded import DTYPES, FORMATS, by_name, nested, weight_of
 
 SHAPES = ((40, 64), (37, 96), (130, 160))
@@ -44,6 +45,14 @@ def check(weight: CodedWeight, rows: int, *, bias: bool = True) -> None:
 @pytest.mark.parametrize(("kind", "shape", "dtype"), CASES)
 def test_products_are_those_with_the_dense_weight(kind: Any, shape: Any, dtype: torch.dtype) -> None:
     check(kind.from_dense(weight_of(shape, dtype)), 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+@pytest.mark.parametrize("name", STORED)
+def test_words_and_records(name: str, dtype: torch.dtype) -> None:
+    weight = made(name).to(dtype)
+    check(weight, 20)
+    assert torch.equal(identity_product(weight), weight.decode(0, weight.shape[0]))
 
 
 @pytest.mark.parametrize("rows", [1, 129])

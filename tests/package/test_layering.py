@@ -21,7 +21,7 @@ ALLOWED = {
     "reference": (set(), {"torch"}),
     "_extension": (set(), {"torch"}),
     "cpp": (set(), {"torch"}),
-    "weights": ({"cpp", "_extension", "finite", "kernels"}, {"torch", "safetensors"}),
+    "weights": ({"cpp", "_extension", "finite", "kernels"}, {"torch", "safetensors", "gguf"}),
     "finite": (set(), {"torch"}),
     "tuned": ({"_extension"}, {"torch"}),
     "kernels": ({"tuned"}, {"torch", "triton"}),

@@ -1,0 +1,59 @@
+// A frozen weight that is stored in few bits: its codes as they lie in the file of the package that
+// made them, and how a value is made of a code and the scale of its block. A Matrix of dtype
+// kCoded points to one; `stage_float` and `stage_bfloat16` are all that reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel_table.h"
+
+namespace lrk {
+
+// Where the code of an element lies:
+//   kHighNibbleFirst, kLowNibbleFirst   of element i of the flattened weight, a nibble of byte i /
+//   2 kInt8, kFloat8                      its byte i kWordsDown    word (k / 8, n) of 32 bits holds
+//   8 elements of one row of W, the lowest first kWordsAcross  word (k, n / 8) holds 8 rows of one
+//   column: 0, 2, 4, 6, 1, 3, 5, 7 kQ8_0, kQ4_K  the records of a GGUF file, with their scales: 34
+//   bytes for 32 elements of a row,
+//                 144 for 256
+enum class Codes : int {
+  kHighNibbleFirst,
+  kLowNibbleFirst,
+  kInt8,
+  kFloat8,
+  kWordsDown,
+  kWordsAcross,
+  kQ8_0,
+  kQ4_K
+};
+
+inline bool in_words(Codes codes) {
+  return codes == Codes::kWordsDown || codes == Codes::kWordsAcross;
+}
+inline bool in_records(Codes codes) { return codes == Codes::kQ8_0 || codes == Codes::kQ4_K; }
+
+// A block's scale: as it is; map[byte] * nested[block >> nested_shift] + offset, rounded twice (a
+// double quantisation); 2^(byte - 127), NaN for 255; or float8 (e4m3fn) over `offset`.
+enum class Scales : int { kFloat32, kNested, kExponent, kFloat8 };
+
+// w = (book[code] - zero) * scale, or of 8 bits code * scale, rounded to `value`.
+struct Coded {
+  Codes codes;
+  Scales scales;
+  Dtype value;
+  const uint8_t* data;
+  const float* book;      // of the 16 nibbles; in words, they are 0 to 15
+  const void* scale;      // in words: of block g and row n, number g * rows + n
+  const uint8_t* zeros;   // beside the scales, or null
+  const int32_t* groups;  // null, or the block of each column
+  const float* nested;
+  const float* map;
+  float offset;
+  int64_t nested_shift;
+  int64_t rows, cols;  // N, K
+  // Blocks of `run` elements of the flattened weight, or, where that is 0, of block_rows x
+  // block_cols of W, `grid` of them beside each other.
+  int64_t run, block_rows, block_cols, grid;
+};
+
+}  // namespace lrk
