@@ -56,4 +56,12 @@ struct Coded {
   int64_t run, block_rows, block_cols, grid;
 };
 
+// Whether dot_rows and mix_rows read it: rows of 4-bit codes, whole bytes under one scale each,
+// that stand for bfloat16. Others are decoded first.
+inline bool read_in_place(const Coded& w) {
+  const int64_t block = w.run ? w.run : w.block_cols;
+  return w.codes <= Codes::kLowNibbleFirst && w.value == Dtype::kBFloat16 && !w.groups &&
+         block % 32 == 0 && w.cols % block == 0;
+}
+
 }  // namespace lrk

@@ -13,7 +13,7 @@
 
 namespace lrk {
 
-// kCoded: a weight of coded.h, which is staged and nothing else.
+// kCoded: a weight of coded.h, which is staged, and the factor of dot_rows and mix_rows.
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kCoded };
 
 constexpr int64_t kPanel = 16;
@@ -64,6 +64,7 @@ struct Dots {
   Dtype dtype;
   int64_t stride;
   int64_t cols;
+  int64_t row = 0;  // of a coded weight, which is the factor: the first of its rows
 };
 
 // rows x cols of a result from `rank` rows of a factor; its own columns lie behind one another.
@@ -78,7 +79,8 @@ struct Mix {
   int64_t factor_stride;
   int64_t rank;
   int64_t cols;
-  bool accumulate;  // false: out is overwritten
+  bool accumulate;           // false: out is overwritten
+  int64_t row = 0, col = 0;  // of a coded weight, which is the factor: the first of its own
 };
 
 struct KernelTable {
@@ -124,7 +126,8 @@ struct KernelTable {
   void (*keep_mask)(uint8_t* dst, int64_t dst_stride, int64_t rows, int64_t cols,
                     const Dropout& dropout, int64_t row);
 
-  // Products with a factor that is read once where it lies, for few rows of the other side.
+  // Products with a factor that is read once where it lies, for few rows of the other side. A coded
+  // weight is a factor where read_in_place() says so; mix_rows takes it for one row alone.
   // out[i][r] = the sum over k of x[i][k] * factor[r][k], of `dots` and then, in the same sum, of
   // `more`, whose factor is float32, or null.
   void (*dot_rows)(float* out, int64_t out_stride, int64_t rows, int64_t rank, const Dots& dots,

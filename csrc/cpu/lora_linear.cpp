@@ -120,6 +120,16 @@ void linear_few_rows(const Runtime& runtime, const LoraLinear& linear, const Mat
   });
 }
 
+// Whether products of few rows read a weight where it lies.
+bool lies_readable(const Matrix& weight) {
+  return weight.dtype != Dtype::kCoded || read_in_place(*static_cast<const Coded*>(weight.data));
+}
+
+// What a factor is given as: a coded weight as a whole.
+const void* factor_at(const Matrix& m, int64_t row, int64_t col) {
+  return m.dtype == Dtype::kCoded ? m.data : element(m, row, col);
+}
+
 // Rows of a coded weight, decoded: as bfloat16 where that is what they stand for.
 struct Decoded {
   Dtype dtype = Dtype::kFloat32;
@@ -151,10 +161,10 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
   for (int64_t i = 0; i < m; ++i) p_rows[i] = static_cast<const float*>(element(p, i, 0));
   run(runtime, ceil_div(n, kDotColumns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
-        const bool coded = weight.dtype == Dtype::kCoded;
+        const bool decode = !lies_readable(weight);
         Layout own;
         const size_t staged_at = own.add<float>(kDotColumns * rank);
-        const size_t wide_at = own.add<float>(coded ? kDecodedRows * width : 0);
+        const size_t wide_at = own.add<float>(decode ? kDecodedRows * width : 0);
         TaskScratch scratch(own.bytes());
         float* staged = at<float>(scratch.base(), staged_at);
         const Decoded decoded(weight, at<float>(scratch.base(), wide_at));
@@ -167,7 +177,7 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
             correction.factor = staged;
             correction.stride = rank;
           }
-          if (coded) {
+          if (decode) {
             for (int64_t j = 0; j < cols; j += kDecodedRows) {
               const int64_t some = std::min(kDecodedRows, cols - j);
               decoded.decode(kernels, {weight, col + j, 0, some, width});
@@ -178,10 +188,10 @@ void linear_by_dots(const Runtime& runtime, const LoraLinear& linear, const Matr
                                rank ? &more : nullptr);
             }
           } else {
-            kernels.dot_rows(
-                sums, kDotColumns, m, cols,
-                {x_rows.rows, element(weight, col, 0), weight.dtype, weight.stride, width},
-                rank ? &correction : nullptr);
+            kernels.dot_rows(sums, kDotColumns, m, cols,
+                             {x_rows.rows, factor_at(weight, col, 0), weight.dtype, weight.stride,
+                              width, weight.row + col},
+                             rank ? &correction : nullptr);
           }
           if (linear.weight_hashes) {
             hash_rows(hash, weight, col, cols, linear.weight_hashes + col);
@@ -337,20 +347,22 @@ void grad_x_by_mixing(const Runtime& runtime, const LoraGradX& grad, const Matri
   run(runtime, ceil_div(width, columns), m * n * width >= kSerialDots,
       [&](int64_t begin, int64_t end) {
         float sums[kDotRows * kMixColumns], correction[kDotRows * kMixColumns];
-        const bool coded = weight.dtype == Dtype::kCoded;
-        TaskScratch scratch(static_cast<size_t>(coded ? kMixRows * columns : 0) * sizeof(float));
+        // Codes of several rows of dY would be looked up again for each.
+        const bool decode = weight.dtype == Dtype::kCoded && (m > 1 || !lies_readable(weight));
+        TaskScratch scratch(static_cast<size_t>(decode ? kMixRows * columns : 0) * sizeof(float));
         const Decoded decoded(weight, static_cast<float*>(scratch.base()));
         for (int64_t block = begin; block < end; ++block) {
           const int64_t col = block * columns, cols = std::min(columns, width - col);
           for (int64_t row = 0; row < n; row += kMixRows) {
             const int64_t rows = std::min(kMixRows, n - row);
-            if (coded) {
+            if (decode) {
               decoded.decode(kernels, {weight, row, col, rows, cols});
               kernels.mix_rows({sums, kMixColumns, dy + row, n, m, decoded.data, decoded.dtype,
                                 cols, rows, cols, row > 0});
             } else {
-              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, element(weight, row, col),
-                                weight.dtype, weight.stride, rows, cols, row > 0});
+              kernels.mix_rows({sums, kMixColumns, dy + row, n, m, factor_at(weight, row, col),
+                                weight.dtype, weight.stride, rows, cols, row > 0, weight.row + row,
+                                weight.col + col});
             }
           }
           kernels.mix_rows({dropout ? correction : sums, kMixColumns,

@@ -371,7 +371,7 @@ LRK_INLINE VecF from_float8(VecU u) {
   return (VecF)(bits | (u & 0x80u) << 24);
 }
 
-LRK_INLINE float block_scale(const Coded& w, int64_t block) {
+LRK_INLINE float stored_scale(const Coded& w, int64_t block) {
   const uint8_t* bytes = static_cast<const uint8_t*>(w.scale);
   switch (w.scales) {
     case Scales::kFloat32:
@@ -391,6 +391,21 @@ LRK_INLINE float block_scale(const Coded& w, int64_t block) {
       return from_float8(VecU{} + bytes[block])[0] / w.offset;
   }
   return 0.0f;
+}
+
+// The scales of `count` blocks, `step` apart. A NaN's bits are those that rounding by integers
+// keeps.
+LRK_FN void block_scales(float* out, const Coded& w, int64_t block, int64_t count, int64_t step) {
+  for (int64_t i = 0; i < count; ++i) out[i] = stored_scale(w, block + i * step);
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] == out[i] ? out[i] : __builtin_nanf("");
+}
+LRK_INLINE float block_scale(const Coded& w, int64_t block) {
+  float scale;
+  block_scales(&scale, w, block, 1, 1);
+  return scale;
+}
+LRK_INLINE float block_zero(const Coded& w, int64_t block) {
+  return w.zeros ? static_cast<float>(w.zeros[block]) : 0.0f;
 }
 
 // The values that the 16 nibbles have under one scale.
@@ -445,68 +460,134 @@ LRK_INLINE void look_up(Dst* dst, const Book& book, const Coded& w, int64_t flat
   }
 }
 
+// ---- 32 codes of bfloat16 values at a time ------------------------------------------------------
+
 #if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
 
-// The 16 values as bfloat16, their lower and their upper bytes.
+// The 16 values' lower and upper bytes, twice.
 struct ByteBook {
   __m256i lower, upper;
 };
 
-LRK_INLINE __m256i twice(__m128i v) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(v), v, 1);
+// Of the two codes of a byte, in 16 bits: where the lower nibble goes, and where the upper.
+struct NibbleOrder {
+  __m256i lower, upper;
+};
+
+LRK_INLINE NibbleOrder nibble_order(const Coded& w) {
+  const __m256i first = _mm256_set1_epi16(0x000f), second = _mm256_set1_epi16(0x0f00);
+  const bool high_first = w.codes == Codes::kHighNibbleFirst;
+  return {high_first ? second : first, high_first ? first : second};
 }
 
-LRK_INLINE ByteBook bfloat16_book(const float* values, float zero, float scale) {
-  __m256i half[2];
+LRK_INLINE ByteBook byte_book(const Coded& w, float zero, float scale) {
+  const __m256i both_bytes =  // of the upper halves of four words: the lower ones, and the upper
+      _mm256_setr_epi8(2, 6, 10, 14, 3, 7, 11, 15, 2, 6, 10, 14, 3, 7, 11, 15, 2, 6, 10, 14, 3, 7,
+                       11, 15, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m256i bytes[2];
 #  pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    const __m256 value = _mm256_sub_ps(_mm256_loadu_ps(values + 8 * v), _mm256_set1_ps(zero));
+    const __m256 value = _mm256_sub_ps(_mm256_loadu_ps(w.book + 8 * v), _mm256_set1_ps(zero));
     const __m256i u = _mm256_castps_si256(_mm256_mul_ps(value, _mm256_set1_ps(scale)));
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    half[v] = _mm256_srli_epi32(
-        _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    bytes[v] = _mm256_shuffle_epi8(_mm256_add_epi32(u, half), both_bytes);
   }
-  // 16 words of 16 bits, in order.
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
-  const __m128i first = _mm256_castsi256_si128(words), second = _mm256_extracti128_si256(words, 1);
-  const __m128i byte = _mm_set1_epi16(0xff);
-  return {twice(_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte))),
-          twice(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)))};
+  const __m256i pairs = _mm256_unpacklo_epi32(bytes[0], bytes[1]);
+  return {_mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5)),
+          _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7))};
 }
 
-LRK_INLINE void store_words(BFloat16* dst, __m256i words) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), words);
-}
-LRK_INLINE void store_words(float* dst, __m256i words) {
-  const __m256i first = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words));
-  const __m256i second = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
-  _mm256_storeu_ps(dst, _mm256_castsi256_ps(_mm256_slli_epi32(first, 16)));
-  _mm256_storeu_ps(dst + 8, _mm256_castsi256_ps(_mm256_slli_epi32(second, 16)));
+// Codes 0 to 3, 8 to 11 | 4 to 7, 12 to 15 as bfloat16, and those 16 on.
+struct Words32 {
+  __m256i first, second;
+};
+
+LRK_INLINE Words32 look_up_32(const ByteBook& book, const uint8_t* data, const NibbleOrder& order) {
+  const __m256i each_twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2,
+                                              2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+  const __m256i bytes = _mm256_shuffle_epi8(
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))),
+      each_twice);
+  const __m256i codes = _mm256_or_si256(_mm256_and_si256(bytes, order.lower),
+                                        _mm256_and_si256(_mm256_srli_epi16(bytes, 4), order.upper));
+  const __m256i lower = _mm256_shuffle_epi8(book.lower, codes);
+  const __m256i upper = _mm256_shuffle_epi8(book.upper, codes);
+  return {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
 }
 
-// 32 codes at a time, from whole bytes; returns how many of n it did.
-template <typename Dst>
-LRK_INLINE int64_t look_up_words(Dst* dst, const ByteBook& book, const uint8_t* data,
-                                 bool high_first, int64_t n) {
-  const __m128i nibble = _mm_set1_epi8(15);
-  int64_t j = 0;
-  for (; j + 32 <= n; j += 32) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + j / 2));
-    const __m128i low = _mm_and_si128(bytes, nibble);
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-    const __m128i even = high_first ? high : low, odd = high_first ? low : high;
-    const __m256i codes = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
-    const __m256i lower = _mm256_shuffle_epi8(book.lower, codes);
-    const __m256i upper = _mm256_shuffle_epi8(book.upper, codes);
-    const __m256i a = _mm256_unpacklo_epi8(lower, upper), b = _mm256_unpackhi_epi8(lower, upper);
-    store_words(dst + j, _mm256_permute2x128_si256(a, b, 0x20));
-    store_words(dst + j + 16, _mm256_permute2x128_si256(a, b, 0x31));
+LRK_INLINE void widen_32(VecF* to, const Words32& words) {
+#  if defined(LRK_HAS_AVX512)
+  to[0] = widen((VecH)_mm256_permute4x64_epi64(words.first, 0xd8), BFloat16{});
+  to[1] = widen((VecH)_mm256_permute4x64_epi64(words.second, 0xd8), BFloat16{});
+#  else
+  const __m256i zero = _mm256_setzero_si256();
+  to[0] = (VecF)_mm256_unpacklo_epi16(zero, words.first);
+  to[1] = (VecF)_mm256_unpackhi_epi16(zero, words.first);
+  to[2] = (VecF)_mm256_unpacklo_epi16(zero, words.second);
+  to[3] = (VecF)_mm256_unpackhi_epi16(zero, words.second);
+#  endif
+}
+
+LRK_INLINE void store_32(BFloat16* dst, const Words32& words) {
+  __m256i* to = reinterpret_cast<__m256i*>(dst);
+  _mm256_storeu_si256(to, _mm256_permute4x64_epi64(words.first, 0xd8));
+  _mm256_storeu_si256(to + 1, _mm256_permute4x64_epi64(words.second, 0xd8));
+}
+
+#else
+
+struct ByteBook {
+  float value[16];
+};
+
+typedef bool NibbleOrder;  // whether the upper nibble comes first
+
+LRK_INLINE NibbleOrder nibble_order(const Coded& w) { return w.codes == Codes::kHighNibbleFirst; }
+
+LRK_INLINE ByteBook byte_book(const Coded& w, float zero, float scale) {
+  ByteBook book;
+  for (int v = 0; v < 16; v += kWidth) {
+    store(book.value + v, round_to((load(w.book + v) - splat(zero)) * splat(scale), BFloat16{}));
   }
-  return j;
+  return book;
+}
+
+struct Words32 {
+  float value[32];
+};
+
+LRK_INLINE Words32 look_up_32(const ByteBook& book, const uint8_t* data, NibbleOrder high_first) {
+  Words32 words;
+  for (int j = 0; j < 16; ++j) {
+    const float high = book.value[data[j] >> 4], low = book.value[data[j] & 15];
+    words.value[2 * j] = high_first ? high : low;
+    words.value[2 * j + 1] = high_first ? low : high;
+  }
+  return words;
+}
+
+LRK_INLINE void widen_32(VecF* to, const Words32& words) {
+  for (int v = 0; v < 32 / kWidth; ++v) to[v] = load(words.value + v * kWidth);
+}
+
+LRK_INLINE void store_32(BFloat16* dst, const Words32& words) {
+  for (int v = 0; v < 32; v += kWidth) store(dst + v, load(words.value + v));
 }
 
 #endif
+
+LRK_INLINE void store_32(float* dst, const Words32& words) {
+  VecF values[32 / kWidth];
+  widen_32(values, words);
+#pragma GCC unroll 8
+  for (int v = 0; v < 32 / kWidth; ++v) store(dst + v * kWidth, values[v]);
+}
+
+// The first block of a row, of those of a weight that is read in place.
+LRK_INLINE int64_t first_block(const Coded& w, int64_t row) {
+  return w.run ? row * (w.cols / w.run) : row / w.block_rows * w.grid;
+}
 
 // Bytes to 32-bit lanes, as signed as they are. GCC splits the plain vector conversion into halves.
 template <typename To, typename Bytes>
@@ -588,7 +669,7 @@ LRK_FN void decode_grouped_row(Dst* dst, const Coded& w, int64_t row, int64_t co
     const int64_t flat = row * w.cols + col + j, block = row * w.grid + w.groups[col + j];
     const bool high = (flat % 2 == 0) == (w.codes == Codes::kHighNibbleFirst);
     const uint8_t byte = w.data[flat / 2];
-    const float zero = w.zeros ? static_cast<float>(w.zeros[block]) : 0.0f;
+    const float zero = block_zero(w, block);
     const float value = (w.book[high ? byte >> 4 : byte & 15] - zero) * block_scale(w, block);
     store_one(dst + j, round_to(splat(value), T{})[0]);
   }
@@ -616,15 +697,16 @@ LRK_FN void decode_row(Dst* dst, const Coded& w, int64_t row, int64_t col, int64
       decode_bytes<T, Bytes::kFloat8>(dst + j, w.data + flat + j, n, scale);
       continue;
     }
-    const float zero = w.zeros ? static_cast<float>(w.zeros[block]) : 0.0f;
+    const float zero = block_zero(w, block);
     int64_t done = 0;
-#if defined(LRK_HAS_AVX2) || defined(LRK_HAS_AVX512)
-    if (is_bfloat16(T{}) && n >= 32 && (flat + j) % 2 == 0 && scale - scale == 0.0f) {
-      done = look_up_words(dst + j, bfloat16_book(w.book, zero, scale), w.data + (flat + j) / 2,
-                           w.codes == Codes::kHighNibbleFirst, n);
+    if (is_bfloat16(T{}) && n >= 32 && (flat + j) % 2 == 0) {
+      const ByteBook book = byte_book(w, zero, scale);
+      const NibbleOrder order = nibble_order(w);
+      for (; done + 32 <= n; done += 32) {
+        store_32(dst + j + done, look_up_32(book, w.data + (flat + j + done) / 2, order));
+      }
       if (done == n) continue;
     }
-#endif
     Book book;
 #pragma GCC unroll 4
     for (int v = 0; v < 16; v += kWidth) {
@@ -1210,6 +1292,78 @@ LRK_INLINE void dot_tile(float* out, int64_t out_stride, int64_t i0, int64_t r0,
   }
 }
 
+// The same over rows of codes, in two running sums each: one would wait for itself.
+template <int Rows, int Ranks>
+LRK_INLINE void dot_coded_tile(float* out, int64_t out_stride, int64_t i0, int64_t r0,
+                               const Dots& dots, const Dots* more) {
+  constexpr int64_t kBlocks = 32;  // whose scales are worked out at a time
+  const Coded& w = *static_cast<const Coded*>(dots.factor);
+  const NibbleOrder order = nibble_order(w);
+  const int64_t size = w.run ? w.run : w.block_cols, blocks = dots.cols / size;
+  const uint8_t* data = w.data + (dots.row + r0) * w.cols / 2;
+  const int64_t stride = w.cols / 2;
+  float scales[Ranks][kBlocks];
+  VecF acc[Rows][Ranks] = {}, other[Rows][Ranks] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    ByteBook books[Ranks];
+#pragma GCC unroll 8
+    for (int r = 0; r < Ranks; ++r) {
+      const int64_t block = first_block(w, dots.row + r0 + r) + b;
+      if (b % kBlocks == 0) {
+        block_scales(scales[r], w, block, blocks - b < kBlocks ? blocks - b : kBlocks, 1);
+      }
+      books[r] = byte_book(w, block_zero(w, block), scales[r][b % kBlocks]);
+      __builtin_prefetch(data + (Ranks + r) * stride, 0, 2);
+    }
+    for (int64_t k = b * size; k < (b + 1) * size; k += 32, data += 16) {
+#pragma GCC unroll 8
+      for (int r = 0; r < Ranks; ++r) {
+        VecF right[32 / kWidth];
+        widen_32(right, look_up_32(books[r], data + r * stride, order));
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+          const float* left = dots.x[i0 + i] + k;
+#pragma GCC unroll 8
+          for (int v = 0; v < 32 / kWidth; v += 2) {
+            acc[i][r] = mul_add(load(left + v * kWidth), right[v], acc[i][r]);
+            other[i][r] = mul_add(load(left + (v + 1) * kWidth), right[v + 1], other[i][r]);
+          }
+        }
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int r = 0; r < Ranks; ++r) acc[i][r] += other[i][r];
+  }
+  if (more) {
+    add_dots(acc, more->x + i0, static_cast<const float*>(more->factor) + r0 * more->stride,
+             more->stride, more->cols);
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int r = 0; r < Ranks; ++r) out[(i0 + i) * out_stride + r0 + r] = lane_sum(acc[i][r]);
+  }
+}
+
+template <int Rows>
+LRK_FN void dot_coded_rows(float* out, int64_t out_stride, int64_t i0, int64_t rank,
+                           const Dots& dots, const Dots* more) {
+  constexpr int kRanks = Rows <= 2 ? 2 : 1;
+  int64_t r = 0;
+  for (; r + kRanks <= rank; r += kRanks) {
+    dot_coded_tile<Rows, kRanks>(out, out_stride, i0, r, dots, more);
+  }
+  for (; r < rank; ++r) dot_coded_tile<Rows, 1>(out, out_stride, i0, r, dots, more);
+}
+
+LRK_FN void dot_coded(float* out, int64_t out_stride, int64_t rows, int64_t rank, const Dots& dots,
+                      const Dots* more) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) dot_coded_rows<4>(out, out_stride, i, rank, dots, more);
+  if (i + 3 == rows) dot_coded_rows<3>(out, out_stride, i, rank, dots, more);
+  if (i + 2 == rows) dot_coded_rows<2>(out, out_stride, i, rank, dots, more);
+  if (i + 1 == rows) dot_coded_rows<1>(out, out_stride, i, rank, dots, more);
+}
+
 template <int Rows, typename T>
 LRK_FN void dot_some_rows(float* out, int64_t out_stride, int64_t i0, int64_t rank,
                           const Dots& dots, const Dots* more) {
@@ -1240,7 +1394,7 @@ LRK_FN void dot_rows(float* out, int64_t out_stride, int64_t rows, int64_t rank,
     case Dtype::kBFloat16:
       return dot_rows_typed<BFloat16>(out, out_stride, rows, rank, dots, more);
     case Dtype::kCoded:
-      return;  // it is staged first
+      return dot_coded(out, out_stride, rows, rank, dots, more);
     case Dtype::kFloat16:
       return dot_rows_typed<Float16>(out, out_stride, rows, rank, dots, more);
   }
@@ -1307,6 +1461,50 @@ LRK_FN void mix_rows_typed(const Mix& m) {
   if (i < m.rows) mix_some_rows<1, T>(m, i);
 }
 
+// One row of a result, from rows of codes: 32 * Groups columns at a time, all under one scale.
+template <int Groups>
+LRK_INLINE void mix_coded_strip(const Mix& m, int64_t j) {
+  constexpr int64_t kRows = 32;  // whose scales are worked out at a time
+  const Coded& w = *static_cast<const Coded*>(m.factor);
+  const NibbleOrder order = nibble_order(w);
+  const int64_t col = m.col + j, block = col / (w.run ? w.run : w.block_cols);
+  constexpr int kVecs = 32 / kWidth;
+  float scales[kRows];
+  VecF acc[Groups][kVecs] = {};
+  for (int64_t r = 0; r < m.rank; ++r) {
+    const int64_t at = first_block(w, m.row + r) + block;
+    if (w.run && r % kRows == 0) {
+      block_scales(scales, w, at, m.rank - r < kRows ? m.rank - r : kRows, w.cols / w.run);
+    }
+    const float scale = w.run ? scales[r % kRows] : block_scale(w, at);
+    const uint8_t* data = w.data + ((m.row + r) * w.cols + col) / 2;
+    __builtin_prefetch(data + m.rank * w.cols / 2, 0, 2);
+    const ByteBook book = byte_book(w, block_zero(w, at), scale);
+    const VecF left = splat(m.p[r]);
+#pragma GCC unroll 2
+    for (int g = 0; g < Groups; ++g) {
+      VecF right[kVecs];
+      widen_32(right, look_up_32(book, data + 16 * g, order));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[g][v] = mul_add(left, right[v], acc[g][v]);
+    }
+  }
+  for (int g = 0; g < Groups; ++g) {
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = m.out + j + 32 * g + v * kWidth;
+      store(to, m.accumulate ? load(to) + acc[g][v] : acc[g][v]);
+    }
+  }
+}
+
+LRK_FN void mix_coded(const Mix& m) {
+  const Coded& w = *static_cast<const Coded*>(m.factor);
+  const int64_t size = w.run ? w.run : w.block_cols;
+  int64_t j = 0;
+  for (; size % 64 == 0 && m.col % 64 == 0 && j + 64 <= m.cols; j += 64) mix_coded_strip<2>(m, j);
+  for (; j < m.cols; j += 32) mix_coded_strip<1>(m, j);
+}
+
 LRK_FN void mix_rows(const Mix& m) {
   switch (m.dtype) {
     case Dtype::kFloat32:
@@ -1314,7 +1512,7 @@ LRK_FN void mix_rows(const Mix& m) {
     case Dtype::kBFloat16:
       return mix_rows_typed<BFloat16>(m);
     case Dtype::kCoded:
-      return;  // it is staged first
+      return mix_coded(m);
     case Dtype::kFloat16:
       return mix_rows_typed<Float16>(m);
   }
