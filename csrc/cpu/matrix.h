@@ -55,25 +55,31 @@ struct Region {
 };
 
 // Into float32 panels. A few rows at a time: a cache line may serve two panels, and rows that lie a
-// power of two apart push each other out of the cache. What is coded is decoded over the width of
-// several panels at once, for each of which its blocks' scales would be worked out again.
+// power of two apart push each other out of the cache.
 inline void stage_panels(const KernelTable& kernels, float* panels, int64_t panel_stride,
                          const Region& from) {
   constexpr int64_t kRows = 8, kWide = 4 * kPanel;
+  const bool coded = from.whole.dtype == Dtype::kCoded;
   float wide[kRows * kWide];
   for (int64_t i = 0; i < from.rows; i += kRows) {
     const int64_t rows = std::min(kRows, from.rows - i);
-    for (int64_t j = 0; j < from.cols; j += kPanel) {
+    // Codes are decoded over the width of several panels, for each of which their blocks' scales
+    // would be worked out again.
+    for (int64_t j = 0; coded && j < from.cols; j += kWide) {
+      const int64_t cols = std::min(kWide, from.cols - j);
+      Source s = rectangle(from.whole, from.row + i, from.col + j, rows, cols);
+      s.padded_cols = round_up(cols, kPanel);
+      kernels.stage_float(wide, kWide, s);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < cols; k += kPanel) {
+          std::memcpy(panels + (j + k) / kPanel * panel_stride + (i + r) * kPanel,
+                      wide + r * kWide + k, kPanel * sizeof(float));
+        }
+      }
+    }
+    for (int64_t j = 0; !coded && j < from.cols; j += kPanel) {
       const int64_t cols = std::min(kPanel, from.cols - j);
       Source s = rectangle(from.whole, from.row + i, from.col + j, rows, cols);
-      if (from.whole.dtype == Dtype::kCoded) {
-        const int64_t at = j % kWide;
-        if (at == 0) {
-          s.cols = s.padded_cols = std::min(kWide, from.cols - j);
-          kernels.stage_float(wide, kWide, s);
-        }
-        s = {wide + at, Dtype::kFloat32, kWide, rows, cols, cols, nullptr, 0, 0, nullptr};
-      }
       s.padded_cols = kPanel;
       kernels.stage_float(panels + j / kPanel * panel_stride + i * kPanel, kPanel, s);
     }

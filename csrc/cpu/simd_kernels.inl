@@ -356,19 +356,20 @@ constexpr bool is_bfloat16(T) {
 
 LRK_INLINE VecF round_to(VecF v, float) { return v; }
 LRK_INLINE VecF round_to(VecF v, BFloat16) {  // by integers: the hardware takes subnormals as zero
-  const VecU u = (VecU)v;
-  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
-  return (VecF)select((VecI)(v != v), u | 0x400000u, rounded);
+  const VecU u = (VecU)v;                     // of a NaN, one with few bits: see one_nan
+  return (VecF)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
 }
 LRK_INLINE VecF round_to(VecF v, Float16) { return widen(narrow(v, Float16{}), Float16{}); }
 
-// e4m3fn: sign, 4 bits of exponent with bias 7, 3 bits; no infinities.
-LRK_INLINE VecF from_float8(VecU u) {
-  const VecU magnitude = u & 0x7fu;
-  const VecF normal = (VecF)((magnitude << 20) + (120u << 23));
-  const VecF value = select((VecI)(magnitude < 8u), (normal - 0x1p-7f) * 2.0f, normal);
-  const VecU bits = select((VecI)(magnitude == 0x7fu), (u & 0) + 0x7fc00000u, (VecU)value);
-  return (VecF)(bits | (u & 0x80u) << 24);
+// A NaN's bits as those that rounding by integers keeps.
+LRK_INLINE float one_nan(float v) { return v == v ? v : __builtin_nanf(""); }
+
+// e4m3fn: sign, 4 bits of exponent with bias 7, 3 bits; no infinities. Shifted, its bits are those
+// of a float16 2^8 times as small.
+LRK_INLINE VecF from_float8(VecH bytes) {
+  const VecH magnitude = bytes & 0x7f;
+  const VecH nan = (VecH)(magnitude == 0x7f) & 0x7e00;
+  return widen((VecH)((bytes & 0x80) << 8 | magnitude << 7 | nan), Float16{}) * 256.0f;
 }
 
 LRK_INLINE float stored_scale(const Coded& w, int64_t block) {
@@ -388,16 +389,14 @@ LRK_INLINE float stored_scale(const Coded& w, int64_t block) {
       return value;
     }
     case Scales::kFloat8:
-      return from_float8(VecU{} + bytes[block])[0] / w.offset;
+      return from_float8(VecH{} + bytes[block])[0] / w.offset;
   }
   return 0.0f;
 }
 
-// The scales of `count` blocks, `step` apart. A NaN's bits are those that rounding by integers
-// keeps.
+// The scales of `count` blocks, `step` apart.
 LRK_FN void block_scales(float* out, const Coded& w, int64_t block, int64_t count, int64_t step) {
-  for (int64_t i = 0; i < count; ++i) out[i] = stored_scale(w, block + i * step);
-  for (int64_t i = 0; i < count; ++i) out[i] = out[i] == out[i] ? out[i] : __builtin_nanf("");
+  for (int64_t i = 0; i < count; ++i) out[i] = one_nan(stored_scale(w, block + i * step));
 }
 LRK_INLINE float block_scale(const Coded& w, int64_t block) {
   float scale;
@@ -606,6 +605,20 @@ LRK_INLINE To widen_bytes(Bytes bytes) {
 #endif
 }
 
+// Bytes to 16-bit lanes.
+template <typename Bytes>
+LRK_INLINE VecH halves(Bytes bytes) {
+#if defined(LRK_HAS_AVX512)
+  return (VecH)_mm256_cvtepu8_epi16((__m128i)bytes);
+#elif defined(LRK_HAS_AVX2)
+  __m128i raw = _mm_setzero_si128();
+  __builtin_memcpy(&raw, &bytes, sizeof(bytes));
+  return (VecH)_mm_cvtepu8_epi16(raw);
+#else
+  return __builtin_convertvector(bytes, VecH);
+#endif
+}
+
 enum class Bytes { kInt8, kFloat8, kNibble };
 
 // n values of bytes, rounded to T: int8 or float8 times `scale`, or the nibble `shift` bits up
@@ -623,7 +636,7 @@ LRK_INLINE void decode_bytes(Dst* dst, const uint8_t* from, int64_t n, float sca
     if (Kind == Bytes::kInt8) {
       value = __builtin_convertvector(widen_bytes<VecI>((Signed)bytes), VecF) * splat(scale);
     } else if (Kind == Bytes::kFloat8) {
-      value = from_float8(widen_bytes<VecU>(bytes)) * splat(scale);
+      value = from_float8(halves(bytes)) * splat(scale);
     } else {
       const VecU code = widen_bytes<VecU>(bytes) >> static_cast<uint32_t>(shift) & 15u;
       value = __builtin_convertvector((VecI)code, VecF) * splat(scale) - splat(least);
@@ -638,7 +651,7 @@ LRK_INLINE void decode_bytes(Dst* dst, const uint8_t* from, int64_t n, float sca
 }
 
 LRK_INLINE float half_at(const uint8_t* p) {
-  return load_part(reinterpret_cast<const Float16*>(p), 1)[0];
+  return one_nan(load_part(reinterpret_cast<const Float16*>(p), 1)[0]);
 }
 
 // Elements `at` to at + n of the 32 whose number is `block`, in records of a GGUF file.
@@ -743,6 +756,7 @@ LRK_FN void decode_words(Dst* dst, int64_t stride, const Source& s) {
         if (group != known) {
           known = group;
           scale = load_part(scales + group * w.rows + row, rows);
+          scale = select((VecI)(scale == scale), scale, splat(__builtin_nanf("")));
           const uint8_t* zeros = w.zeros + group * w.rows + row;
           for (int64_t lane = 0; lane < rows; ++lane) zero[lane] = static_cast<float>(zeros[lane]);
         }
@@ -779,8 +793,13 @@ LRK_FN void decode_rows(Dst* dst, int64_t stride, const Source& s) {
   if (in_words(w.codes)) {
     decode_words<T>(dst, stride, s);
   } else {
-    for (int64_t i = 0; i < s.rows; ++i)
+    const bool nibbles = w.codes <= Codes::kLowNibbleFirst;
+    for (int64_t i = 0; i < s.rows; ++i) {
+      // No hardware guesses where a row's piece begins.
+      const int64_t ahead = (s.row + i + kRowsAhead) * w.cols + s.col;
+      __builtin_prefetch(w.data + (nibbles ? ahead / 2 : ahead));
       decode_row<T>(dst + i * stride, w, s.row + i, s.col, s.cols);
+    }
   }
   if (s.padded_cols == s.cols) return;
   for (int64_t i = 0; i < s.rows; ++i) {
