@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import lora as launchers
-from ..kernels.coded import CodedOperand, coded_product
-from ..kernels.lora_tiles import Strategy, choose_strategy, fused_fits, lora_tiles, predicted_seconds
+from ..kernels.coded import CodedOperand, Correction, coded_product
+from ..kernels.lora_tiles import Strategy, choose_strategy, coded_strategy, fused_fits, lora_tiles, predicted_seconds
 from ..kernels.target import Target
 from ..weights import FORMATS, CodedWeight, NF4Weight
 from ..weights.coded import Codes, Scales
@@ -90,9 +90,11 @@ _BLOCKS = {"fp8": (128, 128), "mxfp4": (1, 32), "gptq": (1, 128), "awq": (1, 128
 
 
 def _coded_case(
-    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, order: bool = False, K: int = 4096
-) -> LaunchCase:
-    """The product with a weight of codes, or dX; ``order``: with columns in groups out of order."""
+    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, order: bool = False, R: int = 0,
+    dropout_p: float = 0.0, scaled: bool = False, K: int = 4096,
+) -> LaunchCase:  # fmt: skip
+    """The product with a weight of codes, or dX; ``order``: with columns in groups out of order; ``R``: with the
+    correction; ``scaled``: with DoRA's column scale."""
 
     def run(target: Target) -> None:
         N = 4096
@@ -121,9 +123,27 @@ def _coded_case(
             block,
             256 if nested else 0,
         )
-        coded_product(empty(M, N if grad else K, of=dtype), operand, None, grad=grad)
+        x = empty(M, N if grad else K, of=dtype)
+        correction = u = None
+        if R:
+            strategy = coded_strategy(target, M, R, dtype, dropout_p > 0.0)
+            fused = strategy == "fused" and not grad
+            tiles = lora_tiles(target, M, K, N, R, dtype, dropout_p > 0.0, strategy=strategy, scaled=scaled)
+            a, b, p = empty(R, K, of=dtype), empty(N, R, of=dtype), empty(M, R, of=dtype)
+            block_r = (tiles.main_dx if grad else tiles.main).BLOCK_R
+            correction = Correction(p, a if grad else b, block_r, 2.0, empty(R, of=dtype))
+            if fused:
+                correction = correction._replace(down=a, store_p=True)
+            if fused or grad:
+                seed = torch.empty((), dtype=torch.int64, device="meta")
+                correction = correction._replace(dropout_p=dropout_p, dropout_seed=seed)
+        scale = empty(N, of=_F32) if scaled else None
+        if scaled and not grad:
+            u = empty(M, N, of=dtype)
+        coded_product(x, operand, None, grad=grad, correction=correction, column_scale=scale, u=u)
 
-    words = ["codes", format_, "nested" if nested else "", "ordered" if order else "", f"M={M}"]
+    words = ["codes", format_, "nested" if nested else "", "ordered" if order else "", f"M={M}", f"R={R}" if R else ""]
+    words += ["dropout" if dropout_p else "", "dora" if scaled else ""]
     words += ["f32" if dtype == _F32 else "bf16", "dX" if grad else "", f"K={K}" if K != 4096 else ""]
     return LaunchCase(" ".join(word for word in words if word), run)
 
@@ -136,6 +156,11 @@ def _coded_cases() -> Iterator[LaunchCase]:
         for format_ in ("gptq", "awq", "q8_0", "q4_k"):
             yield _coded_case(format_, 2048, _BF16, grad=grad)
         yield _coded_case("gptq", 2048, _BF16, grad=grad, order=True)
+        for M, R, dropout_p in ((16, 16, 0.0), (2048, 16, 0.0), (2048, 64, 0.0), (2048, 16, 0.1), (16, 16, 0.1)):
+            yield _coded_case("nf4", M, _BF16, grad=grad, nested=True, R=R, dropout_p=dropout_p)
+        yield _coded_case("nf4", 2048, _BF16, grad=grad, R=16, scaled=True)
+        yield _coded_case("fp8", 2048, _BF16, grad=grad, R=16)
+        yield _coded_case("nf4", 2048, _F32, grad=grad, R=16)
         yield _coded_case("nf4", 2048, _BF16, grad=grad, nested=True)
         yield _coded_case("nf4", 2048, _BF16, grad=grad, K=4304)  # scales change within a row of a tile
         yield _coded_case("nf4", 2048, _F32, grad=grad)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import dropout_arguments
-from .lora import lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
+from .lora import base_grad_product, lora_bwd_q_grad_b, lora_grad, lora_linear_bwd_dx, lora_linear_fwd
 from .lora_tiles import LoRATiles
 from .target import Target
 from .tiles import dot, dropout_keep, load_tile, store_tile
@@ -169,9 +169,9 @@ def dora_linear_bwd(
     grad_x = grad_a = None
     if need_x and dropout_base:
         assert grad_u is not None and dropout_seed is not None
-        through_mask = (grad_u - grad_y) @ weight
+        through_mask = base_grad_product(grad_u - grad_y, weight)
         through_mask.addmm_(q, lora_a.to(q.dtype), alpha=scaling)
-        grad_x = dropout(through_mask, dropout_p, dropout_seed, add=grad_y @ weight)
+        grad_x = dropout(through_mask, dropout_p, dropout_seed, add=base_grad_product(grad_y, weight))
     elif need_x:
         grad_x = lora_linear_bwd_dx(grad_y, weight, q, lora_a, tiles, scaling=scaling, **dropped, **of_dora)
     if need_a:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coded import CodedOperand, Correction, coded_product
 from .launch import KEEP_ALL, describe, dropout_arguments, ordered_sum, precision
 from .lora_tiles import LoRATiles, ThinTiles
 from .tiles import cast, dot, dropout_keep, load_tile, store_tile, tile_position
@@ -300,6 +301,22 @@ def _lora_bwd_q_grad_b_kernel(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
+def base_product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias by the library, by the weight's own kernel, or by the weight itself."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    product: Tensor = coded_product(x, weight, bias) if isinstance(weight, CodedOperand) else weight.product(x, bias)
+    return product
+
+
+def base_grad_product(grad_y: Tensor, weight: Any) -> Tensor:
+    """dY W, likewise."""
+    if isinstance(weight, CodedOperand):
+        return coded_product(grad_y, weight, grad=True)
+    product: Tensor = grad_y @ weight if isinstance(weight, Tensor) else weight.grad_product(grad_y)
+    return product
+
+
 def lora_down(
     x: Tensor, factor: Tensor, rank_last: bool, tiles: LoRATiles, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
@@ -351,7 +368,7 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y (M, N) and, when ``store_p``, P (M, R), both in x's dtype, by the strategy of ``tiles``.
 
-    x (M, K) with unit column stride; factors with unit column stride; weight (N, K) of any strides.
+    x (M, K) with unit column stride; factors with unit column stride; weight (N, K) of any strides, or of codes.
     ``column_scale`` (N,) float32 multiplies the sum before the bias (DoRA); ``u`` (M, N) receives the sum itself.
     """
     M, K = x.shape
@@ -363,19 +380,27 @@ def lora_linear_fwd(
     if tiles.strategy == "library":
         assert p is not None
         if column_scale is None:
-            y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            y = base_product(x, weight, bias)
             _up_add(y, p, lora_b, True, tiles, gate=gate, scaling=scaling)
             return y, p
-        product = torch.mm(x, weight.T, out=u)
+        product = torch.mm(x, weight.T, out=u) if isinstance(weight, Tensor) else base_product(x, weight)
+        if u is not None and product is not u:
+            product = u.copy_(product)
         y = product if u is None else torch.empty_like(u)
         scaled = {"column_scale": column_scale, "bias": bias, "out": None if u is None else y}
         _up_add(product, p, lora_b, True, tiles, gate=gate, scaling=scaling, **scaled)
         return y, p
 
-    y = x.new_empty(M, N)
     if p is None:
         p = x.new_empty(M, R) if store_p else x.new_empty(1, R)
     t = tiles.main
+    if isinstance(weight, CodedOperand):
+        made = Correction(p, lora_b, t.BLOCK_R, scaling, gate)
+        if fused:  # only the kernel that makes P draws the mask
+            made = made._replace(down=lora_a, store_p=store_p, dropout_p=dropout_p, dropout_seed=dropout_seed)
+        y = coded_product(x, weight, bias, correction=made, column_scale=column_scale, u=u)
+        return y, p if store_p else None
+    y = x.new_empty(M, N)
     x_arg, w_arg, a_arg, y_arg = describe(
         t.tma,
         (x, [t.BLOCK_M, t.BLOCK_K]),
@@ -406,11 +431,14 @@ def lora_linear_bwd_dx(
     M, N = grad_y.shape
     R, K = lora_a.shape
     if tiles.strategy == "library":
-        grad_x = (grad_y if grad_u is None else grad_u) @ weight
+        grad_x = base_grad_product(grad_y if grad_u is None else grad_u, weight)
         _up_add(grad_x, q, lora_a, False, tiles, gate=gate, scaling=scaling, dropout_p=dropout_p, seed=dropout_seed)
         return grad_x
-    grad_x = grad_y.new_empty(M, K)
     t = tiles.main_dx
+    if isinstance(weight, CodedOperand):
+        made = Correction(q, lora_a, t.BLOCK_R, scaling, gate, dropout_p=dropout_p, dropout_seed=dropout_seed)
+        return coded_product(grad_y, weight, grad=True, correction=made, column_scale=column_scale)
+    grad_x = grad_y.new_empty(M, K)
     # The tile's N and K are those of the product dY W: its columns are K, its reduction is N.
     dy_arg, w_arg, dx_arg = describe(
         t.tma, (grad_y, [t.BLOCK_M, t.BLOCK_K]), (weight, [t.BLOCK_K, t.BLOCK_N]), (grad_x, [t.BLOCK_M, t.BLOCK_N])

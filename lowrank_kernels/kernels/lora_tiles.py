@@ -134,6 +134,8 @@ DECODE_ROWS = 64
 _PERSISTENT = ("sm_90", "sm_100", "sm_120")
 _NARROW_WHEN_FUSED = ("sm_100",)
 """P's accumulator is in tensor memory too, and two wide ones are all of it: Triton 3.5 and 3.6 make a trap of more."""
+_NARROW_REGISTERS = ("sm_86", "sm_89", "sm_120")
+"""What is decoded, P's accumulator and the main one spill beside a large tile's operands, without wgmma or tcgen05."""
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _FUSED_MAX_RANK_DECODE = 64
 _FUSED_MAX_RANK = 16
@@ -145,6 +147,12 @@ def fused_fits(M: int, R: int, dtype: torch.dtype, dropout: bool) -> bool:
     if M <= DECODE_ROWS:
         return R <= (_FUSED_MAX_RANK if dtype == torch.float32 else _FUSED_MAX_RANK_DECODE)
     return R <= _FUSED_MAX_RANK and not dropout
+
+
+def coded_strategy(target: Target, M: int, R: int, dtype: torch.dtype, dropout: bool) -> Strategy:
+    """One kernel or two over a weight of codes (``kernels/coded.py``)."""
+    spills = target.arch in _NARROW_REGISTERS and M > DECODE_ROWS
+    return "fused" if fused_fits(M, R, dtype, dropout) and not spills else "two_kernel"
 
 
 def main_tiles(target: Target, M: int, block_r: int, dtype: torch.dtype, aligned: bool, widest: int) -> MainTiles:

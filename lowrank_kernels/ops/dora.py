@@ -16,7 +16,7 @@ from ..reference.dora import (
     dora_linear_ref,
     dora_weight_norm_ref,
 )
-from ..weights import Weight, corrected, corrected_grad, dense, grad_product, product
+from ..weights import Weight, corrected, corrected_grad, dense, grad_product, operand, product
 from ..weights import rows as weight_rows
 from .backend import KERNEL_DTYPES, why_not
 from .library import define, define_trained
@@ -517,7 +517,7 @@ def _scaled_product(call: DoRALinear, column_scale: Tensor, plan: Plan) -> tuple
         from ..kernels.dora import dora_linear_fwd
 
         return dora_linear_fwd(
-            x, weight, lora_a, lora_b, column_scale, plan.tiles, scaling=scaling, save=save, bias=bias,
+            x, operand(weight), lora_a, lora_b, column_scale, plan.tiles, scaling=scaling, save=save, bias=bias,
             dropout_p=dropout_p, dropout_seed=seed,
         )  # fmt: skip
     if plan.base == OWN:
@@ -622,7 +622,7 @@ def _triton_backward(call: DoRALinearBackward, plan: Plan) -> tuple[Tensor | Non
     from ..kernels.dora import dora_linear_bwd
 
     return dora_linear_bwd(
-        call.grad_y, call.x, call.weight, call.lora_a, call.lora_b, plan.tiles, norm=call.norm,
+        call.grad_y, call.x, operand(call.weight), call.lora_a, call.lora_b, plan.tiles, norm=call.norm,
         column_scale=call.column_scale, p=call.p, u=call.u, scaling=call.scaling, needs=call.needs,
         magnitude_dtype=call.magnitude_dtype, dropout_p=call.dropout_p, dropout_seed=call.dropout_seed,
         dropout_base=call.dropout_base,

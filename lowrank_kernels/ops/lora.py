@@ -14,7 +14,17 @@ from .. import tuned
 from ..cpp import cpp
 from ..kernels.target import Target
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
-from ..weights import CodedWeight, Weight, corrected, corrected_backward, corrected_grad, dense, grad_product, product
+from ..weights import (
+    CodedWeight,
+    Weight,
+    corrected,
+    corrected_backward,
+    corrected_grad,
+    dense,
+    grad_product,
+    operand,
+    product,
+)
 from ..weights.dense import library_reads_past_rows
 from .library import define_trained, unseen
 from .operands import (
@@ -287,7 +297,7 @@ def _triton_forward(call: LoRALinear, plan: Plan) -> tuple[Tensor, Tensor | None
 
     x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, _ = call
     return lora_linear_fwd(
-        x, weight, lora_a, lora_b, plan.tiles, scaling=scaling, store_p=save_p, bias=bias, gate=gate,
+        x, operand(weight), lora_a, lora_b, plan.tiles, scaling=scaling, store_p=save_p, bias=bias, gate=gate,
         dropout_p=dropout_p, dropout_seed=seed,
     )  # fmt: skip
 
@@ -421,7 +431,7 @@ def _triton_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | Non
 
     grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, _ = call
     return lora_linear_bwd(
-        grad_y, x, weight, lora_a, lora_b, p, plan.tiles, scaling=scaling, needs=needs[:3], gate=gate,
+        grad_y, x, operand(weight), lora_a, lora_b, p, plan.tiles, scaling=scaling, needs=needs[:3], gate=gate,
         dropout_p=dropout_p, dropout_seed=seed, need_q=needs[4],
     )  # fmt: skip
 

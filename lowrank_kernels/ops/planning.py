@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..kernels.lora_tiles import LoRATiles, Strategy, lora_tiles
+from ..kernels.lora_tiles import LoRATiles, Strategy, coded_strategy, lora_tiles
 from ..kernels.target import Target, target_of
 from ..weights import CodedWeight, FrozenWeight
 from . import cpu_rules
@@ -39,7 +39,7 @@ def _has_values(t: Any) -> bool:
 
 class Meta(NamedTuple):
     """What is known of a tensor without its values. ``aligned``: its first element is at a multiple of 16 bytes;
-    ``coded``: a weight of codes, which the extension multiplies by."""
+    ``coded``: a weight of codes, which kernels decode as they multiply."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -53,8 +53,7 @@ class Meta(NamedTuple):
     @classmethod
     def of(cls, t: Tensor | FrozenWeight) -> Meta:
         if isinstance(t, FrozenWeight):
-            coded = isinstance(t, CodedWeight) and t.extension_reads
-            return cls(t.shape, t.stride(), t.dtype, t.device, format=t.format, coded=coded)
+            return cls(t.shape, t.stride(), t.dtype, t.device, format=t.format, coded=isinstance(t, CodedWeight))
         aligned = t.device.type == "meta" or (_has_values(t) and t.data_ptr() % 16 == 0)
         return cls(t.shape, t.stride(), t.dtype, t.device, t.requires_grad, aligned)
 
@@ -256,13 +255,20 @@ class Choosing:
         **options: Any,
     ) -> LoRATiles:
         """For Triton: strategy and tiles of a product of rows (x or dY) with the weight."""
-        strategy: Strategy | None = None if weight.format == "dense" else "library"
-        aligned = strategy is None and rows.describable and weight.describable
         sizes = rows.shape[0], weight.shape[1], weight.shape[0], rank
+        strategy: Strategy | None = None
+        if weight.coded:  # the correction is made in the accumulators of W's own kernel
+            strategy = coded_strategy(self.target, rows.shape[0], rank, rows.dtype, dropout)
+        elif weight.format != "dense":
+            strategy = "library"
+        settled = settled if strategy is None else {}
+        aligned = rows.describable and (weight.coded or (strategy is None and weight.describable))
         tiles = lora_tiles(
             self.target, *sizes, rows.dtype, dropout, strategy=strategy, aligned=aligned, settled=settled, **options
         )
         why = source if settled.get("strategy") == tiles.strategy else f"rule: roofline of {self.target.arch}"
+        if strategy is not None:
+            why = f"rule: {weight.format} weights have a product of their own"
         self.take("tiles", tiles, why, tiles.strategy)
         return tiles
 

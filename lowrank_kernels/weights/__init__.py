@@ -83,6 +83,11 @@ def _coded(weight: Weight) -> CodedWeight:
     return weight
 
 
+def operand(weight: Weight) -> Any:
+    """The weight as Triton's launchers take it."""
+    return weight.operand() if isinstance(weight, CodedWeight) else weight
+
+
 def like(x: Any, weight: Weight) -> Weight:
     """The weight as x multiplies it: codes stand for values of any dtype, and are rounded to x's."""
     if isinstance(weight, CodedWeight) and isinstance(x, Tensor) and x.dtype in DTYPES:
@@ -139,6 +144,7 @@ __all__ = [
     "grad_product",
     "like",
     "of",
+    "operand",
     "product",
     "register",
     "rows",
