@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
         "--explain", metavar='"OP M=16 ..."', help="what a call of an op with these sizes does, and why; runs nothing"
     )
     parser.add_argument("--dtype", help="of the call to explain (default float32)")
+    parser.add_argument("--base", metavar="FORMAT", help="that the call's frozen weight is stored in, as nf4")
     parser.add_argument("--training", action="store_true", help="the call to explain records gradients")
     parser.add_argument(
         "--device", metavar="DEVICE", help="of the call to explain: cpu, cuda, or cuda:sm_90 for any GPU without one"
@@ -192,7 +193,18 @@ def _plan_rows(plan: Any, indent: str = "") -> Iterator[Row]:
             yield from _plan_rows(plan.norm, indent + "  ")
 
 
-def _explain(words: str, dtype: torch.dtype, training: bool, device: torch.device, target: Any) -> None:
+def _stored(call: Any, base: str | None) -> Any:
+    """The call over a weight that is stored in a format."""
+    if base is None:
+        return call
+    if "weight" not in call._fields:
+        raise ValueError("--base: this op has no frozen weight")
+    return call._replace(weight=call.weight._replace(format=base, coded=True))
+
+
+def _explain(
+    words: str, dtype: torch.dtype, base: str | None, training: bool, device: torch.device, target: Any
+) -> None:
     """Print the plan of a call, and of its backward where it trains, made by the function that the op calls."""
     from ..ops.examples import EXAMPLES
     from ..ops.planning import plan
@@ -203,14 +215,16 @@ def _explain(words: str, dtype: torch.dtype, training: bool, device: torch.devic
         raise ValueError(f"--training: {op} records no gradients of its own")
     shape = " ".join(f"{name}={sizes[name]}" for name in example.sizes.split())
     where = str(device) if target is None else f"{target.arch} (not this machine)"
-    print(f"{op} {shape}, {str(dtype).removeprefix('torch.')}, {where}")
-    print_table(list(_plan_rows(plan(op, example.call(sizes, dtype, device), records=training, target=target))))
+    over = "" if base is None else f", over {base}"
+    print(f"{op} {shape}, {str(dtype).removeprefix('torch.')}{over}, {where}")
+    call = _stored(example.call(sizes, dtype, device), base)
+    print_table(list(_plan_rows(plan(op, call, records=training, target=target))))
     if training:
         print("backward")
-        call = example.call(sizes, dtype, device, backward=True)
+        call = _stored(example.call(sizes, dtype, device, backward=True), base)
         print_table(list(_plan_rows(plan(f"{op}_backward", call, target=target))))
     if device.type == "cuda":
-        _predict(op, sizes, dtype, target)
+        _predict(op if base is None else f"{op}_{base}", sizes, dtype, target)
 
 
 def _predict(op: str, sizes: dict[str, int], dtype: torch.dtype, target: Any) -> None:
@@ -219,7 +233,7 @@ def _predict(op: str, sizes: dict[str, int], dtype: torch.dtype, target: Any) ->
     from ..kernels.roofline import seconds
     from ..kernels.target import target_of
 
-    launches_of = OPS[op].launches
+    launches_of = OPS[op].launches if op in OPS else None
     if launches_of is None:
         return
     target = target or target_of(torch.device("cuda", 0))
@@ -234,13 +248,16 @@ def _predict(op: str, sizes: dict[str, int], dtype: torch.dtype, target: Any) ->
 
 def run(args: argparse.Namespace) -> int:
     if args.explain is not None:
+        from ..weights import FORMATS, CodedWeight
         from .bench import DTYPES, one_of
 
         device, target = _target_of(args.device or "cpu")
         dtype = DTYPES[one_of("--dtype", args.dtype or "float32", DTYPES)[0]]
-        _explain(args.explain, dtype, args.training, device, target)
+        if args.base is not None:
+            one_of("--base", args.base, [name for name, kind in FORMATS.items() if issubclass(kind, CodedWeight)])
+        _explain(args.explain, dtype, args.base, args.training, device, target)
         return 0
-    for option in ("--dtype", "--training", "--device"):
+    for option in ("--dtype", "--base", "--training", "--device"):
         if option in args.given:
             raise ValueError(f"{option}: it goes with --explain")
     from ..families import OPS

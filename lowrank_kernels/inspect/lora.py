@@ -137,10 +137,10 @@ def _coded_case(
             if fused or grad:
                 seed = torch.empty((), dtype=torch.int64, device="meta")
                 correction = correction._replace(dropout_p=dropout_p, dropout_seed=seed)
-        scale = empty(N, of=_F32) if scaled else None
+        column_scale = empty(N, of=_F32) if scaled else None
         if scaled and not grad:
             u = empty(M, N, of=dtype)
-        coded_product(x, operand, None, grad=grad, correction=correction, column_scale=scale, u=u)
+        coded_product(x, operand, None, grad=grad, correction=correction, column_scale=column_scale, u=u)
 
     words = ["codes", format_, "nested" if nested else "", "ordered" if order else "", f"M={M}", f"R={R}" if R else ""]
     words += ["dropout" if dropout_p else "", "dora" if scaled else ""]

@@ -51,6 +51,7 @@ def lora_forward(
     *,
     store_p: bool = True,
     scaled: bool = False,
+    weight_bytes: float | None = None,
 ) -> tuple[Work, ...]:
     """Launches of y = x Wᵀ + s (x Aᵀ) Bᵀ by one strategy ("fused", "two_kernel" or "library").
 
@@ -59,8 +60,10 @@ def lora_forward(
         columns: how many programs share a row of tiles; with "fused" each of them computes P.
         store_p: "fused" writes P, for backward; the others always do.
         scaled: columns are multiplied by a float32 vector (DoRA).
+        weight_bytes: of W, where it is stored in few bits.
     """
     x, w, y, p, a, b = (size * n for n in (M * K, N * K, M * N, M * R, R * K, R * N))
+    w = w if weight_bytes is None else weight_bytes
     scale, main = 4 * N * scaled, 2.0 * M * N * K
     if strategy == "fused":
         flops = (main + 2.0 * M * R * (columns * K + N)) / OWN_PRODUCT_EFFICIENCY

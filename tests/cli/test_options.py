@@ -34,6 +34,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
     "doctor": {
         "--explain": ("", "nothing M=1", "lora_linear", "lora_linear M=0 K=1 N=1 R=1", "lora_linear M=1 K=1 N=1 R=x"),
         "--dtype": WORDS,
+        "--base": WORDS,
         "--device": ("x", "cpu:sm_90", "cuda:sm_1", "cuda:", "meta"),
     },
     "inspect": {

@@ -9,9 +9,10 @@ from torch.nn.functional import linear
 import lowrank_kernels as lk
 
 from ...kernels import roofline
-from ...kernels.lora_tiles import lora_tiles
+from ...kernels.lora_tiles import coded_strategy, lora_tiles
 from ...kernels.roofline import Work
 from ...kernels.target import Target
+from ...weights import NF4Weight
 from .bench import (
     BASES,
     CPU_LINEAR,
@@ -68,6 +69,30 @@ def lora_launches(target: Target, s: Shape, dtype: torch.dtype, scaled: bool = F
     return tiles.strategy, launches
 
 
+# The same over a weight of 4 bits, which the others write out dense first.
+
+
+def _nf4_inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    made = lora_inputs(s, dtype, device)
+    stored = NF4Weight.from_dense(made["weight"])
+    return {**made, "weight": stored.dense(), "stored": stored}
+
+
+def _nf4_weight_bytes(s: Shape) -> float:
+    return s["N"] * s["K"] / 2 + 4 * -(-s["N"] * s["K"] // 64) + 64
+
+
+def _nf4_plain(i: Inputs) -> Tensor:
+    return lora_plain({**i, "weight": i["stored"].dense()})
+
+
+def _nf4_launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
+    M, K, N, R = (s[k] for k in "MKNR")
+    strategy = coded_strategy(target, M, R, dtype, False)
+    sizes = M, K, N, R, dtype.itemsize, -(-N // 64)
+    return strategy, roofline.lora_forward(strategy, *sizes, store_p=False, weight_bytes=_nf4_weight_bytes(s))
+
+
 BENCHES = (
     Bench(
         name="lora_linear",
@@ -86,6 +111,24 @@ BENCHES = (
         nbytes=lora_bytes,
         flops=lora_flops,
         launches=lora_launches,
+        trained=("x", "lora_a", "lora_b"),
+    ),
+    Bench(
+        name="lora_linear_nf4",
+        shapes=CPU_LINEAR[:1],
+        gpu_shapes=GPU_LINEAR,
+        make=_nf4_inputs,
+        providers={
+            "floor": lambda i: linear(i["x"], i["weight"]),
+            "plain": _nf4_plain,
+            "ours": lambda i, backend="auto": lk.lora_linear(
+                i["x"], i["stored"], i["lora_a"], i["lora_b"], scaling=2.0, backend=backend
+            ),
+        },
+        exact=lora_plain,
+        nbytes=lambda s, size: lora_bytes(s, size) - size * s["N"] * s["K"] + _nf4_weight_bytes(s),
+        flops=lora_flops,
+        launches=_nf4_launches,
         trained=("x", "lora_a", "lora_b"),
     ),
 )
