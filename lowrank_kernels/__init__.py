@@ -19,7 +19,7 @@ from .functional import (
     stack_column_scale,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
-from .quantize import quantize_
+from .quantize import dequantize_, quantize_
 from .report import Report
 from .smt import SMTConfig
 from .stack import LoRAStack
@@ -42,6 +42,7 @@ __all__ = [
     "block_sparse_linear",
     "block_sparse_weight_grad",
     "chain",
+    "dequantize_",
     "dora_column_scale",
     "dora_linear",
     "dora_weight_norm",

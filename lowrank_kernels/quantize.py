@@ -1,10 +1,11 @@
-"""``quantize_``: a model's linears in few bits, in place."""
+"""``quantize_``: a model's linears in few bits, in place; ``dequantize_``: dense again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapt import output_head
@@ -14,7 +15,7 @@ from .nn.coded import CodedLinear
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import Replaced, Report, Skipped, count_parameters
-from .weights import encoders
+from .weights import dense, encoders, like, of
 
 
 def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str] = (), **settings: Any) -> Report:
@@ -83,3 +84,54 @@ def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str
     if not replaced:
         raise ValueError(f"{op}: expected a model with an nn.Linear to replace, got none")
     return Report(op, tuple(replaced), tuple(skipped), *count_parameters(model))
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
+    """Make a model's weights of few bits dense again, in place, one after the other: for a merge that keeps all of it.
+
+    Every linear whose weight a format of :mod:`lowrank_kernels.weights` knows, those under the layers of an adapted
+    model too, becomes an nn.Linear with the values that its codes stand for; the adapters stay as they are. A weight of
+    4 bits takes 4 times its memory in bfloat16.
+
+    Args:
+        model: with such linears: of ``lk.quantize_``, bitsandbytes, GPTQModel, ...
+        dtype: of the weights; that of each format by default.
+
+    Returns:
+        A report of every linear replaced. It cannot be undone.
+
+    Raises:
+        ValueError: no such linear; one that cannot be read, or that an adapter is merged into (by its name).
+        TypeError: ``model`` is none.
+    """
+    op = "dequantize_"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        try:
+            weight = of(module)
+        except ValueError as error:
+            raise ValueError(f"{op}: {name}: {error}; nothing has changed") from error
+        if weight is None or not name:
+            continue
+        owner = place(model, name)[0]
+        if getattr(owner, "merged", False):
+            raise ValueError(f"{op}: {name}: an adapter is merged into it; call unmerge_() first; nothing has changed")
+        found[name] = module
+    if not found:
+        raise ValueError(f"{op}: expected a model with weights of few bits, got none")
+    replaced: list[Replaced] = []
+    for name, module in found.items():
+        weight = of(module)
+        assert weight is not None
+        (n, k), bias = weight.shape, getattr(module, "bias", None)
+        values = dense(like(torch.empty(0, dtype=dtype or weight.dtype), weight)).to(dtype or weight.dtype)
+        linear = nn.Linear(k, n, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(values, requires_grad=False)
+        if bias is not None:
+            linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
+        owner, key = place(model, name)
+        owner._modules[key] = linear.train(module.training)
+        replaced.append(Replaced(name, "Linear", (n, k), 0, str(values.dtype).removeprefix("torch.")))
+    return Report(op, tuple(replaced), (), *count_parameters(model))

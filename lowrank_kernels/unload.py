@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,19 @@ from .finite import all_finite
 from .functional import stack_column_scale
 from .names import named_modules, named_parameters
 from .nn.block_sparse import BlockSparseLinear
+from .nn.coded import CodedLinear
 from .nn.frozen import has_hooks
-from .nn.lora import LoRALayer
+from .nn.lora import LoRALayer, check_requantize
+from .nn.matrix import frozen_weight
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import is_dtensor, why_not_written
+from .weights import FrozenWeight
 
 _OP = "merge_and_unload"
+logger = logging.getLogger("lowrank_kernels")
 
 
-def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, adapter: int | None = None, requantize: str | None = None) -> nn.Module:
     """Merge every adapted layer into its weight and put the linears back, in place.
 
     W ← W + s B A for LoRA, g ∘ (W + s B A) for DoRA, and W with its blocks for SMT; in float32, rounded once to W's
@@ -35,6 +40,8 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
         model: with layers of :mod:`lowrank_kernels.nn`, whoever put them there. A layer
             that is merged already stays merged with what it was merged with.
         adapter: which one, where there are MultiLoRALinears that are not merged yet.
+        requantize: how weights that ``lk.quantize_`` stored in few bits are rounded to them again, as for
+            ``LoRALinear.merge_``; what they keep of the updates is logged.
 
     Returns:
         The model; the linear itself where the model is one layer.
@@ -59,11 +66,15 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None) -> nn.Modu
     merges: dict[int, Callable[[], Any]] = {}
     for name, layer in layers.items():
         try:
-            merges[id(layer)] = _prepared(layer, adapter, owners)
+            merges[id(layer)] = _prepared(layer, adapter, owners, requantize)
         except ValueError as error:
             raise ValueError(f"{_OP}: {name or 'the model'}: {error}; nothing has changed") from None
     for merge in merges.values():
         merge()
+    for name, layer in layers.items():
+        report = getattr(layer, "requantized", None)
+        if report is not None:
+            logger.warning("%s: %s: %s", _OP, name or "the model", report)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is not None and id(module) in merges:
@@ -86,13 +97,21 @@ def _linear_of(layer: nn.Module) -> nn.Module:
     return base.train(layer.training)
 
 
-def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]]) -> Callable[[], Any]:
+def _prepared(
+    layer: nn.Module, adapter: int | None, owners: dict[int, list[str]], requantize: str | None
+) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
     if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear)):
         is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
     base: nn.Linear = layer.base_layer
+    if isinstance(layer, LoRALayer) and not layer.merged:
+        check_requantize("merge_", base, requantize if isinstance(frozen_weight(base), FrozenWeight) else None)
+    elif isinstance(frozen_weight(base), FrozenWeight) and not isinstance(layer, LoRALayer):
+        raise ValueError(f"expected a dense weight to merge a {type(layer).__name__} into; lk.dequantize_ makes it so")
+    if isinstance(base, CodedLinear):
+        return _prepared_lora(layer, requantize)
     if is_dtensor(base.weight) or getattr(base, "_is_fsdp_managed_module", False):
         raise ValueError("its weight is sharded; gather the model first, or merge layer by layer with merge_()")
     reason = why_not_written(base)
@@ -118,10 +137,10 @@ def _prepared(layer: nn.Module, adapter: int | None, owners: dict[int, list[str]
     return _prepared_lora(layer)
 
 
-def _prepared_lora(layer: LoRALayer) -> Callable[[], Any]:
+def _prepared_lora(layer: LoRALayer, requantize: str | None = None) -> Callable[[], Any]:
     if layer.merged:
         return _nothing
-    state = layer.prepare_merge()
+    state = layer.prepare_merge(requantize=requantize)
     return lambda: layer.put_in_(state)
 
 

@@ -90,9 +90,18 @@ _BLOCKS = {"fp8": (128, 128), "mxfp4": (1, 32), "gptq": (1, 128), "awq": (1, 128
 
 
 def _coded_case(
-    format_: str, M: int, dtype: torch.dtype, *, grad: bool, nested: bool = False, order: bool = False, R: int = 0,
-    dropout_p: float = 0.0, scaled: bool = False, K: int = 4096,
-) -> LaunchCase:  # fmt: skip
+    format_: str,
+    M: int,
+    dtype: torch.dtype,
+    *,
+    grad: bool,
+    nested: bool = False,
+    order: bool = False,
+    R: int = 0,
+    dropout_p: float = 0.0,
+    scaled: bool = False,
+    K: int = 4096,
+) -> LaunchCase:
     """The product with a weight of codes, or dX; ``order``: with columns in groups out of order; ``R``: with the
     correction; ``scaled``: with DoRA's column scale."""
 

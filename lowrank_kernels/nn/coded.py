@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import frozen_linear
@@ -35,6 +36,17 @@ class CodedLinear(nn.Module):
         weight = unpacked(self._settings, [self.weight.detach(), *others])
         assert isinstance(weight, CodedWeight)
         return weight
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of the tensors that hold the weight, in its order."""
+        return "weight", *self._others
+
+    @torch.no_grad()
+    def store_(self, parts: Sequence[Tensor]) -> None:
+        """Overwrite the weight by another one's tensors, of the same shapes and dtypes."""
+        for kept, part in zip(self.stored_weight().parts(), parts, strict=True):
+            kept.copy_(part)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.stored_weight(), self.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..finite import all_finite
 from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
-from ..weights import Weight
+from ..weights import FrozenWeight, Weight
 from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALayer, LoRALinear
@@ -33,6 +33,8 @@ class _Merged(NamedTuple):
 class DoRALayer(LoRALayer):
     """A :class:`LoRALayer` with a magnitude m for each row of W besides: W becomes g ∘ (W + s B A), g = m / n,
     n_i = ‖W_i + s B_i A‖₂. What all kinds of DoRA layers have in common; mixed into the kinds of LoRA layers."""
+
+    _keep_copy = False
 
     def __init__(
         self,
@@ -107,24 +109,23 @@ class DoRALayer(LoRALayer):
             base = base - self.over_output(bias.to(base.dtype))
         return (y + (scale - 1) * base + scale * self._correct(dropped)).to(y.dtype)
 
-    def merge_(self, keep_copy: bool = False) -> Any:
+    def merge_(self, keep_copy: bool = False, *, requantize: str | None = None) -> Any:
         """W ← g ∘ (W + s B A), in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         Args:
             keep_copy: keep W, N K elements, so that ``unmerge_`` restores it bit for bit. Without it, only the rows
                 that cannot be computed back are kept (g = 0, or so small that the merged row is subnormal), and the
                 others come back to within one rounding of the merged row.
+            requantize: as for ``LoRALinear.merge_``.
 
         Raises:
             ValueError: as ``LoRALinear.merge_``, and for a magnitude that is not finite.
         """
-        if not self.merged:
-            self.put_in_(self.prepare_merge(keep_copy))
-        return self
-
-    def prepare_merge(self, keep_copy: bool = False) -> _Merged:
         self._keep_copy = keep_copy
-        return super().prepare_merge()
+        try:
+            return super().merge_(requantize=requantize)
+        finally:
+            self._keep_copy = False
 
     def _merge_state(self) -> _Merged:
         weight, factors = own_part(self.matrix.detach()), self.factors()
@@ -138,7 +139,10 @@ class DoRALayer(LoRALayer):
         # A merged row has norm |g n|, and so an element of at least |g n| / sqrt(K).
         least = math.inf if self._keep_copy else math.sqrt(weight.shape[1]) * torch.finfo(weight.dtype).tiny
         rows = (~((scale * norm).abs() >= least)).nonzero().squeeze(1)
-        return _Merged(a, b, scale, self.scaling, rows, weight[rows].clone())
+        if isinstance(weight, FrozenWeight):  # its codes are kept
+            rows = rows[:0]
+        kept = weight[rows].clone() if isinstance(weight, Tensor) else scale.new_empty(0, weight.shape[1])
+        return _Merged(a, b, scale, self.scaling, rows, kept)
 
     @torch.no_grad()
     def _put_in(self, weight: Tensor, bias: Tensor | None, state: _Merged) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from operator import attrgetter
@@ -14,12 +15,14 @@ from ..finite import all_finite
 from ..functional import check_flag, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
-from ..weights import FrozenWeight
+from ..weights import ROUNDINGS, FrozenWeight
 from .base_only import runs_base_alone
+from .coded import CodedLinear
 from .frozen import AroundBase, is_tracked_view, must_be_called, why_not_frozen, why_not_plain
 from .matrix import as_matrix, frozen_weight, is_conv1d, matrix_shape, write_matrix_
 from .sharded import is_dtensor, own_part, whole, why_not_written
 
+logger = logging.getLogger("lowrank_kernels")
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
 
 
@@ -127,27 +130,35 @@ class LoRALayer(AroundBase):
             x = x.to(self.lora_A.weight.dtype)
         return self.scaling * self.lora_B(self.lora_A(x))
 
-    def merge_(self) -> Any:
+    def merge_(self, *, requantize: str | None = None) -> Any:
         """W ← W + s B A, in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
 
         The merged factors are remembered, (N + K) R elements, so that ``unmerge_`` takes out what was put in
         even when the factors have changed since. Of a weight that FSDP2 shards every rank merges its own rows; all
         of them have to call this.
 
+        Args:
+            requantize: how a weight that ``lk.quantize_`` stored in few bits is rounded to them again, "nearest" or
+                "stochastic" (to one of the two values around, so that the mean is exact). Most updates are smaller
+                than the distance of two values, and rounding to the nearest loses them nearly whole: what is kept and
+                what is lost is logged, and in :attr:`requantized`. The codes are remembered, and ``unmerge_`` puts them
+                back. ``lk.dequantize_`` and then a plain merge keep everything.
+
         Raises:
             ValueError: a weight that another module uses as well, or that cannot be written just now (offloaded,
-                FSDP's gathered copy); a bias to merge and none to take it; factors that are not finite. The layer
-                is then as it was.
+                FSDP's gathered copy); one of few bits and no ``requantize``, or of another package's module; a bias to
+                merge and none to take it; factors that are not finite. The layer is then as it was.
         """
         if not self.merged:
-            self.put_in_(self.prepare_merge())
+            self.put_in_(self.prepare_merge(requantize=requantize))
+            if self.requantized is not None:
+                logger.warning("%s.merge_: %s", type(self).__name__, self.requantized)
         return self
 
-    def prepare_merge(self) -> Any:
+    def prepare_merge(self, *, requantize: str | None = None) -> Any:
         """What ``put_in_`` takes to merge the layer. Raises what ``merge_`` raises; nothing is changed."""
         op, base = f"{type(self).__name__}.merge_", self.base_layer
-        if isinstance(self.matrix, FrozenWeight):
-            raise ValueError(f"{op}: expected a dense weight to merge into, got one stored as {self.matrix.format}")
+        check_requantize(op, base, requantize)
         if self.weight_shared_with:
             raise ValueError(
                 f"{op}: this weight is also that of {', '.join(self.weight_shared_with)}, which "
@@ -155,7 +166,8 @@ class LoRALayer(AroundBase):
             )
         if self.lora_bias is not None and self.bias is None:
             raise ValueError(f"{op}: expected a base layer with a bias to take lora_B.bias, got none")
-        _check_written(op, base)
+        if requantize is None:
+            _check_written(op, base)
         for name, p, shape in self.correction_parameters():
             if p.is_meta or tuple(p.shape) != shape:
                 raise ValueError(f"{op}: expected {name} of shape {shape} at hand, got {tuple(p.shape)} on {p.device}")
@@ -164,7 +176,28 @@ class LoRALayer(AroundBase):
         for name, p, _ in self.correction_parameters():
             if name != "lora_magnitude_vector" and not all_finite(whole(p.detach())):
                 raise ValueError(f"{op}: expected finite factors, and {name} holds NaN or Inf")
-        return self._merge_state()
+        state = self._merge_state()
+        return state if requantize is None else self._requantized(state, requantize)
+
+    @torch.no_grad()
+    def _requantized(self, state: Any, rounding: str) -> _Stored:
+        """The merged weight in the codes of W's format."""
+        stored: Any = self.matrix
+        old = stored.to(torch.float32).dense()
+        merged, bias = old.clone(), self.bias
+        self._put_in(merged, None if bias is None else bias.detach().clone(), state)
+        new = stored.encoded_again(merged, rounding)
+        update, error = merged - old, new.to(torch.float32).dense() - merged
+        size = float(update.square().sum())
+        kept = 1.0 + float((error * update).sum()) / size if size else 1.0
+        lost = float(error.norm()) / size**0.5 if size else 0.0
+        report = Requantized(stored.format, rounding, kept, lost)
+        return _Stored(state, list(new.parts()), [part.clone() for part in stored.parts()], report)
+
+    @property
+    def requantized(self) -> Requantized | None:
+        """What a merge into few bits kept, while the layer is merged so."""
+        return self._merged.report if isinstance(self._merged, _Stored) else None
 
     def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
         """(name, parameter, its whole shape) of all that the correction consists of."""
@@ -173,7 +206,11 @@ class LoRALayer(AroundBase):
 
     def put_in_(self, state: Any) -> None:
         """Merge what ``prepare_merge`` returned."""
-        self._put_in(self.base_layer.weight, self.bias, state)
+        if isinstance(state, _Stored):
+            self.base_layer.store_(state.new)  # type: ignore[operator]
+            add_merged_bias(self.bias, state.correction, 1.0)
+        else:
+            self._put_in(self.base_layer.weight, self.bias, state)
         self._merged = state
 
     def _merge_state(self) -> Any:
@@ -197,8 +234,12 @@ class LoRALayer(AroundBase):
             ValueError: a weight that cannot be written just now, as for ``merge_``.
         """
         if self._merged is not None:
-            _check_written(f"{type(self).__name__}.unmerge_", self.base_layer)
-            self._take_out(self.base_layer.weight, self.bias, self._merged)
+            if isinstance(self._merged, _Stored):
+                self.base_layer.store_(self._merged.old)  # type: ignore[operator]
+                add_merged_bias(self.bias, self._merged.correction, -1.0)
+            else:
+                _check_written(f"{type(self).__name__}.unmerge_", self.base_layer)
+                self._take_out(self.base_layer.weight, self.bias, self._merged)
             self._merged = None
         return self
 
@@ -219,15 +260,20 @@ class LoRALayer(AroundBase):
                 lora_b, lora_a = (factor.T for factor in factors)
                 merge_lora_(matrix.T, lora_a, lora_b, scaling=sign * state.scaling, check_finite=False)
             write_matrix_(part, matrix)
-        if state.bias is not None:
-            bias = own_part(bias)
-            wide = torch.promote_types(bias.dtype, torch.float32)
-            bias.copy_(bias.to(wide) + sign * state.scaling * state.bias.to(bias.device, wide))
+        add_merged_bias(bias, state, sign)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As of any module; while merged, the base weight and bias in it are unmerged copies."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self._merged is not None:
+        if isinstance(self._merged, _Stored):
+            base_layer: Any = self.base_layer
+            for name, part in zip(base_layer.part_names, self._merged.old, strict=True):
+                state[f"{prefix}base_layer.{name}"] = part.clone()
+            key = prefix + "base_layer.bias"
+            if key in state:
+                state[key] = state[key].detach().clone()
+                add_merged_bias(state[key], self._merged.correction, -1.0)
+        elif self._merged is not None:
             base = {name: prefix + "base_layer." + name for name in ("weight", "bias")}
             copies = {name: state[key].detach().clone() for name, key in base.items() if key in state}
             self._take_out(copies["weight"], copies.get("bias"), self._merged)
@@ -368,6 +414,66 @@ def start_(layer: Any, init: str, train: str) -> None:
         nn.init.zeros_(layer.lora_bias)
     for factor, trains in zip((layer.lora_A, layer.lora_B), TRAIN[train], strict=True):
         factor.requires_grad_(trains)
+
+
+class Requantized(NamedTuple):
+    """What a merge into few bits did to the update.
+
+    Attributes:
+        format, rounding: of the weight.
+        kept: ⟨new - old, update⟩ / ‖update‖²: 1 where all of it is there, 0 where none is.
+        error: ‖new - merged‖ / ‖update‖.
+    """
+
+    format: str
+    rounding: str
+    kept: float
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"rounded to {self.format} again ({self.rounding}), the weight keeps {self.kept:.1%} of the update, with "
+            f"an error of {self.error:.2f} times its size"
+        )
+
+
+class _Stored(NamedTuple):
+    """A merge into few bits: the correction's state, the weight's tensors after and before, what was kept."""
+
+    correction: Any
+    new: list[Tensor]
+    old: list[Tensor]
+    report: Requantized
+
+
+def check_requantize(op: str, base: nn.Module, requantize: str | None) -> None:
+    """Raise for a weight that cannot be merged into as asked."""
+    weight = frozen_weight(base)
+    if not isinstance(weight, FrozenWeight):
+        if requantize is not None:
+            raise ValueError(f"{op}: expected requantize=None for a dense weight, got {requantize!r}")
+        return
+    if requantize is None:
+        raise ValueError(
+            f"{op}: expected a dense weight to merge into, got one stored as {weight.format}; make it dense "
+            f"(lk.dequantize_), or have it rounded to its few bits again (requantize='stochastic' or 'nearest')"
+        )
+    if not isinstance(base, CodedLinear):
+        raise ValueError(
+            f"{op}: expected requantize=None for a {type(base).__name__}, whose weight is never written; make it dense "
+            f"(lk.dequantize_)"
+        )
+    if requantize not in ROUNDINGS:
+        raise ValueError(f"{op}: expected requantize to be one of {', '.join(ROUNDINGS)}, got {requantize!r}")
+
+
+@torch.no_grad()
+def add_merged_bias(bias: Any, state: Any, sign: float) -> None:
+    """bias += ± s · lora_B.bias, where the merged state has one."""
+    if getattr(state, "bias", None) is not None:
+        bias = own_part(bias)
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        bias.copy_(bias.to(wide) + sign * state.scaling * state.bias.to(bias.device, wide))
 
 
 def _check_written(op: str, base: nn.Module) -> None:

@@ -31,6 +31,7 @@ from .int8 import Int8Weight
 from .mxfp4 import MXFP4Weight
 from .nf4 import FP4Weight, NF4Weight
 from .nvfp4 import NVFP4Weight
+from .rounding import ROUNDINGS
 
 Weight = Tensor | FrozenWeight
 
@@ -122,6 +123,7 @@ def encoders() -> dict[str, Any]:
 
 __all__ = [
     "FORMATS",
+    "ROUNDINGS",
     "AWQWeight",
     "CodedWeight",
     "FP4Weight",

@@ -163,6 +163,14 @@ class CodedWeight(FrozenWeight):
         """The weight as ops of the extension take it."""
         return list(self.parts()), [int(self.code), int(self.scale_kind), *self._numbers()], self.offset
 
+    def encoded_again(self: C, weight: Tensor, rounding: str) -> C:
+        """Another W (N, K) in this one's format, blocks and dtype.
+
+        Raises:
+            ValueError: the format has no encoder.
+        """
+        raise ValueError(f"{type(self).__name__}: expected a format with an encoder of this package")
+
     def dense(self) -> Tensor:
         return self.rows(0, self.shape[0])
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Stored, check_finite, check_matrix
 from .format import register
+from .rounding import check_rounding, stochastic
 
 _LARGEST = 448.0
 
@@ -31,15 +32,29 @@ class FP8Weight(CodedWeight):
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, block: tuple[int, int] = (128, 128), *, dtype: torch.dtype | None = None
+        cls,
+        weight: Tensor,
+        block: tuple[int, int] = (128, 128),
+        *,
+        dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
     ) -> FP8Weight:
-        """W in 8 bits: each block over its largest |w| / 448, rounded to nearest.
+        """W in 8 bits: each block over its largest |w| / 448, rounded.
+
+        Args:
+            weight: W (N, K), of a float dtype, finite.
+            block: (rows, columns) of W under one scale.
+            dtype: of the values that it stands for; W's own by default.
+            rounding: "nearest", or "stochastic": to one of the two values around, so that the mean is exact.
+            generator: of stochastic rounding; torch's own by default.
 
         Raises:
             ValueError: a shape that is none, NaN or infinity, which the cast would turn into 448.
         """
         op = "FP8Weight.from_dense"
         check_matrix(op, weight)
+        check_rounding(op, rounding)
         check_finite(op, weight=weight)
         (n, k), (rows, columns) = weight.shape, block
         grid = -(-n // rows), -(-k // columns)
@@ -48,9 +63,16 @@ class FP8Weight(CodedWeight):
         ).view(grid[0], rows, grid[1], columns)
         largest = padded.abs().amax((1, 3)) if padded.numel() else padded.new_zeros(grid)
         scales = torch.where(largest == 0, 1.0, largest / _LARGEST)
-        q = (padded / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        scaled = (padded / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
+        if rounding == "stochastic":
+            values = torch.arange(127, dtype=torch.uint8, device=weight.device).view(torch.float8_e4m3fn).float()
+            scaled = values[stochastic(scaled.abs(), values, generator)].copysign(scaled)
+        q = scaled.to(torch.float8_e4m3fn)
         q = q.view(grid[0] * rows, grid[1] * columns)[:n, :k]
         return cls.of_blocks(q, scales, block, dtype or weight.dtype)
+
+    def encoded_again(self, weight: Tensor, rounding: str) -> FP8Weight:
+        return type(self).from_dense(weight, self.block, dtype=self.dtype, rounding=rounding)
 
     @classmethod
     def from_module(cls, module: nn.Module) -> FP8Weight | None:

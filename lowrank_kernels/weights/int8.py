@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Stored, check_finite, check_matrix
 from .format import register
+from .rounding import check_rounding
 
 
 @register
@@ -25,20 +26,42 @@ class Int8Weight(CodedWeight):
         return cls(q.shape, dtype, q, scb.float() * (1.0 / 127.0), block=(1, max(1, q.shape[1])))
 
     @classmethod
-    def from_dense(cls, weight: Tensor, *, dtype: torch.dtype | None = None) -> Int8Weight:
-        """W in 8 bits: each row over its largest |w|, rounded to nearest; first cast to float16, as bitsandbytes does.
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> Int8Weight:
+        """W in 8 bits: each row over its largest |w|, rounded; first cast to float16, as bitsandbytes does.
+
+        Args:
+            weight: W (N, K), of a float dtype, finite in float16.
+            dtype: of the values that it stands for; W's own by default.
+            rounding: "nearest", or "stochastic": to one of the two values around, so that the mean is exact.
+            generator: of stochastic rounding; torch's own by default.
 
         Raises:
             ValueError: a shape that is none, NaN, infinity, or what float16 cannot hold.
         """
         op = "Int8Weight.from_dense"
         check_matrix(op, weight)
+        check_rounding(op, rounding)
         half = weight.detach().half()
         check_finite(op, weight=half)
         wide = half.float()
         scb = wide.abs().amax(1) if weight.shape[1] else wide.new_zeros(weight.shape[0])
-        q = torch.round(wide * (127.0 / torch.where(scb == 0, 1.0, scb))[:, None]).to(torch.int8)
-        return cls.of_rows(q, scb, dtype or weight.dtype)
+        scaled = wide * (127.0 / torch.where(scb == 0, 1.0, scb))[:, None]
+        if rounding == "stochastic":
+            drawn = torch.rand(scaled.shape, generator=generator, device=scaled.device)
+            q = torch.floor(scaled + drawn).clamp(-127, 127)
+        else:
+            q = torch.round(scaled)
+        return cls.of_rows(q.to(torch.int8), scb, dtype or weight.dtype)
+
+    def encoded_again(self, weight: Tensor, rounding: str) -> Int8Weight:
+        return type(self).from_dense(weight, dtype=self.dtype, rounding=rounding)
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Int8Weight | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Scales, Stored, check_finite, check_matrix
 from .format import register
+from .rounding import check_rounding, stochastic
 
 _BLOCK = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -34,14 +35,30 @@ class MXFP4Weight(CodedWeight):
         return cls(shape, dtype, codes.view(torch.uint8).contiguous(), scales, values, block=(1, _BLOCK))
 
     @classmethod
-    def from_dense(cls, weight: Tensor, *, dtype: torch.dtype | None = None) -> MXFP4Weight:
+    def from_dense(
+        cls,
+        weight: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> MXFP4Weight:
         """W in 4 bits: the exponent of a block's largest |w|, less 2; values to the nearest, halves to the even code.
+
+        What is more than 6 times its scale becomes 6 times it, with either rounding.
+
+        Args:
+            weight: W (N, K), of a float dtype, finite.
+            dtype: of the values that it stands for; W's own by default.
+            rounding: "nearest", or "stochastic": to one of the two values around, so that the mean is exact.
+            generator: of stochastic rounding; torch's own by default.
 
         Raises:
             ValueError: a K that is no multiple of 32, NaN or infinity.
         """
         op = "MXFP4Weight.from_dense"
         check_matrix(op, weight)
+        check_rounding(op, rounding)
         check_finite(op, weight=weight)
         n, k = weight.shape
         if k % _BLOCK:
@@ -56,10 +73,44 @@ class MXFP4Weight(CodedWeight):
         # A half goes to the even code: below an even code it goes up, above one down.
         codes = torch.bucketize(size, middles)
         upper = torch.bucketize(size, middles, right=True)
-        codes = torch.where((codes != upper) & (codes % 2 == 1), upper, codes) + 8 * (scaled < 0)
-        codes = codes.to(torch.uint8)
+        codes = torch.where((codes != upper) & (codes % 2 == 1), upper, codes)
+        if rounding == "stochastic":
+            codes = stochastic(size, values, generator)
+        codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
         packed = codes[:, ::2] | codes[:, 1::2] << 4
         return cls.of_blocks(packed, (exponents + 127).to(torch.uint8), dtype or weight.dtype)
+
+    def encoded_again(self, weight: Tensor, rounding: str) -> MXFP4Weight:
+        return type(self).from_dense(weight, dtype=self.dtype, rounding=rounding)
+
+    @classmethod
+    def experts(cls, tensors: Stored, name: str, *, dtype: torch.dtype = torch.bfloat16) -> list[MXFP4Weight]:
+        """The weights (N, K) of gpt-oss's experts: ``NAME_blocks`` (E, N, K / 32, 16) and ``NAME_scales`` (E, N, K /
+        32), both uint8, as "model.layers.0.mlp.experts.gate_up_proj". They share the tensors' memory.
+
+        transformers' dense form of one is the transpose, (K, N); gate and up are every other row.
+
+        Raises:
+            ValueError: a tensor that is missing, or of another shape or dtype; each by its name.
+        """
+        codes, scales = (cls.stored(tensors, f"{name}_{part}", torch.uint8) for part in ("blocks", "scales"))
+        if codes.dim() != 4 or codes.shape != (*scales.shape, _BLOCK // 2):
+            raise ValueError(
+                f"{cls.__name__}: expected {name}_blocks (E, N, K / 32, 16) and _scales (E, N, K / 32), got "
+                f"{tuple(codes.shape)} and {tuple(scales.shape)}"
+            )
+        return [cls.of_blocks(codes[e], scales[e], dtype) for e in range(len(codes))]
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> MXFP4Weight | None:
+        """The weight of a linear that compressed-tensors packed as MXFP4; None for any other module."""
+        scheme = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        codes, scales = (module._parameters.get(f"weight_{name}") for name in ("packed", "scale"))
+        if scheme is None or codes is None or scales is None or codes.dtype != torch.uint8:
+            return None
+        if scheme.num_bits != 4 or scheme.group_size != _BLOCK or scales.dtype != torch.uint8:
+            return None
+        return cls.of_blocks(codes.detach(), scales.detach(), torch.bfloat16)
 
     @classmethod
     def from_tensors(cls, tensors: Stored, name: str, *, dtype: torch.dtype = torch.bfloat16) -> MXFP4Weight:

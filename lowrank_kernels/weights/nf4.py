@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Stored, check_finite, check_matrix
 from .format import register
+from .rounding import check_rounding, nearest, stochastic
 
 C = TypeVar("C", bound="_Bitsandbytes4")
 _NF4 = (
@@ -44,19 +45,30 @@ class _Bitsandbytes4(CodedWeight):
     table: ClassVar[tuple[float, ...]]
 
     @classmethod
-    def from_dense(cls: type[C], weight: Tensor, block_size: int = 64, *, dtype: torch.dtype | None = None) -> C:
+    def from_dense(
+        cls: type[C],
+        weight: Tensor,
+        block_size: int = 64,
+        *,
+        dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> C:
         """W in 4 bits, without double quantisation: of each block, the value nearest to w / absmax.
 
         Args:
             weight: W (N, K), of a float dtype, finite.
             block_size: elements under one scale, a power of two of at least 32.
             dtype: of the values that it stands for; W's own by default.
+            rounding: "nearest", or "stochastic": to one of the two values around, so that the mean is exact.
+            generator: of stochastic rounding; torch's own by default.
 
         Raises:
             ValueError: a block size or a shape that is none, NaN or infinity.
         """
         op = f"{cls.__name__}.from_dense"
         check_matrix(op, weight)
+        check_rounding(op, rounding)
         if not isinstance(block_size, int) or block_size < 32 or block_size & (block_size - 1):
             raise ValueError(f"{op}: expected block_size to be a power of two of at least 32, got {block_size!r}")
         check_finite(op, weight=weight)
@@ -71,10 +83,17 @@ class _Bitsandbytes4(CodedWeight):
             scales, scaled = torch.cat([scales, last[None]]), torch.cat([scaled, rest / last])
         values = torch.tensor(cls.table, device=weight.device)
         ascending, order = values.sort()
-        codes = order[torch.bucketize(scaled.clamp(-1.0, 1.0), (ascending[1:] + ascending[:-1]) / 2)].to(torch.uint8)
+        scaled = scaled.clamp(-1.0, 1.0)
+        places = nearest(scaled, ascending) if rounding == "nearest" else stochastic(scaled, ascending, generator)
+        codes = order[places].to(torch.uint8)
         codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
         packed = codes[::2] << 4 | codes[1::2]
         return cls(weight.shape, dtype or weight.dtype, packed, scales, values, run=block_size)
+
+    def encoded_again(self: C, weight: Tensor, rounding: str) -> C:
+        if self.nested is not None:
+            raise ValueError(f"{type(self).__name__}: expected scales that are not quantised in their turn")
+        return type(self).from_dense(weight, self.run, dtype=self.dtype, rounding=rounding)
 
     @classmethod
     def from_module(cls: type[C], module: nn.Module) -> C | None:

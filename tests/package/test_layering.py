@@ -43,7 +43,7 @@ ALLOWED = {
     "adapt": ({"names", "config", "nn", "read_weights", "report"}, {"torch"}),
     "quantize": ({"adapt", "config", "names", "nn", "read_weights", "report", "weights"}, {"torch"}),
     "base_only": ({"adapt", "names", "nn"}, {"torch"}),
-    "unload": ({"names", "adapt", "finite", "functional", "nn"}, {"torch"}),
+    "unload": ({"names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
     "adapters": ({"names", "adapt", "config", "finite", "nn", "patterns", "report"}, {"torch", "safetensors"}),
     "smt": (
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report"},
