@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import lowrank_kernels as lk
 from lowrank_kernels.bench import OPS, Problem, Roofs, Row, interleaved, measure, measure_roofs, write_csv
 from lowrank_kernels.bench.cases import tunables
 from lowrank_kernels.bench.run import conditions
@@ -95,8 +96,33 @@ def check_codes(device: torch.device, dry: bool) -> Iterator[str]:
                     print(f"{'ok' if ok else 'FAIL':5} {words}: relative error {error:.2e}", flush=True)
                     if not ok:
                         yield f"{words}: relative error {error:.2e}"
+                yield from _check_lora_over(weight, dense, m, name)
             if not torch.equal(weight.product(torch.eye(k, dtype=dtype, device=device), None).T, dense):
                 yield f"codes {name} {dtype}: decodes to other bits"
+
+
+def _check_lora_over(weight: Any, dense: torch.Tensor, m: int, name: str) -> Iterator[str]:
+    """LoRA and DoRA over codes, and their gradients, beside the formula in float64; bounds as of P and Q rounded."""
+    n, k = weight.shape
+    sizes = {"x": (m, k), "lora_a": (16, k), "lora_b": (n, 16), "magnitude": (n,)}
+    drawn = {what: torch.randn(*size, device=dense.device) / size[-1] ** 0.5 for what, size in sizes.items()}
+    grad_y = torch.randn(m, n, device=dense.device).to(dense.dtype)
+    for op in ("lora_linear", "dora_linear"):
+        results = []
+        for over, dtype, backend in ((weight, dense.dtype, "auto"), (dense.double(), torch.float64, "reference")):
+            given = {what: t.to(dense.dtype).to(dtype).requires_grad_() for what, t in drawn.items()}
+            if op == "lora_linear":
+                del given["magnitude"]
+            y = getattr(lk, op)(weight=over, scaling=2.0, backend=backend, **given)
+            grads = torch.autograd.grad(y, list(given.values()), grad_y.to(dtype))
+            results.append(dict(zip(("y", *(f"d{what}" for what in given)), (y.detach(), *grads), strict=True)))
+        ours, exact = results
+        bound = torch.finfo(dense.dtype).eps * (k**0.5 if dense.dtype == torch.float32 else 8.0)
+        worst = max(float((ours[w].double() - exact[w]).abs().max() / exact[w].abs().max()) for w in ours)
+        words = f"{op} over {name} M={m} {str(dense.dtype).removeprefix('torch.')}"
+        print(f"{'ok' if worst <= bound else 'FAIL':5} {words}: relative error {worst:.2e}", flush=True)
+        if worst > bound:
+            yield f"{words}: relative error {worst:.2e}"
 
 
 def check_determinism(device: torch.device, dry: bool) -> Iterator[str]:

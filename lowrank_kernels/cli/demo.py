@@ -52,6 +52,12 @@ def peft_twin(model: Any, ours: Any, args: argparse.Namespace, dora: bool = Fals
     return twin
 
 
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of parameters and buffers, each once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())
+
+
 def _print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for number, row in enumerate(rows):
@@ -77,6 +83,7 @@ def _plot(path: Path, runs: list[Any], before: float, after: dict[str, float]) -
         {"linewidth": 1.2, "color": "black", "linestyle": "--"},
         {"linewidth": 1.5, "color": "tab:orange", "linestyle": ":"},
         {"linewidth": 1.5, "color": "tab:green"},
+        {"linewidth": 1.5, "color": "tab:purple", "linestyle": "-."},
     )
     for run, style in zip(runs, styles, strict=False):
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=f"{run.name}: training loss", **style)
@@ -126,9 +133,11 @@ def run(args: argparse.Namespace) -> int:
     texts_before = write_docstrings(model, tokenizer, shown, device)
 
     adapted = {}
-    for method, config in (("lora", lk.LoRAConfig), ("dora", lk.DoRAConfig)):
+    for method, config in (("lora", lk.LoRAConfig), ("dora", lk.DoRAConfig), ("qlora", lk.LoRAConfig)):
         torch.manual_seed(args.seed)
         adapted[method] = copy.deepcopy(model)
+        if method == "qlora":
+            lk.quantize_(adapted[method], "nf4")
         report = lk.adapt(adapted[method], adapter_config(args, config))
         print(f"{method}: {len(report.replaced)} modules run on lowrank_kernels", file=sys.stderr)
     ours = adapted["lora"]
@@ -147,7 +156,11 @@ def run(args: argparse.Namespace) -> int:
         Run("PEFT LoRA", twin, rate["lora"], args.steps),
         Run("lowrank_kernels DoRA", adapted["dora"], rate["dora"], args.steps),
         Run("lowrank_kernels SMT", adapted["smt"], rate["smt"], args.steps, lk.optim.BlockAdamW),
+        Run("lowrank_kernels QLoRA, NF4", adapted["qlora"], rate["lora"], args.steps),
     ]
+    untrained = {run.name: before for run in runs}
+    print("evaluating the base in 4 bits", file=sys.stderr)
+    untrained[runs[-1].name] = held_out_loss(runs[-1].model, tokenizer, held_out, args.batch_size, device)
     stream = batches(tokenizer, examples, args.batch_size, args.seed, device)
     with tqdm(total=args.steps, unit="step") as bar:
         for step in range(args.steps):
@@ -162,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
 
     batch = next(stream)
     rows: list[tuple[str, ...]] = [
-        ("", "held-out before", "held-out after", "trainable", "s/step", "peak MiB"),
+        ("", "held-out before", "held-out after", "trainable", "s/step", "weights MiB", "peak MiB"),
     ]
     after: dict[str, float] = {}
     results: list[dict[str, Any]] = []
@@ -174,21 +187,23 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             (
                 run.name,
-                f"{before:.4f}",
+                f"{untrained[run.name]:.4f}",
                 f"{after[run.name]:.4f}",
                 f"{run.trainable}",
                 f"{run.median_seconds():.3f}",
+                f"{weight_bytes(run.model) / 2**20:.0f}",
                 f"{peak / 2**20:.0f}",
             )
         )
         results.append(
             {
                 "name": run.name,
-                "held_out_before": before,
+                "held_out_before": untrained[run.name],
                 "held_out_after": after[run.name],
                 "losses": run.losses,
                 "trainable_parameters": run.trainable,
                 "seconds_per_step": run.median_seconds(),
+                "weight_bytes": weight_bytes(run.model),
                 "peak_bytes": peak,
             }
         )
