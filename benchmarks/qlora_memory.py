@@ -76,11 +76,8 @@ def main() -> int:
 
         call: Callable[[], None] = step
         call()  # what a first call makes for good is not a step's
-        row = {
-            "name": name,
-            "weight_bytes": weight_bytes(model),
-            "peak_bytes": peak_allocated(call, torch.device("cpu")),
-        }
+        peak = peak_allocated(call, torch.device("cpu"))
+        row = {"name": name, "weight_bytes": weight_bytes(model), "peak_bytes": peak}
         rows.append(row)
         print(
             f"{name:30} weights {row['weight_bytes'] / 2**20:6.0f} MiB, peak {peak / 2**20:7.1f} MiB",
