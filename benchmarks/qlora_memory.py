@@ -3,7 +3,8 @@
     python benchmarks/qlora_memory.py [--json FILE] [--dtype float32] [--tokens 256] [--batch-size 2] [--rank 16]
 
 NF4 in blocks of 64 without double quantisation, all linears but the output head, forward and backward. The peak is what
-torch's allocator held at one time during the step, beyond the model. The extension's own scratch, some hundred KiB a thread, is not torch's and not counted.
+torch's allocator held at one time during the step, beyond the model. The extension's own scratch, some hundred KiB a
+thread, is not torch's and not counted.
 """
 
 from __future__ import annotations

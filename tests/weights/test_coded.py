@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lowrank_kernels as lk
 from lowrank_kernels import _extension
+from lowrank_kernels.cli.peak_memory import peak_allocated
 from lowrank_kernels.ops.lora import LoRALinear
 from lowrank_kernels.ops.planning import plan
 from lowrank_kernels.weights import (
@@ -199,6 +200,17 @@ def test_no_dense_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 40, 200):
         step(weight, rows, torch.bfloat16)
         step(weight, rows, torch.bfloat16, dropout_p=0.1)
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", [NF4Weight, FP8Weight], ids=by_name)
+def test_the_allocator_never_holds_a_dense_weight(kind: Any) -> None:
+    n = k = 2048  # 8 MiB in bfloat16
+    weight = kind.from_dense(weight_of((n, k), torch.bfloat16))
+    for dora in (False, True):
+        peak = peak_allocated(lambda: step(weight, 4, torch.bfloat16, dora=dora), torch.device("cpu"))  # noqa: B023
+        # x, y and their gradients, the factors and theirs; for DoRA's norms, rows of half a million elements in all.
+        assert peak < (4 if dora else 1) * 2**20
 
 
 @needs_extension
