@@ -76,13 +76,21 @@ class FP8Weight(CodedWeight):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> FP8Weight | None:
-        """The weight of transformers' ``FP8Linear``; None for any other module."""
-        weight, scales = (module._parameters.get(name) for name in ("weight", "weight_scale_inv"))
-        if weight is None or scales is None or weight.dtype != torch.float8_e4m3fn:
+        """The weight of transformers' ``FP8Linear``, or of a linear that compressed-tensors cast to FP8; None for any
+        other module."""
+        names = "weight", "weight_scale_inv", "weight_scale"
+        weight, inverse, scales = (module._parameters.get(name) for name in names)
+        if weight is None or weight.dtype != torch.float8_e4m3fn:
             return None
-        size = getattr(module, "block_size", None)
-        rows, columns = weight.shape if size is None else size
-        return cls.of_blocks(weight.detach(), scales.detach(), (int(rows), int(columns)), torch.bfloat16)
+        n, k = weight.shape
+        if inverse is not None:
+            rows, columns = getattr(module, "block_size", None) or (n, k)
+            return cls.of_blocks(weight.detach(), inverse.detach(), (int(rows), int(columns)), torch.bfloat16)
+        scheme = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        if scheme is None or scales is None:
+            return None
+        block = scheme.block_structure or ((n, k) if scales.numel() == 1 else (1, k))
+        return cls.of_blocks(weight.detach(), scales.detach(), tuple(block), scales.dtype)
 
     @classmethod
     def from_tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Scales, Stored, check_finite
 from .format import register
@@ -31,6 +31,15 @@ class NVFP4Weight(CodedWeight):
         values = torch.tensor(E2M1_VALUES, device=codes.device)
         given = codes.view(torch.uint8).contiguous(), scales.view(torch.uint8).contiguous(), values
         return cls(shape, dtype, *given, offset=global_scale, block=(1, _BLOCK))
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> NVFP4Weight | None:
+        """The weight of a linear that compressed-tensors packed as NVFP4; None for any other module."""
+        names = "weight_packed", "weight_scale", "weight_global_scale"
+        codes, scales, whole = (module._parameters.get(name) for name in names)
+        if codes is None or scales is None or whole is None or scales.dtype != torch.float8_e4m3fn:
+            return None
+        return cls.of_blocks(codes.detach(), scales.detach(), float(whole), torch.bfloat16)
 
     @classmethod
     def from_tensors(cls, tensors: Stored, name: str, *, dtype: torch.dtype = torch.bfloat16) -> NVFP4Weight:

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 import lowrank_kernels as lk
 from lowrank_kernels import weights
 from lowrank_kernels._extension import ISAS, cpu_isa
-from lowrank_kernels.weights import AWQWeight, CodedWeight, GPTQWeight, Int4Weight, Q4_KWeight, Q8_0Weight, unpacked
+from lowrank_kernels.weights import (
+    AWQWeight,
+    CodedWeight,
+    FP8Weight,
+    GPTQWeight,
+    Int4Weight,
+    MXFP4Weight,
+    NVFP4Weight,
+    Q4_KWeight,
+    Q8_0Weight,
+    unpacked,
+)
 from tests.weights.stored import GROUP, STORED, made, order, q4_k, q8_0, scales, words
 from tests.weights.test_coded import DTYPES, by_name, needs_extension, step
 
@@ -256,14 +267,46 @@ def test_a_live_awq_linear_is_read() -> None:
 
 
 def test_a_live_linear_of_compressed_tensors_is_read() -> None:
-    linear = nn.Linear(64, 21, bias=False)
-    del linear._parameters["weight"]
-    linear.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(num_bits=4))
-    parts = {"packed": words(21, 8), "scale": scales(21, 2), "zero_point": words(3, 2), "shape": torch.tensor([21, 64])}
-    for name, part in parts.items():
-        linear.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
-    known = Int4Weight.from_tensors({f"w_{name}": part for name, part in parts.items()}, "w")
-    assert torch.equal(weights.of(linear).dense(), known.dense())
+    def check(known: CodedWeight, parts: dict[str, Tensor], **scheme: Any) -> None:
+        linear = nn.Linear(64, 21, bias=False)
+        del linear._parameters["weight"]
+        settings = {"num_bits": 4, "group_size": None, "block_structure": None, **scheme}
+        linear.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(**settings))
+        for name, part in parts.items():
+            linear.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        found = weights.of(linear)
+        assert type(found) is type(known) and torch.equal(found.dense(), known.dense())
+
+    shape = {"weight_shape": torch.tensor([21, 64])}
+    parts = {"weight_packed": words(21, 8), "weight_scale": scales(21, 2), "weight_zero_point": words(3, 2), **shape}
+    check(Int4Weight.from_tensors(parts, "weight"), parts)
+    codes = words(21, 8).view(torch.uint8)
+    parts = {"weight_packed": codes, "weight_scale": torch.randint(120, 130, (21, 2)).to(torch.uint8)}
+    check(MXFP4Weight.from_tensors(parts, "weight"), parts, group_size=32)
+    parts = {"weight_packed": codes, "weight_scale": scales(21, 4).to(torch.float8_e4m3fn)}
+    parts["weight_global_scale"] = torch.tensor([700.0])
+    check(NVFP4Weight.from_tensors(parts, "weight"), parts, group_size=16)
+    eights = {"weight": torch.randn(21, 64).to(torch.float8_e4m3fn)}
+    for grid, block in (((21, 1), None), ((1,), None), ((2, 4), [16, 16])):
+        by_rows = (1, 64) if len(grid) == 2 else (21, 64)
+        scale = scales(*grid).bfloat16()
+        known = FP8Weight.of_blocks(eights["weight"], scale, tuple(block or by_rows), torch.bfloat16)
+        check(known, {**eights, "weight_scale": scale}, num_bits=8, block_structure=block)
+
+
+def test_experts_are_weights_that_share_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 20, 2, 16), dtype=torch.uint8, generator=generator)
+    exponents = torch.randint(110, 140, (3, 20, 2), dtype=torch.uint8, generator=generator)
+    found = MXFP4Weight.experts({"up_blocks": blocks, "up_scales": exponents}, "up")
+    assert [w.codes.data_ptr() for w in found] == [b.data_ptr() for b in blocks]
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([values, -values])
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).view(3, 20, 64).long()
+    known = values[codes] * 2.0 ** (exponents.float() - 127).repeat_interleave(32, 2)
+    assert all(torch.equal(w.dense(), k.bfloat16()) for w, k in zip(found, known, strict=True))
+    with pytest.raises(ValueError, match=r"expected up_blocks \(E, N, K / 32, 16\) and _scales \(E, N, K / 32\)"):
+        MXFP4Weight.experts({"up_blocks": blocks[0], "up_scales": exponents}, "up")
 
 
 def test_a_gguf_file_is_read(tmp_path: Path) -> None:
