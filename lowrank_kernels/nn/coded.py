@@ -25,6 +25,7 @@ class CodedLinear(nn.Module):
         self._settings = f"{weight.format} {weight.settings()}"
         codes, *others = weight.parts()
         self.weight = nn.Parameter(codes, requires_grad=False)
+        self._made: tuple[tuple[Tensor, ...], CodedWeight] | None = None  # of these tensors, whatever they hold
         self._others = tuple(f"weight_{i}" for i in range(1, 1 + len(others)))
         for name, part in zip(self._others, others, strict=True):
             self.register_buffer(name, part)
@@ -32,10 +33,19 @@ class CodedLinear(nn.Module):
 
     def stored_weight(self) -> CodedWeight:
         """The weight as ops take it."""
-        others = (self.get_buffer(name) for name in self._others)
-        weight = unpacked(self._settings, [self.weight.detach(), *others])
-        assert isinstance(weight, CodedWeight)
-        return weight
+        tensors = (self.weight, *(self.get_buffer(name) for name in self._others))
+        if self._made is not None and not torch.compiler.is_compiling():
+            known, weight = self._made
+            if all(a is b for a, b in zip(known, tensors, strict=True)):
+                return weight
+        made = unpacked(self._settings, tensors)
+        assert isinstance(made, CodedWeight)
+        if not torch.compiler.is_compiling():
+            self._made = tensors, made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
 
     @property
     def part_names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -128,27 +129,25 @@ class CodedWeight(FrozenWeight):
         found = self.codes, self.scales, self.values, *(self.nested or ()), self.zeros, self.groups
         return [t for t in found if t is not None]
 
+    @property
     def _numbers(self) -> list[int]:
         there = int(self.zeros is not None), int(self.groups is not None)
         return [DTYPES.index(self.dtype), *self.shape, self.run, *self.block, self.nested_block, *there]
 
     def settings(self) -> str:
-        return " ".join(map(str, (*self._numbers(), self.offset.hex())))
+        return " ".join(map(str, (*self._numbers, self.offset.hex())))
 
     @classmethod
     def from_parts(cls, parts: Sequence[Tensor], settings: str) -> CodedWeight:
-        *numbers, offset = settings.split(" ")
-        dtype, n, k, run, rows, columns, nested_block, has_zeros, has_groups = map(int, numbers)
+        fields, has_zeros, has_groups = _fields_of(settings)
         rest = list(parts)
         groups = rest.pop() if has_groups else None
         zeros = rest.pop() if has_zeros else None
         codes, scales, values, table, nested = rest + [None] * (5 - len(rest))
-        if values is not None and cls.code > Codes.LOW_NIBBLE_FIRST:
-            raise ValueError(f"{cls.__name__}: expected no values of codes")
-        pair = None if table is None or nested is None else (table, nested)
-        shape, block, divisor = torch.Size((n, k)), (rows, columns), float.fromhex(offset)
-        assert codes is not None
-        return cls(shape, DTYPES[dtype], codes, scales, values, pair, divisor, run, block, nested_block, zeros, groups)
+        made = object.__new__(cls)  # of parts that were checked when they first came together
+        made.__dict__.update(fields, codes=codes, scales=scales, values=values, zeros=zeros, groups=groups)
+        made.nested = None if table is None or nested is None else (table, nested)
+        return made
 
     def to(self, dtype: torch.dtype) -> CodedWeight:
         """The same codes, of values that are rounded to ``dtype``."""
@@ -161,7 +160,7 @@ class CodedWeight(FrozenWeight):
 
     def arguments(self) -> tuple[list[Tensor], list[int], float]:
         """The weight as ops of the extension take it."""
-        return list(self.parts()), [int(self.code), int(self.scale_kind), *self._numbers()], self.offset
+        return list(self.parts()), [int(self.code), int(self.scale_kind), *self._numbers], self.offset
 
     def encoded_again(self: C, weight: Tensor, rounding: str) -> C:
         """Another W (N, K) in this one's format, blocks and dtype.
@@ -294,6 +293,15 @@ class CodedWeight(FrozenWeight):
             return cls.stored(tensors, name)
         except ValueError:
             return None
+
+
+@lru_cache(maxsize=4096)
+def _fields_of(settings: str) -> tuple[dict[str, Any], int, int]:
+    """(fields but the tensors, whether there are zero points, and groups) of what ``settings`` wrote."""
+    *numbers, offset = settings.split(" ")
+    dtype, n, k, run, rows, columns, nested_block, has_zeros, has_groups = map(int, numbers)
+    fields = {"shape": torch.Size((n, k)), "dtype": DTYPES[dtype], "offset": float.fromhex(offset), "run": run}
+    return {**fields, "block": (rows, columns), "nested_block": nested_block}, has_zeros, has_groups
 
 
 Stored = Callable[[str], Tensor] | Mapping[str, Tensor]
