@@ -1,6 +1,6 @@
 // A frozen weight that is stored in few bits: its codes as they lie in the file of the package that
 // made them, and how a value is made of a code and the scale of its block. A Matrix of dtype
-// kCoded points to one; `stage_float` and `stage_bfloat16` are all that reads it.
+// kCoded points to one, which `stage_float`, `stage_bfloat16`, `dot_rows` and `mix_rows` read.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +9,16 @@
 
 namespace lrk {
 
-// Where the code of an element lies:
-//   kHighNibbleFirst, kLowNibbleFirst   of element i of the flattened weight, a nibble of byte i /
-//   2 kInt8, kFloat8                      its byte i kWordsDown    word (k / 8, n) of 32 bits holds
-//   8 elements of one row of W, the lowest first kWordsAcross  word (k, n / 8) holds 8 rows of one
-//   column: 0, 2, 4, 6, 1, 3, 5, 7 kQ8_0, kQ4_K  the records of a GGUF file, with their scales: 34
-//   bytes for 32 elements of a row,
-//                 144 for 256
+// Where the code of an element lies.
 enum class Codes : int {
-  kHighNibbleFirst,
+  kHighNibbleFirst,  // of element i of the flattened weight, a nibble of byte i / 2
   kLowNibbleFirst,
-  kInt8,
+  kInt8,  // its byte i
   kFloat8,
-  kWordsDown,
-  kWordsAcross,
-  kQ8_0,
-  kQ4_K
+  kWordsDown,    // 8 elements of a row to a word of 32 bits, (k / 8, n), the lowest first
+  kWordsAcross,  // 8 rows of a column to a word, (k, n / 8), in the order 0, 2, 4, 6, 1, 3, 5, 7
+  kQ8_0,         // records of a GGUF file with their scales: 34 bytes for 32 elements of a row
+  kQ4_K          // ... 144 bytes for 256
 };
 
 inline bool in_words(Codes codes) {
