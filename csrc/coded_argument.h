@@ -36,7 +36,7 @@ class CodedArgument {
                         layout[1] <= 3 && layout[2] >= 0 && layout[2] <= 2 &&
                         (run > 0 || (run == 0 && block_rows > 0 && block_cols > 0)) &&
                         (!words || (run == 0 && block_rows == 1 && n % 8 == 0 && k % 8 == 0 &&
-                                    layout[1] == 0)) &&
+                                    layout[1] == 0 && layout[9] != 0)) &&
                         (!records || (run == 32 && k % (layout[0] == 6 ? 32 : 256) == 0)) &&
                         (layout[10] == 0 || (run == 0 && block_rows == 1)),
                     op, ": expected numbers of a coded weight, got others");

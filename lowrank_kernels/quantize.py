@@ -15,7 +15,7 @@ from .nn.coded import CodedLinear
 from .nn.frozen import why_not_frozen
 from .read_weights import why_not_called
 from .report import Replaced, Report, Skipped, count_parameters
-from .weights import dense, encoders, like, of
+from .weights import DTYPES, dense, encoders, like, of
 
 
 def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str] = (), **settings: Any) -> Report:
@@ -52,6 +52,10 @@ def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    if isinstance(model, nn.Linear):
+        raise ValueError(f"{op}: expected a model, got an nn.Linear by itself, which has no place to be replaced in")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(f"{op}: expected a model that is not adapted yet; adapt it afterwards")
     head = output_head(model)
     replaced: list[Replaced] = []
     skipped: list[Skipped] = []
@@ -69,21 +73,41 @@ def quantize_(model: nn.Module, format: str = "nf4", *, skip: str | Sequence[str
             reason = "the output head"
         elif owners[id(module.weight)] > 1:
             reason = "its weight is shared with another module"
+        elif module.weight.is_meta:
+            reason = "its weight is on the meta device; load it first"
         if reason is not None:
             skipped.append(Skipped(name, reason))
             continue
         try:
             weight = kind.from_dense(module.weight.detach(), **settings)
-        except ValueError as error:
-            raise ValueError(f"{op}: {name}: {error}") from error
-        owner, key = place(model, name)
-        owner._modules[key] = modules[name] = CodedLinear(weight, module.bias).train(module.training)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{op}: {name}: {error}") from error
+        modules[name] = CodedLinear(weight, module.bias).train(module.training)
+        _replace_everywhere(model, module, modules[name])
         n, k = weight.shape
         replaced.append(Replaced(name, "CodedLinear", (n, k), 0, format))
-        del module, weight, owner  # the dense weight is gone before the next one is read
+        del module, weight  # the dense weight is gone before the next one is read
     if not replaced:
         raise ValueError(f"{op}: expected a model with an nn.Linear to replace, got none")
     return Report(op, tuple(replaced), tuple(skipped), *count_parameters(model))
+
+
+def _replace_everywhere(model: nn.Module, module: nn.Module, by: nn.Module) -> None:
+    """Under every name that the module has."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is module:
+                parent._modules[key] = by
+
+
+def _dtype_beside(model: nn.Module, stored: nn.Module) -> torch.dtype | None:
+    """What a model runs in, by the bias of a linear of few bits, or by the parameters around such linears."""
+    bias = getattr(stored, "bias", None)
+    if bias is not None:
+        return bias.dtype  # type: ignore[no-any-return]
+    own = (p for name, p in model.named_parameters() if "lora_" not in name and p.dtype in DTYPES)
+    inside = {id(p) for module in model.modules() if of(module) is not None for p in module.parameters()}
+    return next((p.dtype for p in own if id(p) not in inside), None)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
@@ -95,7 +119,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
 
     Args:
         model: with such linears: of ``lk.quantize_``, bitsandbytes, GPTQModel, ...
-        dtype: of the weights; that of each format by default.
+        dtype: of the weights; by default that of the linear's bias, or of the parameters around, or of the format.
 
     Returns:
         A report of every linear replaced. It cannot be undone.
@@ -107,6 +131,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     op = "dequantize_"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if of(model) is not None:
+        raise ValueError(f"{op}: expected a model, got a linear by itself, which has no place to be replaced in")
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
         try:
@@ -122,16 +148,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     if not found:
         raise ValueError(f"{op}: expected a model with weights of few bits, got none")
     replaced: list[Replaced] = []
+    dtypes = {name: dtype or _dtype_beside(model, module) for name, module in found.items()}
     for name, module in found.items():
         weight = of(module)
         assert weight is not None
-        (n, k), bias = weight.shape, getattr(module, "bias", None)
-        values = dense(like(torch.empty(0, dtype=dtype or weight.dtype), weight)).to(dtype or weight.dtype)
+        (n, k), bias, wanted = weight.shape, getattr(module, "bias", None), dtypes[name] or weight.dtype
+        values = dense(like(torch.empty(0, dtype=wanted), weight)).to(wanted)
         linear = nn.Linear(k, n, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(values, requires_grad=False)
         if bias is not None:
             linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
-        owner, key = place(model, name)
-        owner._modules[key] = linear.train(module.training)
+        _replace_everywhere(model, module, linear.train(module.training))
         replaced.append(Replaced(name, "Linear", (n, k), 0, str(values.dtype).removeprefix("torch.")))
     return Report(op, tuple(replaced), (), *count_parameters(model))

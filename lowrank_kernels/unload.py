@@ -19,7 +19,7 @@ from .nn.lora import LoRALayer, check_requantize
 from .nn.matrix import frozen_weight
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import is_dtensor, why_not_written
-from .weights import FrozenWeight
+from .weights import ROUNDINGS, FrozenWeight
 
 _OP = "merge_and_unload"
 logger = logging.getLogger("lowrank_kernels")
@@ -62,6 +62,15 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None, requantize
         raise ValueError(f"{_OP}: expected a model with adapted layers, found none in this {type(model).__name__}")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(f"{_OP}: expected a model, got one in DistributedDataParallel; give its module")
+    if requantize is not None and requantize not in ROUNDINGS:
+        raise ValueError(f"{_OP}: expected requantize to be one of {', '.join(ROUNDINGS)}, got {requantize!r}")
+    bases: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = bases.setdefault(id(layer.base_layer), name)
+        if first != name:
+            raise ValueError(
+                f"{_OP}: expected a base layer for each, but {first} and {name} have one; nothing has changed"
+            )
     owners = weight_owners(model)
     merges: dict[int, Callable[[], Any]] = {}
     for name, layer in layers.items():
@@ -110,11 +119,13 @@ def _prepared(
         check_requantize("merge_", base, requantize if isinstance(frozen_weight(base), FrozenWeight) else None)
     elif isinstance(frozen_weight(base), FrozenWeight) and not isinstance(layer, LoRALayer):
         raise ValueError(f"expected a dense weight to merge a {type(layer).__name__} into; lk.dequantize_ makes it so")
-    if isinstance(base, CodedLinear):
-        return _prepared_lora(layer, requantize)
-    if is_dtensor(base.weight) or getattr(base, "_is_fsdp_managed_module", False):
+    stored = isinstance(base, CodedLinear)
+    if stored:
+        reason = None
+    elif is_dtensor(base.weight) or getattr(base, "_is_fsdp_managed_module", False):
         raise ValueError("its weight is sharded; gather the model first, or merge layer by layer with merge_()")
-    reason = why_not_written(base)
+    else:
+        reason = why_not_written(base)
     if reason is not None:
         raise ValueError(reason)
     if has_hooks(layer):
@@ -134,7 +145,7 @@ def _prepared(
     if isinstance(layer, BlockSparseLinear):
         _check_finite("blocks", layer.blocks)
         return layer.merge_
-    return _prepared_lora(layer)
+    return _prepared_lora(layer, requantize if stored else None)
 
 
 def _prepared_lora(layer: LoRALayer, requantize: str | None = None) -> Callable[[], Any]:

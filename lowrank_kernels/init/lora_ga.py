@@ -13,7 +13,8 @@ from ..finite import all_finite
 from ..gradients import summed_gradients
 from ..merge import merge_lora_
 from ..names import named_modules
-from ..nn.matrix import as_matrix, is_linear
+from ..nn.matrix import as_matrix, frozen_weight, is_linear
+from ..weights import FrozenWeight
 
 if TYPE_CHECKING:
     from ..nn import LoRALinear
@@ -66,6 +67,13 @@ def estimate_gradients(
         )
     if not linears:
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
+    for name, linear in linears.items():
+        weight = frozen_weight(linear)
+        if isinstance(weight, FrozenWeight):
+            raise ValueError(
+                f"estimate_gradients: expected dense weights, which get a gradient, got one stored as {weight.format} "
+                f"in {name}; lk.dequantize_ makes it dense"
+            )
     count = 0
     with summed_gradients(model, {name: linear.weight for name, linear in linears.items()}, to_cpu=True) as sums:
         for batch in batches:
@@ -220,6 +228,11 @@ def lora_ga_(
             got = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
             raise ValueError(
                 f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.matrix.shape)} for {name}, got {got}"
+            )
+        if isinstance(layer.matrix, FrozenWeight):
+            raise ValueError(
+                f"lora_ga: expected dense weights, of which the start is taken out, got one stored as "
+                f"{layer.matrix.format} in {name}; lk.dequantize_ makes it dense"
             )
         if layer.merged or layer.weight_shared_with or not (a.requires_grad and b.requires_grad):
             raise ValueError(

@@ -63,7 +63,7 @@ class CodedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedLinear:
         """To another device; codes and scales keep their dtypes, whatever the model is cast to."""
-        codes, *others = self.stored_weight().parts()
+        codes, *others = (part.detach() for part in self.stored_weight().parts())
         super()._apply(fn, recurse)
         if self.weight.dtype != codes.dtype:
             self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)

@@ -372,7 +372,7 @@ class LoRALinear(LoRALayer):
             weight,
             lora_a.weight,
             lora_b.weight,
-            add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype),
+            add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype if isinstance(weight, Tensor) else x.dtype),
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
         )

@@ -220,11 +220,15 @@ class MultiLoRALinear(AroundBase):
                 f"MultiLoRALinear.merge_: this weight is also that of {', '.join(self.weight_shared_with)}, which "
                 f"would change with it; give the layer a weight of its own and clear weight_shared_with"
             )
+        stored = frozen_weight(self.base_layer)
+        if isinstance(stored, FrozenWeight):
+            raise ValueError(
+                f"MultiLoRALinear.merge_: expected a dense weight to merge into, got one stored as {stored.format}; "
+                f"lk.dequantize_ makes it dense"
+            )
         reason = why_not_written(self.base_layer)
         if reason is not None:
             raise ValueError(f"MultiLoRALinear.merge_: expected a weight that can be changed in place, but {reason}")
-        if isinstance(frozen_weight(self.base_layer), FrozenWeight):
-            raise ValueError("MultiLoRALinear.merge_: expected a dense weight to merge into, got a packed one")
         stack, weight = self.stack, self.base_layer.weight
         kept = weight.detach().clone()
         row = self.places[adapter].magnitude

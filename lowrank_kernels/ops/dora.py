@@ -312,7 +312,7 @@ def _norm_gradients(
     grad_b = scaling * scaling * weighted_b @ (a @ a.T)
     rows_at_once = max(1, _ROWS_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows_at_once):
-        rows = slice(start, start + rows_at_once)
+        rows = slice(start, min(weight.shape[0], start + rows_at_once))
         w = weight_rows(weight, rows.start, rows.stop).to(wide)
         grad_a = grad_a.addmm_(weighted_b[rows].T, w, alpha=scaling)
         grad_b[rows] += scaling * row_factor[rows, None] * (w @ a.T)

@@ -122,6 +122,7 @@ def encoders() -> dict[str, Any]:
 
 
 __all__ = [
+    "DTYPES",
     "FORMATS",
     "ROUNDINGS",
     "AWQWeight",

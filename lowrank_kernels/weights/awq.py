@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Stored
 from .format import register
-from .gptq import check_words
+from .gptq import check_matrices, check_words
 from .int4 import nibbles
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word in which a row lies
@@ -32,6 +32,7 @@ class AWQWeight(CodedWeight):
         Raises:
             ValueError: tensors that do not fit, scales that are not finite.
         """
+        check_matrices(cls.__name__, qweight=qweight, qzeros=qzeros, scales=scales)
         k, n, groups = qweight.shape[0], qweight.shape[1] * 8, scales.shape[0]
         check_words(cls.__name__, qweight, qzeros, scales, (n, k))
         zeros = nibbles(qzeros).view(groups, n // 8, 8)[..., list(_ORDER)].reshape(groups, n)

@@ -70,7 +70,7 @@ class CodedWeight(FrozenWeight):
         offset: of a double quantisation: what is added; of FLOAT8 scales: what divides.
         run: elements of the flattened W under one scale; 0 for blocks of ``block`` = (rows, columns) of W.
         nested_block: scales under one scale.
-        zeros: uint8, of the shape of the scales; None for zero.
+        zeros: uint8, of the shape of the scales, which codes in words need; None for zero.
         groups: int32 (K,), the block of each column, where they are out of order; None where k is in block
             k // columns.
 
@@ -103,6 +103,8 @@ class CodedWeight(FrozenWeight):
         if k % self.code.step or (self.code.item == 4 and n % 8):
             both = "N and K" if self.code.item == 4 else "K"
             raise ValueError(f"{kind}: expected {both} to be a multiple of {self.code.step}, got ({n}, {k})")
+        if self.code.item == 4 and self.zeros is None:
+            raise ValueError(f"{kind}: expected zero points for codes in words, got none")
         counts = {"codes": self.code.items(size), "scales": blocks, "zeros": blocks, "groups": k}
         for name, count in counts.items():
             tensor = getattr(self, name)

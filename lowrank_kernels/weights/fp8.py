@@ -12,6 +12,12 @@ from .rounding import check_rounding, stochastic
 _LARGEST = 448.0
 
 
+def check_block(op: str, block: tuple[int, int]) -> None:
+    """Raise for what is no (rows, columns)."""
+    if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
+        raise ValueError(f"{op}: expected block to be (rows, columns) of at least 1, got {block}")
+
+
 @register
 class FP8Weight(CodedWeight):
     """W = rn(q · s of its block, dtype): q float8_e4m3fn (N, K), s float32, one for ``block`` rows and columns of W.
@@ -25,7 +31,18 @@ class FP8Weight(CodedWeight):
 
     @classmethod
     def of_blocks(cls, q: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> FP8Weight:
-        """The weight of q (N, K) and its scales (⌈N / rows⌉, ⌈K / columns⌉) of float32, bfloat16 or e8m0."""
+        """The weight of q (N, K) and its scales (⌈N / rows⌉, ⌈K / columns⌉) of float32, bfloat16 or e8m0; of rows or of
+        the whole, in any shape.
+
+        Raises:
+            ValueError: a block that is none, q that is no matrix, scales of another grid.
+        """
+        check_block("FP8Weight", block)
+        if q.dim() != 2:
+            raise ValueError(f"FP8Weight: expected q of shape (N, K), got {tuple(q.shape)}")
+        grid = -(-q.shape[0] // block[0]), -(-q.shape[1] // block[1])
+        if 1 not in grid and scales.shape != grid:
+            raise ValueError(f"FP8Weight: expected scales of shape {grid}, got {tuple(scales.shape)}")
         exponents = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
         wide = scales.view(torch.float8_e8m0fnu).float() if exponents else scales.float()
         return cls(q.shape, dtype, q.contiguous(), wide.contiguous(), block=block)
@@ -55,6 +72,7 @@ class FP8Weight(CodedWeight):
         op = "FP8Weight.from_dense"
         check_matrix(op, weight)
         check_rounding(op, rounding)
+        check_block(op, block)
         check_finite(op, weight=weight)
         (n, k), (rows, columns) = weight.shape, block
         grid = -(-n // rows), -(-k // columns)
@@ -62,7 +80,7 @@ class FP8Weight(CodedWeight):
             weight.detach().float(), (0, grid[1] * columns - k, 0, grid[0] * rows - n)
         ).view(grid[0], rows, grid[1], columns)
         largest = padded.abs().amax((1, 3)) if padded.numel() else padded.new_zeros(grid)
-        scales = torch.where(largest == 0, 1.0, largest / _LARGEST)
+        scales = torch.where(largest == 0, 1.0, (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
         scaled = (padded / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
         if rounding == "stochastic":
             values = torch.arange(127, dtype=torch.uint8, device=weight.device).view(torch.float8_e4m3fn).float()
@@ -105,6 +123,8 @@ class FP8Weight(CodedWeight):
             ValueError: a tensor that is missing, of another size or dtype, or NaN; each by its name.
         """
         q = cls.stored(tensors, name, torch.float8_e4m3fn)
+        if q.dim() != 2:
+            raise ValueError(f"FP8Weight: expected {name} of shape (N, K), got {tuple(q.shape)}")
         n, k = q.shape
         if block is not None:
             scales, of = cls.stored(tensors, f"{name}_scale_inv"), f"{name}_scale_inv"
@@ -113,7 +133,10 @@ class FP8Weight(CodedWeight):
             if scales.numel() not in (1, n):
                 raise ValueError(f"FP8Weight: expected {of} of 1 or {n} elements, got {tuple(scales.shape)}")
             block = (n, k) if scales.numel() == 1 else (1, k)
-        made = cls.of_blocks(q, scales, block, dtype)
+        try:
+            made = cls.of_blocks(q, scales, block, dtype)
+        except ValueError as error:
+            raise ValueError(f"{of}: {error}") from error
         assert made.scales is not None
         check_finite("FP8Weight", **{of: made.scales})
         return made

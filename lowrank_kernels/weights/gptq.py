@@ -42,6 +42,7 @@ class GPTQWeight(CodedWeight):
         op = cls.__name__
         if checkpoint_format not in ("gptq", "gptq_v2"):
             raise ValueError(f"{op}: expected checkpoint_format 'gptq' or 'gptq_v2', got {checkpoint_format!r}")
+        check_matrices(op, qweight=qweight, qzeros=qzeros, scales=scales)
         k, n, groups = qweight.shape[0] * 8, qweight.shape[1], scales.shape[0]
         check_words(op, qweight, qzeros, scales, (n, k))
         words = qzeros + 0x11111111 if checkpoint_format == "gptq" else qzeros  # wraps, as it was made
@@ -115,3 +116,10 @@ def check_words(op: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, shape:
             f"{tuple(qzeros.shape)} {qzeros.dtype} beside qweight {qweight.dtype}"
         )
     check_finite(op, scales=scales)
+
+
+def check_matrices(op: str, **tensors: Tensor) -> None:
+    """Raise for a tensor that is no matrix."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: expected {name} to be a matrix, got shape {tuple(tensor.shape)}")

@@ -37,11 +37,20 @@ class Int4Weight(CodedWeight):
         Raises:
             ValueError: a K that is no multiple of 8, or of the number of groups; operands that do not fit.
         """
+        if scales.dim() != 2 or words.dim() != 2:
+            raise ValueError(
+                f"Int4Weight: expected words (N, K / 8) and scales (N, K / g), got {tuple(words.shape)} and "
+                f"{tuple(scales.shape)}"
+            )
         n, groups = scales.shape
         if in_features % 8 or in_features % max(1, groups):
             raise ValueError(
                 f"Int4Weight: expected K to be a multiple of 8 and of {groups} groups, got {in_features}: other widths "
                 f"are packed in words that run past a row's end"
+            )
+        if words.shape != (n, in_features // 8):
+            raise ValueError(
+                f"Int4Weight: expected words of shape (N, K / 8) = ({n}, {in_features // 8}), got {tuple(words.shape)}"
             )
         zeros = None
         if zero_words is not None:
@@ -87,6 +96,11 @@ class Int4Weight(CodedWeight):
         words = cls.stored(tensors, f"{name}_packed", torch.int32)
         scales, shape = cls.stored(tensors, f"{name}_scale"), cls.stored(tensors, f"{name}_shape").tolist()
         check_finite(cls.__name__, **{f"{name}_scale": scales})
+        if len(shape) != 2 or scales.dim() != 2:
+            raise ValueError(
+                f"{cls.__name__}: expected {name}_shape of two numbers and {name}_scale (N, K / g), got {shape} and "
+                f"{tuple(scales.shape)}"
+            )
         if shape[0] != scales.shape[0]:
             raise ValueError(f"{cls.__name__}: expected {name}_scale of {shape[0]} rows, got {tuple(scales.shape)}")
         zeros, order = (cls.found(tensors, f"{name}_{other}") for other in ("zero_point", "g_idx"))

@@ -28,7 +28,16 @@ class MXFP4Weight(CodedWeight):
 
     @classmethod
     def of_blocks(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> MXFP4Weight:
-        """The weight of bytes, 16 a block, and exponents (N, K / 32), uint8: one expert's, for gpt-oss's experts."""
+        """The weight of bytes (N, K / 2) or (N, K / 32, 16) and exponents (N, K / 32), uint8.
+
+        Raises:
+            ValueError: bytes and exponents that do not fit.
+        """
+        if scales.dim() != 2 or codes.shape[:1] != scales.shape[:1] or codes.numel() != 16 * scales.numel():
+            raise ValueError(
+                f"MXFP4Weight: expected codes (N, K / 2) and scales (N, K / 32), got {tuple(codes.shape)} and "
+                f"{tuple(scales.shape)}"
+            )
         scales = scales.view(torch.uint8).contiguous()
         shape = torch.Size((scales.shape[0], scales.shape[1] * _BLOCK))
         values = torch.tensor(E2M1_VALUES, device=codes.device)

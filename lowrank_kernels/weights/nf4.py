@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .coded import CodedWeight, Codes, Stored, check_finite, check_matrix
+from .coded import DTYPES, CodedWeight, Codes, Stored, check_finite, check_matrix
 from .format import register
 from .rounding import check_rounding, nearest, stochastic
 
@@ -71,8 +71,11 @@ class _Bitsandbytes4(CodedWeight):
         check_rounding(op, rounding)
         if not isinstance(block_size, int) or block_size < 32 or block_size & (block_size - 1):
             raise ValueError(f"{op}: expected block_size to be a power of two of at least 32, got {block_size!r}")
-        check_finite(op, weight=weight)
         flat = weight.detach().reshape(-1).float()
+        check_finite(op, weight=flat)
+        dtype = dtype or weight.dtype
+        if flat.numel() and dtype in DTYPES and float(flat.abs().amax()) > torch.finfo(dtype).max:
+            raise ValueError(f"{op}: expected weight to hold numbers that {dtype} has, got a larger one")
         whole = flat.numel() // block_size * block_size
         blocks, rest = flat[:whole].view(-1, block_size), flat[whole:]
         scales = blocks.abs().amax(1) if whole else flat.new_empty(0)
@@ -88,7 +91,7 @@ class _Bitsandbytes4(CodedWeight):
         codes = order[places].to(torch.uint8)
         codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
         packed = codes[::2] << 4 | codes[1::2]
-        return cls(weight.shape, dtype or weight.dtype, packed, scales, values, run=block_size)
+        return cls(weight.shape, dtype, packed, scales, values, run=block_size)
 
     def encoded_again(self: C, weight: Tensor, rounding: str) -> C:
         if self.nested is not None:
@@ -135,6 +138,10 @@ class _Bitsandbytes4(CodedWeight):
             ValueError: a tensor that is missing, of another size or dtype, or NaN; each by its name.
         """
         state = json.loads(bytes(cls.stored(tensors, f"{name}.quant_state.bitsandbytes__{cls.format}").tolist()))
+        needed = "shape", "dtype", "blocksize", *(("nested_blocksize",) if "nested_offset" in state else ())
+        missing = [key for key in needed if not state.get(key)]
+        if missing:
+            raise ValueError(f"{cls.__name__}: expected {', '.join(missing)} in the quantisation state of {name}")
         nested, offset = None, 0.0
         if "nested_offset" in state:
             offset = float(state["nested_offset"])
@@ -144,6 +151,9 @@ class _Bitsandbytes4(CodedWeight):
         scales = cls.stored(tensors, f"{name}.absmax", torch.float32 if nested is None else torch.uint8)
         check_finite(cls.__name__, **{f"{name}.absmax": scales})
         codes, values = cls.stored(tensors, name).view(torch.uint8), cls.stored(tensors, f"{name}.quant_map").float()
+        for of, table, size in (("quant_map", values, 16), ("nested_quant_map", nested and nested[0], 256)):
+            if table is not None and table.numel() != size:
+                raise ValueError(f"{cls.__name__}: expected {name}.{of} of {size} elements, got {tuple(table.shape)}")
         shape, dtype = torch.Size(state["shape"]), getattr(torch, state["dtype"])
         run, nested_block = state["blocksize"], state.get("nested_blocksize", 0)
         try:

@@ -26,7 +26,16 @@ class NVFP4Weight(CodedWeight):
 
     @classmethod
     def of_blocks(cls, codes: Tensor, scales: Tensor, global_scale: float, dtype: torch.dtype) -> NVFP4Weight:
-        """The weight of bytes (N, K / 2) and scales (N, K / 16), float8_e4m3fn."""
+        """The weight of bytes (N, K / 2) and scales (N, K / 16), float8_e4m3fn.
+
+        Raises:
+            ValueError: bytes and scales that do not fit.
+        """
+        if scales.dim() != 2 or codes.shape[:1] != scales.shape[:1] or codes.numel() != 8 * scales.numel():
+            raise ValueError(
+                f"NVFP4Weight: expected codes (N, K / 2) and scales (N, K / 16), got {tuple(codes.shape)} and "
+                f"{tuple(scales.shape)}"
+            )
         shape = torch.Size((scales.shape[0], scales.shape[1] * _BLOCK))
         values = torch.tensor(E2M1_VALUES, device=codes.device)
         given = codes.view(torch.uint8).contiguous(), scales.view(torch.uint8).contiguous(), values

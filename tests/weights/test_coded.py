@@ -361,7 +361,11 @@ UNREAD: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "an order": (Int4Weight, {"w_g_idx": torch.zeros(60)}, "expected g_idx of shape"),
     "a width": (Int4Weight, {"w_shape": torch.tensor([4, 60])}, "expected K to be a multiple of 8"),
     "rows": (Int4Weight, {"w_shape": torch.tensor([5, 64])}, "expected w_scale of 5 rows"),
-    "words": (Int4Weight, {"w_packed": torch.zeros(4, 7, dtype=torch.int32)}, "expected codes of 128 elements"),
+    "words": (
+        Int4Weight,
+        {"w_packed": torch.zeros(4, 7, dtype=torch.int32)},
+        r"expected words of shape \(N, K / 8\) = \(4, 8\)",
+    ),
     "no global scale": (NVFP4Weight, {"w_global_scale": torch.zeros(1)}, "expected w_global_scale of one number but 0"),
     "NaN": (NVFP4Weight, {"w_global_scale": torch.tensor([torch.nan])}, "expected w_global_scale to hold finite"),
 }
