@@ -104,7 +104,7 @@ def _dtype_beside(model: nn.Module, stored: nn.Module) -> torch.dtype | None:
     """What a model runs in, by the bias of a linear of few bits, or by the parameters around such linears."""
     bias = getattr(stored, "bias", None)
     if bias is not None:
-        return bias.dtype  # type: ignore[no-any-return]
+        return bias.dtype
     own = (p for name, p in model.named_parameters() if "lora_" not in name and p.dtype in DTYPES)
     inside = {id(p) for module in model.modules() if of(module) is not None for p in module.parameters()}
     return next((p.dtype for p in own if id(p) not in inside), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -297,13 +296,21 @@ class CodedWeight(FrozenWeight):
             return None
 
 
-@lru_cache(maxsize=4096)
+_FIELDS: dict[str, tuple[dict[str, Any], int, int]] = {}  # of the settings seen
+
+
 def _fields_of(settings: str) -> tuple[dict[str, Any], int, int]:
     """(fields but the tensors, whether there are zero points, and groups) of what ``settings`` wrote."""
+    known = _FIELDS.get(settings)
+    if known is not None:
+        return known
     *numbers, offset = settings.split(" ")
     dtype, n, k, run, rows, columns, nested_block, has_zeros, has_groups = map(int, numbers)
     fields = {"shape": torch.Size((n, k)), "dtype": DTYPES[dtype], "offset": float.fromhex(offset), "run": run}
-    return {**fields, "block": (rows, columns), "nested_block": nested_block}, has_zeros, has_groups
+    found = {**fields, "block": (rows, columns), "nested_block": nested_block}, has_zeros, has_groups
+    if len(_FIELDS) < 4096:
+        _FIELDS[settings] = found
+    return found
 
 
 Stored = Callable[[str], Tensor] | Mapping[str, Tensor]
