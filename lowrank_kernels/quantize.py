@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,14 +100,11 @@ def _replace_everywhere(model: nn.Module, module: nn.Module, by: nn.Module) -> N
                 parent._modules[key] = by
 
 
-def _dtype_beside(model: nn.Module, stored: nn.Module) -> torch.dtype | None:
-    """What a model runs in, by the bias of a linear of few bits, or by the parameters around such linears."""
-    bias = getattr(stored, "bias", None)
-    if bias is not None:
-        return bias.dtype
-    own = (p for name, p in model.named_parameters() if "lora_" not in name and p.dtype in DTYPES)
-    inside = {id(p) for module in model.modules() if of(module) is not None for p in module.parameters()}
-    return next((p.dtype for p in own if id(p) not in inside), None)
+def _dtype_beside(model: nn.Module, stored: Iterable[nn.Module]) -> torch.dtype | None:
+    """What a model runs in, by the parameters around its linears of few bits and their adapters."""
+    inside = {id(p) for module in stored for p in module.parameters()}
+    around = (p for name, p in model.named_parameters() if "lora_" not in name and id(p) not in inside)
+    return next((p.dtype for p in around if p.dtype in DTYPES), None)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
@@ -148,11 +145,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     if not found:
         raise ValueError(f"{op}: expected a model with weights of few bits, got none")
     replaced: list[Replaced] = []
-    dtypes = {name: dtype or _dtype_beside(model, module) for name, module in found.items()}
+    around = _dtype_beside(model, found.values())
     for name, module in found.items():
         weight = of(module)
         assert weight is not None
-        (n, k), bias, wanted = weight.shape, getattr(module, "bias", None), dtypes[name] or weight.dtype
+        (n, k), bias = weight.shape, getattr(module, "bias", None)
+        wanted = dtype or (around if bias is None else bias.dtype) or weight.dtype
         values = dense(like(torch.empty(0, dtype=wanted), weight)).to(wanted)
         linear = nn.Linear(k, n, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(values, requires_grad=False)
