@@ -14,7 +14,6 @@ from ..gradients import summed_gradients
 from ..merge import merge_lora_
 from ..names import named_modules
 from ..nn.matrix import as_matrix, frozen_weight, is_linear
-from ..weights import FrozenWeight
 
 if TYPE_CHECKING:
     from ..nn import LoRALinear
@@ -69,7 +68,7 @@ def estimate_gradients(
         raise ValueError("estimate_gradients: expected linears to estimate for, got none")
     for name, linear in linears.items():
         weight = frozen_weight(linear)
-        if isinstance(weight, FrozenWeight):
+        if not isinstance(weight, Tensor):
             raise ValueError(
                 f"estimate_gradients: expected dense weights, which get a gradient, got one stored as {weight.format} "
                 f"in {name}; lk.dequantize_ makes it dense"
@@ -229,7 +228,7 @@ def lora_ga_(
             raise ValueError(
                 f"lora_ga: expected a gradient of shape (N, K) = {tuple(layer.matrix.shape)} for {name}, got {got}"
             )
-        if isinstance(layer.matrix, FrozenWeight):
+        if not isinstance(layer.matrix, Tensor):
             raise ValueError(
                 f"lora_ga: expected dense weights, of which the start is taken out, got one stored as "
                 f"{layer.matrix.format} in {name}; lk.dequantize_ makes it dense"
