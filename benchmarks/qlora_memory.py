@@ -82,8 +82,9 @@ def main() -> int:
 
         step()  # what a first call makes for good is not a step's
         peak, inside = (peak_allocated(call, torch.device("cpu")) for call in (step, decoder))
-        states = [m.weight.quant_state for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-        scales = sum(state.absmax.nbytes + state.code.nbytes for state in states)  # no buffers of bitsandbytes' modules
+        # bitsandbytes' scales are no buffers of its modules.
+        states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+        scales = sum(state.absmax.nbytes + state.code.nbytes for state in states)
         row = {
             "name": name,
             "weight_bytes": weight_bytes(model) + scales,
