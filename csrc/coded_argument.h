@@ -32,19 +32,21 @@ class CodedArgument {
     weight_.block_cols = block_cols;
     const bool words = in_words(weight_.codes), records = in_records(weight_.codes);
     const bool nibbles = layout[0] <= static_cast<int64_t>(Codes::kLowNibbleFirst);
-    STD_TORCH_CHECK(n >= 0 && k >= 0 && layout[0] >= 0 && layout[0] <= 7 && layout[1] >= 0 &&
-                        layout[1] <= 3 && layout[2] >= 0 && layout[2] <= 2 &&
-                        (run > 0 || (run == 0 && block_rows > 0 && block_cols > 0)) &&
-                        (!words || (run == 0 && block_rows == 1 && n % 8 == 0 && k % 8 == 0 &&
-                                    layout[1] == 0 && layout[9] != 0)) &&
-                        (!records || (run == 32 && k % (layout[0] == 6 ? 32 : 256) == 0)) &&
-                        (layout[10] == 0 || (run == 0 && block_rows == 1)),
-                    op, ": expected numbers of a coded weight, got others");
+    STD_TORCH_CHECK(
+        n >= 0 && k >= 0 && layout[0] >= 0 && layout[0] <= 7 && layout[1] >= 0 && layout[1] <= 3 &&
+            layout[2] >= 0 && layout[2] <= 2 &&
+            (run > 0 || (run == 0 && block_rows > 0 && block_cols > 0)) &&
+            (!words || (run == 0 && block_rows == 1 && n % 8 == 0 && k % 8 == 0 && layout[1] == 0 &&
+                        layout[9] != 0)) &&
+            (!records || (run == 32 && k % (weight_.codes == Codes::kQ8_0 ? 32 : 256) == 0)) &&
+            (layout[10] == 0 || (run == 0 && block_rows == 1)),
+        op, ": expected numbers of a coded weight, got others");
     const int64_t size = n * k;
     weight_.grid = run ? 0 : ceil_div(k, block_cols);
     int64_t blocks = run ? ceil_div(size, run) : ceil_div(n, block_rows) * weight_.grid;
     if (records) {
-      const int64_t bytes_needed = layout[0] == 6 ? size / 32 * 34 : size / 256 * 144;
+      const int64_t bytes_needed =
+          weight_.codes == Codes::kQ8_0 ? size / 32 * 34 : size / 256 * 144;
       weight_.data = bytes("the records of weight", 1, bytes_needed);
       return;
     }

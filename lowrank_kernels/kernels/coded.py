@@ -307,11 +307,11 @@ def coded_product(
     length = w.run or (64 if block_cols >= K else block_cols)
     in_rows = (not w.run or K % w.run == 0) and w.groups is None
     block_w = 64 if in_rows and length % 32 == 0 and not wide else 32
-    most = 32 if wide else 64 if w.code == 7 else 128
+    most = 32 if wide else 64 if w.code == _Q4_K.value else 128
     block_m = min(most, max(16, triton.next_power_of_2(M)))
     one_block = in_rows and length % block_w == 0
     many_scales = block_w == 64 and not one_block and w.scales is not None
-    eight_warps = (w.code not in (2, 3) and block_m * block_w == 128 * 64) or many_scales
+    eight_warps = (w.code not in (_INT8.value, _FLOAT8.value) and block_m * block_w == 128 * 64) or many_scales
     codes = w.codes if w.codes.dtype == torch.int32 else w.codes.view(torch.uint8)
     scales = w.scales if w.scales is None or w.scale == 0 else w.scales.view(torch.uint8)
     decoding = codes, scales, w.values, *(w.nested or (None, None)), w.zeros, w.groups

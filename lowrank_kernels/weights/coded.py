@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _extension
 from ..cpp import cpp
 from ..finite import all_finite
+from .dense import adjacent
 from .format import FrozenWeight
 
 C = TypeVar("C", bound="CodedWeight")
@@ -232,9 +233,9 @@ class CodedWeight(FrozenWeight):
         if self._triton_multiplies(x):
             from ..kernels.coded import coded_product
 
-            y = coded_product(_adjacent(rows), self.operand(), bias)
+            y = coded_product(adjacent(rows), self.operand(), bias)
         elif self.extension_reads and x.dtype != torch.float64:
-            y = cpp.frozen_product_coded(_adjacent(rows), *self.arguments(), bias)
+            y = cpp.frozen_product_coded(adjacent(rows), *self.arguments(), bias)
         else:
             return super().product(x, bias)
         return y.view(*x.shape[:-1], self.shape[0])
@@ -244,10 +245,10 @@ class CodedWeight(FrozenWeight):
         if self._triton_multiplies(grad_y):
             from ..kernels.coded import coded_product
 
-            x = coded_product(_adjacent(rows), self.operand(), None, grad=True)
+            x = coded_product(adjacent(rows), self.operand(), None, grad=True)
         elif self.extension_reads and grad_y.dtype != torch.float64:
             no_q, no_a = rows.new_empty(rows.shape[0], 0), rows.new_empty(0, self.shape[1])
-            x = cpp.lora_grad_x_coded(_adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
+            x = cpp.lora_grad_x_coded(adjacent(rows), no_q, *self.arguments(), no_a, None, 0.0, None, 0.0, None)
         else:
             return super().grad_product(grad_y)
         return x.view(*grad_y.shape[:-1], self.shape[1])
@@ -322,10 +323,6 @@ def check_matrix(op: str, weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"{op}: expected weight of shape (N, K) and a float dtype, got {got}")
-
-
-def _adjacent(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def check_finite(op: str, **tensors: Tensor) -> None:

@@ -14,8 +14,8 @@ from ..cpp import cpp
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias by PyTorch, which takes no bias of another dtype than x."""
     if library_reads_past_rows(x.dtype, x.device.type, weight.shape[1]):
-        rows = _adjacent(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-        return _as(x, cpp.frozen_product(rows, _adjacent(weight), None if bias is None else _readable(bias)))
+        rows = adjacent(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+        return _as(x, cpp.frozen_product(rows, adjacent(weight), None if bias is None else _readable(bias)))
     return linear(x, weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
 
 
@@ -39,7 +39,8 @@ def _has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def _adjacent(matrix: Tensor) -> Tensor:
+def adjacent(matrix: Tensor) -> Tensor:
+    """The matrix itself where its columns are adjacent, else a copy whose columns are."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 

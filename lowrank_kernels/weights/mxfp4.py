@@ -33,11 +33,7 @@ class MXFP4Weight(CodedWeight):
         Raises:
             ValueError: bytes and exponents that do not fit.
         """
-        if scales.dim() != 2 or codes.shape[:1] != scales.shape[:1] or codes.numel() != 16 * scales.numel():
-            raise ValueError(
-                f"MXFP4Weight: expected codes (N, K / 2) and scales (N, K / 32), got {tuple(codes.shape)} and "
-                f"{tuple(scales.shape)}"
-            )
+        check_blocks(cls.__name__, codes, scales, _BLOCK)
         scales = scales.view(torch.uint8).contiguous()
         shape = torch.Size((scales.shape[0], scales.shape[1] * _BLOCK))
         values = torch.tensor(E2M1_VALUES, device=codes.device)
@@ -131,3 +127,12 @@ class MXFP4Weight(CodedWeight):
         """
         codes, scales = cls.stored(tensors, f"{name}_packed", torch.uint8), cls.stored(tensors, f"{name}_scale")
         return cls.of_blocks(codes, scales, dtype)
+
+
+def check_blocks(op: str, codes: Tensor, scales: Tensor, block: int) -> None:
+    """Raise for bytes of 4-bit codes and scales of ``block`` of them that are not of the same rows."""
+    if scales.dim() != 2 or codes.shape[:1] != scales.shape[:1] or 2 * codes.numel() != block * scales.numel():
+        raise ValueError(
+            f"{op}: expected codes (N, K / 2) and scales (N, K / {block}), got {tuple(codes.shape)} and "
+            f"{tuple(scales.shape)}"
+        )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .coded import CodedWeight, Codes, Scales, Stored, check_finite
 from .format import register
-from .mxfp4 import E2M1_VALUES
+from .mxfp4 import E2M1_VALUES, check_blocks
 
 _BLOCK = 16
 
@@ -31,11 +31,7 @@ class NVFP4Weight(CodedWeight):
         Raises:
             ValueError: bytes and scales that do not fit.
         """
-        if scales.dim() != 2 or codes.shape[:1] != scales.shape[:1] or codes.numel() != 8 * scales.numel():
-            raise ValueError(
-                f"NVFP4Weight: expected codes (N, K / 2) and scales (N, K / 16), got {tuple(codes.shape)} and "
-                f"{tuple(scales.shape)}"
-            )
+        check_blocks(cls.__name__, codes, scales, _BLOCK)
         shape = torch.Size((scales.shape[0], scales.shape[1] * _BLOCK))
         values = torch.tensor(E2M1_VALUES, device=codes.device)
         given = codes.view(torch.uint8).contiguous(), scales.view(torch.uint8).contiguous(), values

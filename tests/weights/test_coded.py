@@ -136,7 +136,11 @@ def step(weight: Any, rows: int, dtype: torch.dtype, *, dora: bool = False, **op
 @pytest.mark.parametrize("kind", FORMATS, ids=by_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
 def test_lora_over_it_is_as_exact_as_over_the_dense_weight(kind: Any, dtype: torch.dtype, rows: int) -> None:
-    weight = kind.from_dense(weight_of((72, 160), dtype))
+    assert_lora_is_exact(kind.from_dense(weight_of((72, 160), dtype)), rows, dtype)
+
+
+def assert_lora_is_exact(weight: CodedWeight, rows: int, dtype: torch.dtype) -> None:
+    """y and all gradients are as near to float64 as those over the dense weight."""
     exact = step(weight.dense().double(), rows, torch.float64, backend="reference")
     dense = step(weight.dense(), rows, dtype, backend="cpu")
     for ours, known, true in zip(step(weight, rows, dtype), dense, exact, strict=True):

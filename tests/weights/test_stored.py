@@ -29,7 +29,7 @@ from lowrank_kernels.weights import (
     unpacked,
 )
 from tests.weights.stored import GROUP, STORED, made, order, q4_k, q8_0, scales, words
-from tests.weights.test_coded import DTYPES, by_name, needs_extension, step
+from tests.weights.test_coded import DTYPES, assert_lora_is_exact, by_name, needs_extension, step
 
 
 def nibble(word: int, place: int) -> int:
@@ -111,14 +111,7 @@ def test_a_weight_survives_being_carried_by_an_op_and_by_a_layer(name: str, tmp_
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
 @pytest.mark.parametrize("name", STORED)
 def test_lora_over_it_is_as_exact_as_over_the_dense_weight(name: str, dtype: torch.dtype, rows: int) -> None:
-    weight = made(name).to(dtype)
-    exact = step(weight.dense().double(), rows, torch.float64, backend="reference")
-    dense = step(weight.dense(), rows, dtype, backend="cpu")
-    for ours, known, true in zip(step(weight, rows, dtype), dense, exact, strict=True):
-        assert ours.dtype == known.dtype and ours.shape == known.shape
-        if rows:
-            ulp = torch.finfo(dtype).eps * true.abs().max()
-            assert (ours.double() - true).abs().max() <= 2 * (known.double() - true).abs().max() + 2 * ulp
+    assert_lora_is_exact(made(name).to(dtype), rows, dtype)
 
 
 @pytest.mark.parametrize("name", STORED)
