@@ -139,6 +139,26 @@ def test_lora_over_it_is_as_exact_as_over_the_dense_weight(kind: Any, dtype: tor
     assert_lora_is_exact(kind.from_dense(weight_of((72, 160), dtype)), rows, dtype)
 
 
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("block_size", [32, 64, 192])
+@pytest.mark.parametrize("kind", [NF4Weight, FP4Weight, MXFP4Weight], ids=by_name)
+def test_codes_that_few_rows_multiply_where_they_lie_are_as_exact(kind: Any, block_size: int, rows: int) -> None:
+    given = weight_of((37, 384), torch.bfloat16) * torch.linspace(0.2, 3.0, 37 * 384).view(37, 384)
+    weight = MXFP4Weight.from_dense(given) if kind is MXFP4Weight else kind.from_dense(given, 64)
+    if kind is not MXFP4Weight and block_size != 64:  # 192 is no block size of an encoder, and divides K as well
+        scales = torch.linspace(0.1, 2.0, 37 * 384 // block_size)
+        weight = kind(weight.shape, torch.bfloat16, weight.codes, scales, weight.values, run=block_size)
+    assert_lora_is_exact(weight.to(torch.bfloat16), rows, torch.bfloat16)
+    x, grad_y = (torch.randn(rows, width).bfloat16() for width in reversed(weight.shape))
+    dense = weight.to(torch.bfloat16).dense().double()
+    for ours, exact in (
+        (weight.to(torch.bfloat16).product(x, None), x.double() @ dense.T),
+        (weight.to(torch.bfloat16).grad_product(grad_y), grad_y.double() @ dense),
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-3 * float(exact.abs().max()))
+
+
 def assert_lora_is_exact(weight: CodedWeight, rows: int, dtype: torch.dtype) -> None:
     """y and all gradients are as near to float64 as those over the dense weight."""
     exact = step(weight.dense().double(), rows, torch.float64, backend="reference")
