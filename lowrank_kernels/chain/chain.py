@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +14,15 @@ from ..merge import ROUNDINGS, merge_lora_
 from ..names import named_modules
 from ..nn import DoRALinear, LoRALinear
 from ..nn.sharded import is_dtensor, why_not_written
-
-_KEY = "chain"
-"""Where a chain's state is, in the first parameter group of the optimizer's state."""
-_RIDER = "_lowrank_chain"
-"""The attribute of an optimizer that holds the chain on it."""
+from ..rider import Rider
 
 
-class Chain:
+class Chain(Rider):
     """After every ``steps_per_link`` optimizer steps: W ← W + s B A, new factors with B A = 0, new optimizer state.
 
-    It rides on the optimizer: it counts ``optimizer.step()`` by itself, but for steps that a GradScaler made a fused
-    optimizer skip, and its own state is in the first parameter group of the optimizer's ``state_dict``, under "chain",
-    so whatever saves and restores the model and the optimizer resumes the chain, bit for bit; also where the chain is
-    made after they were loaded. The learning-rate schedule is the user's and runs on over the links.
+    It is a :class:`Rider` on the optimizer: it counts the steps that were taken by itself, and whatever saves and
+    restores the model and the optimizer resumes the chain, bit for bit; also where the chain is made after they were
+    loaded. The learning-rate schedule is the user's and runs on over the links.
 
     The first link starts from a fresh sample, or, where the factors hold a correction already (B A is not zero: a
     trained adapter, LoRA-GA's start), from that, which then is the first to be merged.
@@ -63,6 +56,8 @@ class Chain:
             hold. At a link: factors that are not finite, a layer that is merged. No weight has changed then.
     """
 
+    key: ClassVar[str] = "chain"
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +73,6 @@ class Chain:
         one_sided: bool | None = None,
         name: str = "Chain",
     ) -> None:
-        self._name = name
         for option, value, least in (("steps_per_link", steps_per_link, 1), ("warmup", warmup, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected {option} to be an integer of at least {least}, got {value!r}")
@@ -126,8 +120,9 @@ class Chain:
                 raise ValueError(
                     f"{name}: expected bfloat16 weights for stochastic rounding, got {layer.weight.dtype} in {path}"
                 )
-        _check_optimizer(optimizer, self.layers, name)
-        self.optimizer, self.steps_per_link, self.warmup = optimizer, steps_per_link, warmup
+        super().__init__(optimizer, name)
+        _check_steps_all(optimizer, self.layers, name)
+        self.steps_per_link, self.warmup = steps_per_link, warmup
         self.init, self.seed, self.rounding = init, seed, rounding
         self._own_ranks, self._ranks = {path: layer.r for path, layer in self.layers.items()}, ranks
         self.link = self.link_step = 0
@@ -136,10 +131,9 @@ class Chain:
             for path, layer in self.layers.items():
                 if layer.weight.dtype in (torch.bfloat16, torch.float16):
                     self.master[path] = layer.matrix.detach().float()
-        saved = optimizer.param_groups[0].get(_KEY)  # of a chain before, where the optimizer was loaded
-        if saved is not None:
-            self._check_state(saved)
-            self.link = saved["link"]
+        found = self.found_state()
+        if found is not None:
+            self.link = found["link"]
         held = [path for path, layer in self.layers.items() if _holds_a_correction(layer)]
         misfits = [path for path in held if self.layers[path].r != self._rank_of(path)]
         if misfits:
@@ -148,42 +142,16 @@ class Chain:
                 f"{self._rank_of(misfits[0])}, got {self.layers[misfits[0]].r} in {misfits[0]}; merge them first, or "
                 f"leave ranks out"
             )
-        optimizer.param_groups[0].pop(_KEY, None)
-        self._loaded: dict[str, Any] | None = None
         self._rates: list[tuple[dict[str, Any], Any]] = []
-        self._detach = self._attach(optimizer)
-        if saved is not None:
-            self.load_state_dict(saved)
-        elif not held:
+        if not self.attach() and not held:
             self._resize()
             self._sample()
 
-    def _attach(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
-        """Hook the chain into the optimizer and return the functions that take it off again."""
-        handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save_into),
-            optimizer.register_load_state_dict_pre_hook(self._take_from),
-            optimizer.register_load_state_dict_post_hook(self._load_taken),
-        ]
+    def attach(self) -> bool:
         if self._ranks is not None:
-            handles += [layer.register_load_state_dict_pre_hook(_take_the_rank_of) for layer in self.layers.values()]
-        setattr(optimizer, _RIDER, self)
-        detach = [handle.remove for handle in handles] + [lambda: delattr(optimizer, _RIDER)]
-        if self.warmup:
-            # Hooks do not see a step that raises, which has to leave the rates as they were all the same.
-            step = optimizer.step
-
-            @functools.wraps(step)
-            def restoring(_: Any, *args: Any, **kwargs: Any) -> Any:
-                try:
-                    return step(*args, **kwargs)
-                finally:
-                    self._restore_rates()
-
-            optimizer.step = types.MethodType(restoring, optimizer)  # type: ignore[method-assign]
-        return detach
+            hooks = [layer.register_load_state_dict_pre_hook(_take_the_rank_of) for layer in self.layers.values()]
+            self._detach += [hook.remove for hook in hooks]
+        return super().attach()
 
     def warmup_factor(self) -> float:
         """What the next step's learning rate is multiplied by."""
@@ -235,18 +203,12 @@ class Chain:
             (b if _sampled(layer) == "a" else a).zero_()
             _mark_changed(layer)
 
-    def detach(self) -> None:
-        """Take the chain off the optimizer: later steps merge nothing."""
-        while self._detach:
-            self._detach.pop()()
-
     def state_dict(self) -> dict[str, Any]:
         """The chain's place, for a checkpoint; factors and weights are the model's, moments the optimizer's."""
         return {"link": self.link, "link_step": self.link_step, "seed": self.seed, "master": dict(self.master)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`. Load the model's and the optimizer's states separately."""
-        self._check_state(state)
+        super().load_state_dict(state)
         self.link, self.link_step, self.seed = state["link"], state["link_step"], state["seed"]
         for path, weight in state["master"].items():
             self.master[path].copy_(weight)
@@ -255,45 +217,23 @@ class Chain:
             for layer in self.layers.values():
                 _mark_changed(layer)
 
-    def _check_state(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
         if state["master"].keys() != self.master.keys():
             raise ValueError(f"{self._name}: expected a state of a chain with the same layers and master setting")
 
-    def _save_into(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        first, *others = state["param_groups"]
-        return {**state, "param_groups": [{**first, _KEY: self.state_dict()}, *others]}
-
-    def _take_from(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        first, *others = state["param_groups"]
-        self._loaded = state.get(_KEY, first.get(_KEY))  # beside the groups, as older versions wrote it
-        if self._loaded is not None:
-            self._check_state(self._loaded)
-        return {**state, "param_groups": [{k: v for k, v in first.items() if k != _KEY}, *others]}
-
-    def _load_taken(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._loaded is not None:
-            self.load_state_dict(self._loaded)
-            self._loaded = None
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore_rates()
+    def before_step(self) -> None:
         factor = self.warmup_factor()
         if factor != 1.0:
-            self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
+            self._rates = [(group, group["lr"]) for group in self.optimizer.param_groups]
             for group, rate in self._rates:
                 group["lr"] = rate * factor
 
-    def _restore_rates(self) -> None:
+    def restore(self) -> None:
         while self._rates:
             group, rate = self._rates.pop()
             group["lr"] = rate
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore_rates()
-        # A GradScaler lets a fused optimizer see for itself that gradients are not finite, and step nothing.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return
+    def after_step(self) -> None:
         self.link_step += 1
         if self.link_step == self.steps_per_link:
             self.next_link()
@@ -346,21 +286,8 @@ def _mark_changed(layer: LoRALinear) -> None:
     layer.lora_ga_start = None  # type: ignore[assignment]
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, LoRALinear], name: str) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{name}: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        raise TypeError(
-            f"{name}: expected optimizer to be the one that steps, got a {type(optimizer).__name__} around it; "
-            f"pass its .optimizer"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"{name}: expected an optimizer with a state of its own for each parameter, got LBFGS, whose history is of "
-            f"all together and does not survive a link; use AdamW"
-        )
-    if hasattr(optimizer, _RIDER):
-        raise ValueError(f"{name}: expected an optimizer without a chain, got one that has one; call its detach()")
+def _check_steps_all(optimizer: torch.optim.Optimizer, layers: dict[str, LoRALinear], name: str) -> None:
+    """Raise ValueError for an optimizer that lacks a factor that trains."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for path, layer in layers.items():
         for factor in (layer.lora_A.weight, layer.lora_B.weight):
