@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import chain, federated, init, integrations, nn, optim, serving, smt, weights
+from . import allocate, chain, federated, init, integrations, nn, optim, serving, smt, weights
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
 from .base_only import base_only
@@ -38,6 +38,7 @@ __all__ = [
     "SMTConfig",
     "__version__",
     "adapt",
+    "allocate",
     "base_only",
     "block_sparse_linear",
     "block_sparse_weight_grad",

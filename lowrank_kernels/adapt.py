@@ -49,6 +49,11 @@ def config_of(model: nn.Module) -> AdapterConfig | None:
     return getattr(held(model), _CONFIG_ATTRIBUTE, None)
 
 
+def replace_config(model: nn.Module, config: AdapterConfig) -> None:
+    """Note that an adapted model's layers now are as another config says."""
+    setattr(held(model), _CONFIG_ATTRIBUTE, config)
+
+
 def trained_before(model: nn.Module) -> frozenset[str] | None:
     """Names of the parameters that required a gradient before the model was adapted; None where it was not."""
     return vars(model).get(_TRAINED_ATTRIBUTE)

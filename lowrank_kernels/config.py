@@ -109,14 +109,14 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
-    """Linears become :class:`~lowrank_kernels.nn.LoRALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ.
+    """Linears become :class:`~lowrank_kernels.nn.LoRALinear`: y = x Wᵀ + bias + s ((drop(x) Aᵀ) ∘ gate) Bᵀ.
 
     So does transformers' Conv1D. Embeddings and convolutions that ``target_modules`` names become ``LoRAEmbedding``,
     ``LoRAConv1d``, ``LoRAConv2d`` and ``LoRAConv3d``; "all-linear" leaves them alone.
 
     Args:
-        r, alpha, dropout, rslora, lora_bias, init, train, dtype: as for ``LoRALinear``. alpha may be 0, which leaves
-            the base as it is, or negative, as in PEFT.
+        r, alpha, dropout, rslora, lora_bias, gate, init, train, dtype: as for ``LoRALinear``. alpha may be 0, which
+            leaves the base as it is, or negative, as in PEFT.
         rank_pattern, alpha_pattern: {regular expression: value}, for the modules whose path it matches, whole
             or after a dot; the first that matches wins. As in PEFT.
         modules_to_save: names of modules that train whole and are saved with the adapter, such as a new head; each
@@ -124,7 +124,7 @@ class LoRAConfig(AdapterConfig):
         (and those of :class:`AdapterConfig`)
     """
 
-    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias")
+    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "gate")
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
         nn.Embedding: LoRAEmbedding,
         nn.Conv1d: LoRAConv1d,
@@ -140,6 +140,7 @@ class LoRAConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     lora_bias: bool = False
+    gate: bool = False
     init: str = "kaiming"
     train: str = "both"
     dtype: torch.dtype | None = None
@@ -210,7 +211,7 @@ class LoRAConfig(AdapterConfig):
 
     def _settings(self) -> dict[str, Any]:
         """Of every layer, beside its rank and alpha."""
-        names = ("dropout", "rslora", "lora_bias", "init", "train", "dtype")
+        names = ("dropout", "rslora", "lora_bias", "gate", "init", "train", "dtype")
         return {name: getattr(self, name) for name in names}
 
     def check_fits(self, name: str, n: int, k: int) -> None:
@@ -252,7 +253,7 @@ class DoRAConfig(LoRAConfig):
         (and those of :class:`LoRAConfig`, without ``lora_bias``)
     """
 
-    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "dropout_base", "detach_norm")
+    _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "gate", "dropout_base", "detach_norm")
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {
         nn.Embedding: DoRAEmbedding,
         nn.Conv1d: DoRAConv1d,

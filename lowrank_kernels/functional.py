@@ -57,7 +57,7 @@ from .ops.multi_lora import (
     multi_lora_linear_directly,
     plan_multi_lora_linear,
 )
-from .ops.operands import backend_error, check_flag, count_error, raise_error, scaling_error, seed_tensor
+from .ops.operands import backend_error, check_flag, count_error, raise_error, scaling_error, seed_tensor, vector_error
 from .ops.plain import (
     plain_block_sparse_linear,
     plain_block_sparse_weight_grad,
@@ -150,6 +150,15 @@ def lora_linear(
     return y
 
 
+def fold_gate(lora_b: Tensor, gate: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """B ∘ gate: each column of B (N, R, ...) times its rank's gate (R,); in float32, or float64 where one of them is.
+
+    A B that stands for both: (P ∘ gate) Bᵀ = P (B ∘ gate)ᵀ.
+    """
+    wide = torch.promote_types(torch.promote_types(lora_b.dtype, torch.float32), dtype)
+    return lora_b.to(wide) * gate.view(1, -1, *(1 for _ in lora_b.shape[2:]))
+
+
 def dora_weight_norm(
     weight: Weight,
     lora_a: Tensor,
@@ -226,6 +235,7 @@ def dora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
+    gate: Tensor | None = None,
     weight_sq_norm: Tensor | None = None,
     norm_and_scale: tuple[Tensor, Tensor] | None = None,
     scale_cache: ScaleCache | None = None,
@@ -245,6 +255,8 @@ def dora_linear(
         magnitude: m (N,), any float dtype.
         bias: (N,) or None; not scaled.
         scaling: s.
+        gate: (R,) or None: a factor for each rank, in u and in the norm alike: B ∘ gate takes the place of B. That is
+            how it is computed, in float32: N R products beside N K.
         weight_sq_norm: as for :func:`dora_weight_norm`.
         norm_and_scale: (n, g) from :func:`dora_column_scale` for these very operands, taken on trust; computed here
             otherwise.
@@ -274,6 +286,9 @@ def dora_linear(
         raise TypeError(f"dora_linear: expected scale_cache to be a ScaleCache, got {type(scale_cache).__name__}")
     norm, scale = pair_of(norm_and_scale)
     weight = like(x, weight)
+    if gate is not None and isinstance(lora_b, Tensor) and lora_b.dim() == 2:
+        raise_error(vector_error("dora_linear", "gate", "R", gate, lora_b.shape[1], lora_b.device, like="lora_b"))
+        lora_b = fold_gate(lora_b, gate, getattr(x, "dtype", torch.float32))
     call = DoRALinear(
         x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
         scaling, dropout_p, None, dropout_base, detach_norm, False, backend,

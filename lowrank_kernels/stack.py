@@ -92,6 +92,7 @@ class LoRAStack:
         With ``slices``, the widths (N_1, ..., N_S), an adapter is a sequence of S such tuples, each with the N of its
         slice, None for a slice without one: ``from_factors([(q, k, v), (q, None, v)], slices=(4096, 1024, 1024))``.
         Factors are copied, in the widest of their dtypes; gradients of the stack's tensors reach those that train.
+        A layer's are ``(*layer.factors(), layer.scaling)``, its gate in its B.
 
         Raises:
             ValueError: no adapter, shapes or devices that do not fit, a scaling that is not finite.

@@ -165,7 +165,7 @@ def _expected_shapes(base: Mapping[str, Tensor], config: LoRAConfig, plan: Plan)
     """Name and shape of every tensor that the file must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in plan.targets.items():
-        own = config.layer_class(linear).shapes(linear, config.rank_of(name), config.lora_bias)
+        own = config.layer_class(linear).tensors(linear, config.rank_of(name), config.lora_bias, config.gate)
         shapes |= {f"{name}.{key}": shape for key, shape in own.items()}
         bias = getattr(linear, "bias", None)
         if config.bias == "lora_only" and bias is not None:

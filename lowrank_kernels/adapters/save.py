@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..adapt import TASK_HEADS, config_of, whole_modules
 from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
+from ..functional import check_flag
+from ..functional import fold_gate as folded_b
 from ..names import named_modules, named_parameters, unwrapped
 from ..nn.dora import DoRALayer
 from ..nn.lora import LoRALayer, LoRALinear
@@ -39,6 +41,7 @@ def save_adapter(
     task_type: str | None = None,
     config: LoRAConfig | None = None,
     adapter: int | None = None,
+    fold_gate: bool = True,
 ) -> Path:
     """Write the model's LoRA or DoRA adapter as a folder that PEFT loads.
 
@@ -52,6 +55,9 @@ def save_adapter(
             "TOKEN_CLS" and "QUESTION_ANS" the model's head is written too, as PEFT expects, whether it trained or not.
         config: for a model whose LoRA layers were put in by hand.
         adapter: which one, of a model adapted by ``MultiLoRAConfig``.
+        fold_gate: write B ∘ gate in the place of B, which PEFT and engines read, and which computes the same. False
+            keeps the gates, to train on from: a tensor ``lora_gate`` a layer, and a ``peft_type`` of our own, so that
+            PEFT refuses what without its gates would be another adapter; :func:`load_adapter` reads it.
 
     Returns:
         The folder.
@@ -59,10 +65,10 @@ def save_adapter(
     Where patterns of ``rank_pattern`` or ``alpha_pattern`` overlap and disagree, the file has a pattern of each layer's
     own instead: PEFT does not keep their order.
 
-    Tensors keep their dtypes. Merged layers save their factors as they are. The format has no words for DoRA's
-    ``dropout_base`` and ``detach_norm``, which matter to training alone; they are not saved. The modules of
-    ``modules_to_save`` are written whole. What else trains is not written: the log names it. "all-linear" is written as
-    the names of the layers.
+    Tensors keep their dtypes; a B with its gate is written in float32. Merged layers save their factors as they are.
+    The format has no words for DoRA's ``dropout_base`` and ``detach_norm``, which matter to training alone; they are
+    not saved. The modules of ``modules_to_save`` are written whole. What else trains is not written: the log names it.
+    "all-linear" is written as the names of the layers.
 
     Raises:
         ValueError: no LoRA layer in the model; no config, or one that does not describe the layers there are; an
@@ -71,6 +77,7 @@ def save_adapter(
             Nothing is written then.
         ImportError: safetensors is not installed.
     """
+    check_flag("save_adapter", "fold_gate", fold_gate)
     config = config or config_of(model)  # type: ignore[assignment]
     tensors: dict[str, Tensor]
     if isinstance(config, MultiLoRAConfig):
@@ -105,10 +112,22 @@ def save_adapter(
             "config or of one given to save_adapter",
             few(left_out),
         )
+    if config.gate and fold_gate:
+        config, tensors = replace(config, gate=False), _with_gates_folded(layers, tensors)
     transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
     return _write_adapter(
         with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type, transposed
     )
+
+
+def _with_gates_folded(layers: Mapping[str, LoRALayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with B ∘ gate for each B, and without gates."""
+    folded = {name: t for name, t in tensors.items() if not name.endswith(".lora_gate")}
+    for name, layer in layers.items():
+        _, key, *_ = layer.shapes(layer.base_layer, layer.r)
+        b, gate = (whole(tensors[f"{name}.{k}"].detach()) for k in (key, "lora_gate"))
+        folded[f"{name}.{key}"] = folded_b(b, gate)
+    return folded
 
 
 def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
@@ -245,12 +264,14 @@ def save_lora_ga_adapter(
             absent, 2 * layer.r, alpha=grown * layer.alpha, dropout=layer.dropout, rslora=layer.rslora, init="zero"
         )
         a, b = (start.to(layer.weight.device) for start in starts[name])
-        wide.lora_A.weight = nn.Parameter(torch.cat([layer.lora_A.weight.detach(), a]))
-        wide.lora_B.weight = nn.Parameter(torch.cat([layer.lora_B.weight.detach(), -b], dim=1))
+        now_a, now_b = (factor.detach() for factor in layer.factors())
+        wide.lora_A.weight = nn.Parameter(torch.cat([now_a, a]))
+        wide.lora_B.weight = nn.Parameter(torch.cat([now_b, -b], dim=1))
         _put_at(skeleton, name, wide)
     config = replace(
         config,
         r=2 * config.r,
+        gate=False,
         alpha=grown * config.alpha,
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: grown * alpha for pattern, alpha in config.alpha_pattern.items()},
@@ -270,13 +291,13 @@ def _put_at(root: nn.Module, name: str, module: nn.Module) -> None:
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_bias is not None)
-        has += (isinstance(layer, DoRALayer),)
+        has += (layer.lora_gate is not None, isinstance(layer, DoRALayer))
         says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
-        says += (config.lora_bias, isinstance(config, DoRAConfig))
+        says += (config.lora_bias, config.gate, isinstance(config, DoRAConfig))
         if has != says:
             raise ValueError(
-                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, dora) = {says} by its "
-                f"config, got {has}; pass the config= that describes the layers"
+                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, gate, dora) = {says} by "
+                f"its config, got {has}; pass the config= that describes the layers"
             )
         if config.target_modules != ALL_LINEAR and not names_match(config.target_modules, name):
             raise ValueError(
@@ -314,7 +335,8 @@ def _adapter_parameters(
     """What a file of PEFT's holds of an adapted model: the factors, and the biases that the config trains."""
     wanted = {f"{name}.base_layer.bias" for name in layers if config.bias == "lora_only"}
     for name, layer in layers.items():
-        wanted |= {f"{name}.{key}" for key in layer.shapes(layer.base_layer, layer.r, layer.lora_bias is not None)}
+        has = layer.lora_bias is not None, layer.lora_gate is not None
+        wanted |= {f"{name}.{key}" for key in layer.tensors(layer.base_layer, layer.r, *has)}
     return {
         name: p
         for name, p in named_parameters(model)

@@ -28,6 +28,8 @@ _PEFT_NAMES = {
     "bias": "bias",
     "modules_to_save": "modules_to_save",
 }
+_GATED = "LORA_GATED"
+"""Our own ``peft_type`` for factors with a gate; the rest of the file is as PEFT's."""
 # Settings that are read in ways of their own.
 _READ = {"use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern"}
 # Settings that say nothing about the function of a trained adapter. The settings of a start matter where it changed the
@@ -60,7 +62,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
     ``layers_to_transform`` becomes the names of the model's modules that it means.
     """
     given = read_json(path)
-    if given.get("peft_type") != "LORA":
+    if given.get("peft_type") not in ("LORA", _GATED):
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
         )
@@ -80,6 +82,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
     missing = [theirs for theirs in ("r", "lora_alpha", "target_modules") if given.get(theirs) is None]
     if missing:
         raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
+    settings["gate"] = given["peft_type"] == _GATED
     if init == "mica":  # trains A alone
         settings["train"] = "a"
     if given.get("layers_to_transform") not in (None, []):
@@ -138,7 +141,7 @@ def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name
             dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
         )
     return written | {
-        "peft_type": "LORA",
+        "peft_type": _GATED if config.gate else "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,

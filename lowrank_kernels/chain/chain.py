@@ -191,8 +191,7 @@ class Chain(Rider):
             target = self.master.get(path, weight)
             merge_lora_(
                 target,
-                a,
-                b,
+                *(factor.detach() for factor in layer.factors()),
                 scaling=layer.scaling,
                 rounding=self.rounding,
                 seed=self._seed(index),
@@ -261,8 +260,10 @@ class Chain(Rider):
             with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
                 torch.manual_seed(self._seed(index))
                 init_factors_(a, b, self.init, sampled=_sampled(layer))
-            for factor in (a, b):
-                self.optimizer.state.pop(factor, None)
+            if layer.lora_gate is not None:
+                layer.lora_gate.fill_(1.0)
+            for p in (a, b, layer.lora_gate):
+                self.optimizer.state.pop(p, None)
 
 
 def _take_the_rank_of(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -72,7 +72,10 @@ class _LoRAConv(LoRALayer):
         start_(self, init, train)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
+        return self.lora_A.weight.flatten(1), self.gated(self.lora_B.weight).flatten(1)
+
+    def over_ranks(self, vector: Tensor) -> Tensor:
+        return _over_channels(vector, self.base_layer)
 
     @property
     def lora_bias(self) -> Tensor | None:
@@ -102,9 +105,8 @@ class _LoRAConv(LoRALayer):
     def convolve(self, x: Tensor) -> Tensor:
         """The layer's formula, without calls of the modules in it."""
         dropout_p = self.dropout if self.training else 0.0
-        return lora_conv(
-            x, self.base_layer, self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, self.scaling, dropout_p
-        )
+        lora_b = self.gated(self.lora_B.weight)
+        return lora_conv(x, self.base_layer, self.lora_A.weight, lora_b, self.lora_B.bias, self.scaling, dropout_p)
 
 
 class _DoRAConv(DoRALayer, _LoRAConv):
@@ -122,7 +124,7 @@ class _DoRAConv(DoRALayer, _LoRAConv):
             x,
             self.base_layer,
             self.lora_A.weight,
-            self.lora_B.weight,
+            self.gated(self.lora_B.weight),
             self.lora_magnitude_vector,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,

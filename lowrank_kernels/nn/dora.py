@@ -166,7 +166,7 @@ class DoRALayer(LoRALayer):
 
 
 class DoRALinear(DoRALayer, LoRALinear):
-    """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂.
+    """y = g ∘ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ) + bias with g = m / n, n_i = ‖W_i + s B_i A‖₂, and B ∘ gate for B with a gate.
 
     Parameters are those of :class:`LoRALinear` and ``lora_magnitude_vector`` (N,), PEFT's name, which starts at the
     norm of W + s B A, so that the layer starts as the wrapped one, and always trains. Rows of norm 0 yield their bias.
@@ -199,6 +199,7 @@ class DoRALinear(DoRALayer, LoRALinear):
             m,
             base.bias,
             scaling=self.scaling,
+            gate=self.lora_gate,
             # A compiled graph keeps no state between calls: the norm is a part of it.
             scale_cache=None if self.training or torch.compiler.is_compiling() else self.scale_cache,
             dropout_p=self.dropout if self.training else 0.0,

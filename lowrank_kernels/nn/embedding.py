@@ -92,7 +92,7 @@ class LoRAEmbedding(LoRALayer):
         return index
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_embedding_A, self.lora_embedding_B
+        return self.lora_embedding_A, self.gated(self.lora_embedding_B)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows: Any = self.base_layer(ids)

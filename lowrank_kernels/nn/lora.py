@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import all_finite
-from ..functional import check_flag, lora_linear
+from ..functional import check_flag, fold_gate, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
 from ..weights import ROUNDINGS, FrozenWeight
@@ -60,6 +61,7 @@ class LoRALayer(AroundBase):
         dropout: float = 0.0,
         rslora: bool = False,
         lora_bias: bool = False,
+        gate: bool = False,
         init: str = "kaiming",
         train: str = "both",
         dtype: torch.dtype | None = None,
@@ -71,13 +73,17 @@ class LoRALayer(AroundBase):
             raise TypeError(f"{kind}: expected a plain {self.wraps}, but this one cannot be wrapped: {reason}")
         check_lora_settings(kind, r=r, alpha=alpha, dropout=dropout, train=train, dtype=dtype, rslora=rslora, init=init)
         check_flag(kind, "lora_bias", lora_bias)
+        check_flag(kind, "gate", gate)
         weight = frozen_weight(base_layer)
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.weight_shared_with: tuple[str, ...] = ()
         self._merged: Any = None
         self.base_layer = base_layer
+        self.register_parameter("lora_gate", None)
         self.make_factors(init, train, lora_bias, device=weight.device, dtype=dtype)
+        if gate:
+            self.lora_gate = nn.Parameter(torch.ones(r, device=weight.device, dtype=dtype))
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
 
@@ -96,8 +102,72 @@ class LoRALayer(AroundBase):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, K) and B (N, R), as matrices over :attr:`matrix`."""
+        """A (R, K) and B (N, R), or with a gate B ∘ gate, as matrices over :attr:`matrix`."""
         raise NotImplementedError
+
+    @classmethod
+    def tensors(
+        cls, base_layer: nn.Module, r: int, lora_bias: bool = False, gate: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """:meth:`shapes`, and the gate's, for which PEFT has no name."""
+        return cls.shapes(base_layer, r, lora_bias) | ({"lora_gate": (r,)} if gate else {})
+
+    def gated(self, lora_b: Tensor) -> Tensor:
+        """B ∘ gate, where there is one."""
+        return lora_b if self.lora_gate is None else fold_gate(lora_b, self.lora_gate)
+
+    def factor_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters of A (R, ...) and B (N, R, ...)."""
+        a, b, *_ = (attrgetter(name)(self) for name in self.shapes(self.base_layer, self.r))
+        return a, b
+
+    @torch.no_grad()
+    def change_ranks_(self, keep: Sequence[int], added: int = 0, *, scaling: float | None = None) -> None:
+        """Keep some ranks, in this order, and add others that change nothing: A sampled as by PEFT, B 0, gate 1.
+
+        The parameters stay the same objects, with other shapes and no gradients. s stays, so that alpha changes.
+
+        Args:
+            keep: which of the R ranks, each once.
+            added: how many to add.
+            scaling: s, where it is known better than from alpha, which has been rounded.
+
+        Raises:
+            ValueError: no rank left, or one that there is not; a layer that is merged, or sharded.
+        """
+        op, scaling = f"{type(self).__name__}.change_ranks_", self.scaling if scaling is None else scaling
+        if self.merged:
+            raise ValueError(f"{op}: expected an unmerged layer; call unmerge_()")
+        a, b = self.factor_parameters()
+        if is_dtensor(a) or is_dtensor(b) or a.shape[0] != self.r:
+            raise ValueError(f"{op}: expected whole factors, got shards; allocate ranks before sharding")
+        if sorted(set(keep)) != sorted(keep) or not all(0 <= i < self.r for i in keep):
+            raise ValueError(f"{op}: expected ranks from 0 to {self.r - 1}, each once, got {list(keep)}")
+        if not len(keep) + added:
+            raise ValueError(f"{op}: expected a rank to be left, got none")
+        index = torch.as_tensor(list(keep), dtype=torch.long, device=a.device)
+        new_a = a.new_empty(added, *a.shape[1:])
+        if new_a.numel():
+            nn.init.kaiming_uniform_(new_a.flatten(1), a=math.sqrt(5))
+        gate = self.lora_gate
+        self._take(
+            torch.cat([a[index], new_a]),
+            torch.cat([b[:, index], b.new_zeros(b.shape[0], added, *b.shape[2:])], dim=1),
+            None if gate is None else torch.cat([gate[index], gate.new_ones(added)]),
+        )
+        self.alpha = scaling * (math.sqrt(self.r) if self.rslora else self.r)
+
+    def _take(self, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None) -> None:
+        """Give the parameters values of another rank."""
+        self.r = r = len(lora_a)
+        a, b = self.factor_parameters()
+        for p, values in ((a, lora_a), (b, lora_b), (self.lora_gate, gate)):
+            if p is not None and values is not None:
+                _reshape_(p, values)
+        for owner, side in ((getattr(self, "lora_A", None), "out"), (getattr(self, "lora_B", None), "in")):
+            for what in ("features", "channels"):
+                if hasattr(owner, f"{side}_{what}"):
+                    setattr(owner, f"{side}_{what}", r)
 
     @property
     def lora_bias(self) -> Tensor | None:
@@ -128,7 +198,14 @@ class LoRALayer(AroundBase):
         """s lora_B(lora_A(x)), by calling both, in the factors' dtype where there is no autocast."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)
-        return self.scaling * self.lora_B(self.lora_A(x))
+        p = self.lora_A(x)
+        if self.lora_gate is not None:
+            p = (p * self.over_ranks(self.lora_gate)).to(p.dtype)
+        return self.scaling * self.lora_B(p)
+
+    def over_ranks(self, vector: Tensor) -> Tensor:
+        """A vector (R,) in a shape that scales what lora_A returns."""
+        return vector
 
     def merge_(self, *, requantize: str | None = None) -> Any:
         """W ← W + s B A, in float32, rounded once; forward is then the wrapped module's. Nothing when merged.
@@ -201,7 +278,7 @@ class LoRALayer(AroundBase):
 
     def correction_parameters(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
         """(name, parameter, its whole shape) of all that the correction consists of."""
-        shapes = self.shapes(self.base_layer, self.r, self.lora_bias is not None)
+        shapes = self.tensors(self.base_layer, self.r, self.lora_bias is not None, self.lora_gate is not None)
         return [(name.removesuffix(".weight"), attrgetter(name)(self), shape) for name, shape in shapes.items()]
 
     def put_in_(self, state: Any) -> None:
@@ -292,17 +369,17 @@ class LoRALayer(AroundBase):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:.6g}, "
-            f"dropout={self.dropout}, merged={self.merged}"
+            f"{'' if self.lora_gate is None else 'gate=True, '}dropout={self.dropout}, merged={self.merged}"
         )
 
 
 class LoRALinear(LoRALayer):
-    """y = x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
+    """y = x Wᵀ + bias + s ((drop(x) Aᵀ) ∘ gate) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
 
     Parameters, named as in a file of PEFT's: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the
     ones of the wrapped layer itself, frozen and not copied; ``lora_A.weight`` (R, K); ``lora_B.weight`` (N,
-    R); with ``lora_bias`` also ``lora_B.bias`` (N,), which enters as s · bias. ``weight`` and ``bias`` read
-    the wrapped layer's.
+    R); with ``lora_bias`` also ``lora_B.bias`` (N,), which enters as s · bias; with ``gate`` also ``lora_gate`` (R,),
+    which PEFT does not have. ``weight`` and ``bias`` read the wrapped layer's.
 
     Args:
         base_layer: a plain nn.Linear of float32, bfloat16, float16 or float64; or transformers' Conv1D (GPT-2), whose
@@ -312,6 +389,7 @@ class LoRALinear(LoRALayer):
         dropout: probability of zeroing an element of the correction's input; active in training alone.
         rslora: divide alpha by sqrt(R) instead of R (Kalajdzievski, arXiv 2312.03732).
         lora_bias: give B a bias.
+        gate: a trained factor for each rank, 1 at the start (Ding et al., "SoRA", arXiv 2311.11696).
         init: "kaiming" (PEFT's default), "gaussian", "orthonormal" or "zero"; see ``lowrank_kernels.init``.
         train: "both", or only "a" or "b"; the other factor is then sampled and frozen.
         dtype: of the factors; default float32, or float64 over a float64 weight.
@@ -354,7 +432,7 @@ class LoRALinear(LoRALayer):
         start_(self, init, train)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.weight, self.lora_B.weight
+        return self.lora_A.weight, self.gated(self.lora_B.weight)
 
     @property
     def lora_bias(self) -> Tensor | None:
@@ -374,6 +452,7 @@ class LoRALinear(LoRALayer):
             lora_b.weight,
             add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype if isinstance(weight, Tensor) else x.dtype),
             scaling=self.scaling,
+            gate=self.lora_gate,
             dropout_p=self.dropout if self.training else 0.0,
         )
 
@@ -387,7 +466,7 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def resize_(self, r: int) -> LoRALinear:
-        """Give A and B the rank r, and zeros: the same parameters with other shapes, without gradients.
+        """Give A and B the rank r, and zeros, and a gate ones: the same parameters with other shapes, no gradients.
 
         Their optimizer state is of the old shapes; drop it.
 
@@ -397,13 +476,21 @@ class LoRALinear(LoRALayer):
         check_lora_settings("LoRALinear.resize_", r=r, alpha=self.alpha, dropout=self.dropout)
         if self.merged:
             raise ValueError("LoRALinear.resize_: expected an unmerged layer; call unmerge_()")
-        for factor, shape in (
-            (self.lora_A.weight, (r, self.in_features)),
-            (self.lora_B.weight, (self.out_features, r)),
-        ):
-            factor.data, factor.grad = factor.new_zeros(shape), None
-        self.lora_A.out_features = self.lora_B.in_features = self.r = r
+        a, b = self.factor_parameters()
+        gate = None if self.lora_gate is None else self.lora_gate.new_ones(r)
+        self._take(a.new_zeros(r, self.in_features), b.new_zeros(self.out_features, r), gate)
         return self
+
+
+def _reshape_(p: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values of another shape, and no gradient.
+
+    A graph that is still alive, by the last step's loss for one, holds the accumulator of its gradient, which expects
+    the old shape and would be used again. torch lets go of it where the dtype changes, and so it does, in between.
+    """
+    p.grad = None
+    p.data = p.data.new_empty(0, dtype=torch.float32 if p.dtype == torch.float64 else torch.float64)
+    p.data = values
 
 
 def start_(layer: Any, init: str, train: str) -> None:

@@ -42,11 +42,17 @@ def factor_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: not a module.
-        ValueError: no pair trains, or one whose other factor is frozen.
+        ValueError: no pair trains, or one whose other factor is frozen; a gate that trains.
     """
     check_model("factor_groups", model)
     params: list[nn.Parameter] = []
     scaling: list[float] = []
+    gates = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("lora_gate")]
+    if gates:
+        raise ValueError(
+            f"factor_groups: expected layers whose correction is s B A alone, got {gates[0]}, which trains; adapt with "
+            f"gate=False, or freeze it"
+        )
     for a, b, s in factor_pairs(model):
         if a.requires_grad != b.requires_grad:
             raise ValueError("factor_groups: expected both factors of a layer to train, found a frozen one")

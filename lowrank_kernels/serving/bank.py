@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterFile, read_adapter
 from ..adapters.folder import same_values
 from ..config import DoRAConfig
-from ..functional import dora_column_scale, multi_lora_linear
+from ..functional import dora_column_scale, fold_gate, multi_lora_linear
 from ..names import named_modules, place, submodule
 from ..nn.batches import Batch, Batches
 from ..nn.frozen import AroundBase, check_weight_may_be_read
@@ -628,6 +628,8 @@ def _part(name: str, weight: Weight, file: AdapterFile) -> _Part:
     """An adapter on one linear, in its weight's dtype; DoRA's norm from the tensors as they were saved."""
     config, tensors, dtype = file.config, file.tensors, weight.dtype
     lora_a, lora_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+    if config.gate:
+        lora_b = fold_gate(lora_b, tensors[f"{name}.lora_gate"])
     scaling = config.scaling_of(name)
     bias = tensors.get(f"{name}.lora_B.bias")
     part = _Part(lora_a.to(dtype), lora_b.to(dtype), scaling, bias=None if bias is None else scaling * bias)

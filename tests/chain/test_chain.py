@@ -204,6 +204,17 @@ def test_links_of_their_own_ranks() -> None:
     assert values[5] > 1e-4 and values[6] < 1e-5 * values[0]
 
 
+def test_the_last_steps_graph_may_be_alive_at_a_link_of_another_rank() -> None:
+    model = small_model("both")
+    optimizer = torch.optim.SGD(factors(model), lr=0.01)
+    cola(model, optimizer, 1, ranks=(3, 2, 1))
+    for _ in range(3):
+        loss = model(torch.randn(4, 10)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def test_a_layer_of_a_lower_rank_keeps_its_own() -> None:
     model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 4))
     lk.adapt(model, lk.LoRAConfig(r=4, rank_pattern={"1": 2}))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lowrank_kernels as lk
-from lowrank_kernels.functional import read_blocks, write_blocks_
+from lowrank_kernels.functional import fold_gate, read_blocks, write_blocks_
 from lowrank_kernels.stack import LoRAStack
 from lowrank_kernels.tuned import Fields
 
@@ -136,6 +136,7 @@ def lora(d: Draw) -> Call:
 def _norm_terms(t: Tensors, scaling: float) -> tuple[Tensor, Tensor]:
     """(n, what n² would be without cancellation), each (N,)."""
     w, a, b = (t[name].detach().to(F64) for name in ("weight", "lora_a", "lora_b"))
+    b = b * t["gate"].detach().to(F64) if "gate" in t else b
     most = (w.norm(dim=1) + abs(scaling) * (b.abs() @ a.norm(dim=1))).square()
     return (w + scaling * (b @ a)).norm(dim=1), most
 
@@ -163,6 +164,8 @@ def dora(d: Draw) -> Call:
     tensors, dtype = _linear(d)
     _with_a_zero_row(d, tensors)
     tensors["magnitude"] = d.laid_out(d.positive(tensors["weight"].shape[0], of=d.any_dtype(dtype)))
+    if d.chance(0.2):
+        tensors["gate"] = d.laid_out(d.normal(tensors["lora_a"].shape[0], of=d.any_dtype(dtype)))
     scaling, options = d.scaling(), _dropout(d)
     if options:
         options["dropout_base"] = d.chance(0.5)
@@ -171,8 +174,8 @@ def dora(d: Draw) -> Call:
         squares = tensors["weight"].to(F64).square().sum(1)
         options["weight_sq_norm"] = d.laid_out_as_it_is(squares.to(_accumulation(dtype)))
     elif d.chance(0.4) and detach_norm:
-        operands = (tensors[k] for k in ("weight", "lora_a", "lora_b", "magnitude"))
-        kept = lk.dora_column_scale(*operands, scaling=scaling)
+        w, a, b, m = (tensors[k] for k in ("weight", "lora_a", "lora_b", "magnitude"))
+        kept = lk.dora_column_scale(w, a, fold_gate(b, tensors["gate"], F64) if "gate" in tensors else b, m, scaling=scaling)
         options["norm_and_scale"] = tuple(d.laid_out_as_it_is(t) for t in kept[:2])
 
     def run(t: Tensors, backend: str) -> Tensor:
@@ -197,7 +200,11 @@ def dora(d: Draw) -> Call:
         )
         if name == "magnitude":
             return dy * u / least
-        more = {"lora_a": sizes.s * sizes.all_b * through, "lora_b": sizes.s * sizes.a * through}.get(name, 0.0)
+        more = {
+            "lora_a": sizes.s * sizes.all_b * through,
+            "lora_b": sizes.s * sizes.a * through,
+            "gate": sizes.s_alone * sizes.all_b * sizes.a * through,
+        }.get(name, 0.0)
         return sizes(name, dy) + more
 
     return Call(
@@ -206,7 +213,7 @@ def dora(d: Draw) -> Call:
         run,
         size,
         dtype,
-        ("x", "lora_a", "lora_b", "magnitude", "bias"),
+        ("x", "lora_a", "lora_b", "magnitude", "bias", "gate"),
         min(2 * relative, 1e6),
         tuned="dora_linear",
     )

@@ -103,6 +103,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dic
         {
             **LINEAR,
             "magnitude": _tensor(N),
+            "gate": _optional(R),
             "weight_sq_norm": _optional(N),
             "norm_and_scale": WRONG_PAIR,
             "dropout_base": FLAG,

@@ -45,11 +45,16 @@ ALLOWED = {
     "quantize": ({"adapt", "config", "names", "nn", "read_weights", "report", "weights"}, {"torch"}),
     "base_only": ({"adapt", "names", "nn"}, {"torch"}),
     "unload": ({"names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
-    "adapters": ({"names", "adapt", "config", "finite", "nn", "patterns", "report"}, {"torch", "safetensors"}),
+    "adapters": (
+        {"names", "adapt", "config", "finite", "functional", "nn", "patterns", "report"},
+        {"torch", "safetensors"},
+    ),
     "smt": (
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
+    "history": (set(), set()),
+    "allocate": ({"adapt", "config", "history", "names", "nn", "rider"}, {"torch", "tqdm"}),
     "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),

@@ -23,12 +23,15 @@ def eager_dora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float = 1.0,
+    gate: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_base: bool = False,
     detach_norm: bool = True,
 ) -> Tensor:
     """What one would write with PyTorch alone, the norm of the dense sum included: every step rounds to x's dtype."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    if gate is not None:
+        b = b * gate.to(x.dtype)
     norm = (weight + scaling * (b @ a)).norm(dim=1)
     if detach_norm:
         norm = norm.detach()
@@ -46,8 +49,8 @@ def eager_dora_linear(
     return y if bias is None else y + bias
 
 
-def dora_tensors(*sizes: int, dtype: torch.dtype, factor_dtype: torch.dtype | None = None, bias: bool = False):  # type: ignore[no-untyped-def]
-    tensors = lora_tensors(*sizes, dtype, factor_dtype, bias=bias)
+def dora_tensors(*sizes: int, dtype: torch.dtype, factor_dtype: torch.dtype | None = None, **more: bool):  # type: ignore[no-untyped-def]
+    tensors = lora_tensors(*sizes, dtype, factor_dtype, **more)
     n = sizes[2]
     generator = torch.Generator().manual_seed(n)
     magnitude = (0.5 + torch.rand(n, generator=generator)).to(factor_dtype or dtype)
@@ -97,5 +100,7 @@ def problems() -> Iterator[Problem]:
     yield dora_problem("few tokens", dora_tensors(5, 136, 88, 16, dtype=BF16, factor_dtype=F32))
     yield dora_problem("one token", dora_tensors(1, 136, 88, 16, dtype=F32))
     yield dora_problem("no token", dora_tensors(0, 136, 88, 16, dtype=BF16, bias=True))
+    yield dora_problem("gate", dora_tensors(70, 136, 88, 7, dtype=BF16, factor_dtype=F32, bias=True, gate=True))
+    yield dora_problem("gate, full gradients", dora_tensors(5, 50, 40, 4, dtype=F32, gate=True), detach_norm=False)
     strided = dora_tensors(70, 136, 88, 16, dtype=BF16)
     yield dora_problem("strided", _strided(strided))
