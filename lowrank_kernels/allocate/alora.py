@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..history import History
 from ..nn.lora import LoRALayer
 from ..rider import Rider
-from .ranks import Ranks, check_score, gated_layers
+from .ranks import Ranks, check_score, gated_layers, history_of, note
 
 
 class ALoRA(Rider):
@@ -36,7 +36,7 @@ class ALoRA(Rider):
 
     Attributes:
         steps: how many were taken.  round: how many reallocations there were.
-        history: ranks by layer and step.
+        history: ranks by layer and step, for a picture.
 
     Resumes bit for bit with the model's and the optimizer's states.
 
@@ -91,15 +91,14 @@ class ALoRA(Rider):
         for layer in self.layers.values():
             layer.lora_gate.requires_grad_(False)
             layer.lora_gate.data.fill_(1.0)
-        self.history = History("ranks", every)
-        self.history.record(0, self._ranks.by_layer)
+        self.history = history_of("rank", self.layers)
+        note(self.history, 1, self._ranks.by_layer())
         self.attach()
 
     def after_step(self) -> None:
         self.steps += 1
         if self.steps % self.every == 0 and (self.rounds is None or self.round < self.rounds):
             self.reallocate()
-        self.history.record(self.steps, self._ranks.by_layer)
 
     @torch.no_grad()
     def score(self) -> float:
@@ -160,6 +159,7 @@ class ALoRA(Rider):
                 if cut[path] or added[path]:
                     self._ranks.change_(path, [r for r in range(layer.r) if r not in cut[path]], added[path])
         self.round += 1
+        note(self.history, self.steps + 1, self._ranks.by_layer())
         self._ranks.write_down()
         return self._ranks.by_layer()
 
@@ -175,12 +175,12 @@ class ALoRA(Rider):
         return cut
 
     def state_dict(self) -> dict[str, Any]:
-        history = self.history.state_dict()
+        history = copy.deepcopy(self.history)
         return {"steps": self.steps, "round": self.round, "seed": self.seed, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.round, self.seed = state["steps"], state["round"], state["seed"]
-        self.history.load_state_dict(state["history"])
+        self.history = copy.deepcopy(state["history"])
         self.budget = len(self._ranks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +115,19 @@ class _Follow:
         if factor is not None and factor.dim() and factor.shape[0] not in (0, layer.r):
             self.ranks.change_(self.path, (), factor.shape[0])
             self.ranks.write_down()
+
+
+def history_of(what: str, layers: Iterable[str]) -> dict[str, Any]:
+    """An empty record of one number a layer, as :class:`~lowrank_kernels.rider.Rider` has it for a picture."""
+    return {"what": what, "steps": [], "modules": list(layers), "values": []}
+
+
+def note(history: dict[str, Any], step: int, values: Mapping[str, float]) -> None:
+    """Add what is true from a step on; nothing where that step has an entry, or nothing has changed."""
+    row = [values[path] for path in history["modules"]]
+    if not history["steps"] or (history["steps"][-1] < step and history["values"][-1] != row):
+        history["steps"].append(step)
+        history["values"].append(row)
 
 
 def check_score(op: str, value: Any, what: str) -> float:

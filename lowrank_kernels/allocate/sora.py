@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..history import History
 from ..rider import Rider
-from .ranks import Ranks, gated_layers
+from .ranks import Ranks, gated_layers, history_of, note
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
@@ -47,11 +47,11 @@ class SoRA(Rider):
         model: adapted with ``gate=True``.
         optimizer: with the gates among its parameters; see :func:`sora_groups`.
         penalty: λ, of the loss's unit; or a function of the number of steps taken, such as :func:`rising`.
-        record_every: steps from one entry of ``history`` to the next.
+        note_every: steps after which ``history`` is looked at, which waits for the device.
 
     Attributes:
         steps: how many were taken.
-        history: gates that are not zero, by layer and step.
+        history: gates that are not zero, by layer and step, for a picture.
 
     Clipping by a norm counts the gates' gradients in. The whole state is in the optimizer's ``state_dict``, and in the
     model's; after :meth:`prune` too.
@@ -73,7 +73,7 @@ class SoRA(Rider):
         optimizer: torch.optim.Optimizer,
         penalty: float | Callable[[int], float],
         *,
-        record_every: int = 10,
+        note_every: int = 10,
     ) -> None:
         super().__init__(optimizer, "SoRA")
         self.layers = gated_layers(model, "SoRA")
@@ -85,11 +85,14 @@ class SoRA(Rider):
                     f"{path}; make it of lk.allocate.sora_groups(model, ...)"
                 )
         self._groups = [rates[id(layer.lora_gate)] for layer in self.layers.values()]
+        if isinstance(note_every, bool) or not isinstance(note_every, int) or note_every < 1:
+            raise ValueError(f"SoRA: expected note_every to be an integer of at least 1, got {note_every!r}")
         self._penalty, self.steps = penalty, 0
         self.penalty()
         self._taken: list[tuple[nn.Parameter, Tensor]] = []
         self._ranks = Ranks(model, self.layers, optimizer)
-        self.history = History("gates that are not zero", record_every)
+        self.note_every, self.history = note_every, history_of("gates that are not zero", self.layers)
+        note(self.history, 1, self.kept())
         self.attach()
 
     def penalty(self) -> float:
@@ -125,7 +128,8 @@ class SoRA(Rider):
             if gate.grad is not None:
                 gate.copy_(soft_threshold(gate - rate / scale * gate.grad, rate * penalty))
         self.steps += 1
-        self.history.record(self.steps, self.kept)
+        if self.steps % self.note_every == 0:
+            note(self.history, self.steps + 1, self.kept())
 
     @torch.no_grad()
     def prune(self) -> dict[str, int]:
@@ -151,8 +155,8 @@ class SoRA(Rider):
         return self._ranks.by_layer()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "history": self.history.state_dict()}
+        return {"steps": self.steps, "history": copy.deepcopy(self.history)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self.history.load_state_dict(state["history"])
+        self.history = copy.deepcopy(state["history"])

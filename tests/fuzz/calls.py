@@ -175,7 +175,9 @@ def dora(d: Draw) -> Call:
         options["weight_sq_norm"] = d.laid_out_as_it_is(squares.to(_accumulation(dtype)))
     elif d.chance(0.4) and detach_norm:
         w, a, b, m = (tensors[k] for k in ("weight", "lora_a", "lora_b", "magnitude"))
-        kept = lk.dora_column_scale(w, a, fold_gate(b, tensors["gate"], F64) if "gate" in tensors else b, m, scaling=scaling)
+        kept = lk.dora_column_scale(
+            w, a, fold_gate(b, tensors["gate"], F64) if "gate" in tensors else b, m, scaling=scaling
+        )
         options["norm_and_scale"] = tuple(d.laid_out_as_it_is(t) for t in kept[:2])
 
     def run(t: Tensors, backend: str) -> Tensor:
