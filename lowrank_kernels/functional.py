@@ -39,6 +39,13 @@ from .ops.dora import (
     plan_dora_linear,
 )
 from .ops.frozen import FrozenLinear, call_frozen_linear, check_frozen_linear, plan_frozen_linear
+from .ops.importance import (
+    LoRAImportance,
+    call_lora_importance,
+    check_lora_importance,
+    plain_lora_importance,
+    plan_lora_importance,
+)
 from .ops.library import traced, transformed, unobserved
 from .ops.lora import (
     LoRALinear,
@@ -524,6 +531,7 @@ __all__ = [
     "dora_linear",
     "dora_weight_norm",
     "frozen_linear",
+    "lora_importance",
     "lora_linear",
     "plain_block_sparse_linear",
     "raise_error",
@@ -531,6 +539,56 @@ __all__ = [
     "transformed",
     "write_blocks_",
 ]
+
+
+def lora_importance(
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dim: str = "rows",
+    backend: str = "auto",
+) -> Tensor:
+    """What pruning an output or input channel costs: sums of LoRAPrune's importance over rows or columns of W.
+
+    Î = ((∇B A + B ∇A - ∇B ∇A) ∘ (W + s B A))², whose first factor stands for the gradient that W does not have. No
+    matrix of W's size is made: tiles of ∇B (A - ∇A) + B ∇A and of W + s B A are, in registers.
+
+    Args:
+        weight: W (N, K), float32, bfloat16 or float16, any strides (float64 with backend="reference"). One that is
+            stored in few bits is decoded some rows at a time.
+        lora_a, grad_a: A and its gradient ∇A (R, K), and
+        lora_b, grad_b: B and its gradient ∇B (N, R), any float dtype and strides; not rounded to W's dtype.
+        scaling: s.
+        dim: "rows": (N,), a sum for each output channel; "columns": (K,), for each input channel.
+        backend: "auto", "reference" (dense), "cpu" (C++) or "triton".
+
+    Returns:
+        float32 (float64 where W is float64). A constant to autograd, whatever requires grad.
+
+    Accumulates in float32, deterministic: sums of parts are added in a fixed order. Squares below 1e-38 lose digits,
+    those above 3e38 are infinite, and NaN in W or in a factor goes through as NaN.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, an unknown dim, a backend that is unknown or
+            cannot run here.
+
+    Source: Zhang et al., "LoRAPrune", arXiv 2305.18403.
+    """
+    call = LoRAImportance(weight, lora_a, lora_b, grad_a, grad_b, scaling, dim, backend)
+    plan = None
+    with torch.no_grad():
+        if traced():
+            raise_error(check_lora_importance(call))
+            if transformed():
+                return plain_lora_importance(call).detach()
+        else:
+            plan = plan_lora_importance(call)
+        sums: Tensor = call_lora_importance(call, plan)
+    return sums
 
 
 def stack_column_scale(weight: Weight, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

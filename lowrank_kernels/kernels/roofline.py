@@ -92,6 +92,14 @@ def merge_lora(K: int, N: int, R: int, size: int) -> tuple[Work, ...]:
     return (Work(size * (2 * N * K + R * (K + N)), 2.0 * N * K * R, size),)
 
 
+def lora_importance(K: int, N: int, R: int, size: int, splits: int = 1) -> tuple[Work, ...]:
+    """Row sums in one pass over W; with ``splits`` parts of the columns, a launch adds up their float32 sums."""
+    # Three products of rank R, each as three of reduced precision, on matrix units at half the rate of half precision.
+    flops = 2 * 3 * 6.0 * N * R * K + 4.0 * N * K
+    made = Work(size * (N * K + 2 * R * (K + N)) + 4 * splits * N, flops)
+    return (made,) if splits == 1 else (made, Work(4 * (splits + 1) * N, 1.0 * splits * N, 4))
+
+
 def block_sparse_weight_grad(
     M: int, blocks: int, block: int, size: int, distinct: tuple[int, int], splits: int = 1
 ) -> tuple[Work, ...]:
@@ -133,5 +141,6 @@ def multi_lora_forward(
 
 __all__ = [
     "LAUNCH_SECONDS", "OWN_PRODUCT_EFFICIENCY", "Work", "block_sparse_weight_grad", "dora_weight_norm",
-    "launch_seconds", "lora_forward", "lora_forward_seconds", "merge_lora", "multi_lora_forward", "seconds",
+    "launch_seconds", "lora_forward", "lora_forward_seconds", "lora_importance", "merge_lora", "multi_lora_forward",
+    "seconds",
 ]  # fmt: skip

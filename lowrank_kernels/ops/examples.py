@@ -10,6 +10,7 @@ import torch
 
 from .block_sparse import BlockSparseWeightGrad
 from .dora import DoRALinear, DoRALinearBackward, DoRAWeightNorm
+from .importance import LoRAImportance
 from .lora import LoRALinear, LoRALinearBackward
 from .merge import MergeLoRA
 from .multi_lora import MultiLoRALinear, MultiLoRALinearBackward
@@ -82,6 +83,11 @@ def _merge(s: Sizes, of: Callable[..., Meta]) -> MergeLoRA:
     return MergeLoRA._make((*_operands({"M": 1, **s}, of)[1:], 1.0, None, None, None, "auto"))
 
 
+def _importance(s: Sizes, of: Callable[..., Meta]) -> LoRAImportance:
+    _, weight, a, b = _operands({"M": 1, **s}, of)
+    return LoRAImportance(weight, a, b, a, b, 1.0, "rows", "auto")
+
+
 def _stack(s: Sizes, of: Callable[..., Meta]) -> tuple[Any, ...]:
     """(x, W, A, B, table, scalings, rank, slices, ids) of G adapters, one a row."""
     x, weight, *_ = _operands(s, of)
@@ -116,6 +122,7 @@ EXAMPLES = {
     "dora_linear": Example("M K N R", _dora, _dora_backward),
     "dora_weight_norm": Example("K N R", _norm),
     "merge_lora_": Example("K N R", _merge),
+    "lora_importance": Example("K N R", _importance),
     "multi_lora_linear": Example("M K N R G", _multi, _multi_backward),
     "block_sparse_weight_grad": Example("M K N blocks size", _block_grad),
 }

@@ -12,6 +12,7 @@ from .conv import lora_conv_ref
 from .dora import dora_column_scale_ref, dora_linear_backward_ref, dora_linear_ref, dora_weight_norm_ref
 from .dropout import dropout_keep_mask_ref
 from .embedding import lora_embedding_ref
+from .importance import lora_importance_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
@@ -28,6 +29,7 @@ __all__ = [
     "dropout_keep_mask_ref",
     "lora_conv_ref",
     "lora_embedding_ref",
+    "lora_importance_ref",
     "lora_linear_backward_ref",
     "lora_linear_ref",
     "merge_lora_ref",

@@ -370,6 +370,25 @@ def multi_lora(d: Draw) -> Call:
     )
 
 
+def importance(d: Draw) -> Call:
+    k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
+    tensors = {"weight": d.laid_out(d.normal(n, k, of=dtype))}
+    for name, shape in (("lora_a", (r, k)), ("lora_b", (n, r)), ("grad_a", (r, k)), ("grad_b", (n, r))):
+        tensors[name] = d.laid_out(d.normal(*shape, of=d.any_dtype(dtype), scale=r**-0.25))
+    scaling, dim = d.scaling(), d.one_of("rows", "columns")
+    # The sums if nothing cancelled; the error of a square is twice that of its root.
+    w, a, b, grad_a, grad_b = (t.to(F64).abs() for t in tensors.values())
+    most = ((grad_b @ a + b @ grad_a + grad_b @ grad_a) * (w + abs(scaling) * (b @ a))).square()
+    size = 2 * _largest(most.sum(1 if dim == "rows" else 0))
+    return Call(
+        f"lora_importance(scaling={scaling}, dim={dim})",
+        tensors,
+        lambda t, backend: lk.lora_importance(**t, scaling=scaling, dim=dim, backend=backend),
+        lambda name, dy: size,
+        _accumulation(dtype),
+    )
+
+
 def merge(d: Draw) -> Call:
     k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
     tensors = {
@@ -405,6 +424,7 @@ FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "block_sparse": (3, block_sparse),
     "block_grad": (2, block_grad),
     "dora_norm": (2, dora_norm),
+    "importance": (2, importance),
     "merge": (2, merge),
 }
 """How often each is drawn, and by what."""

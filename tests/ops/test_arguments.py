@@ -136,6 +136,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dic
             "backend": BACKEND,
         },
     ),
+    "lora_importance": (
+        lk.lora_importance,
+        lambda: {**_merge_operands(), "grad_a": torch.zeros(R, K), "grad_b": torch.zeros(N, R)},
+        {
+            "weight": _tensor(N, K),
+            **{name: _tensor(R, K) for name in ("lora_a", "grad_a")},
+            **{name: _tensor(N, R) for name in ("lora_b", "grad_b")},
+            "scaling": NUMBER,
+            "dim": ["diagonal", None, 0, ["rows"]],
+            "backend": BACKEND,
+        },
+    ),
     "multi_lora_linear": (
         lk.multi_lora_linear,
         lambda: {

@@ -104,6 +104,8 @@ CALLS: dict[str, Any] = {
         x, w, a, b, torch.ones(N), dropout_p=0.3, dropout_seed=1, dropout_base=True
     ),
     "norm": lambda x, w, a, b: lk.functional.dora_weight_norm(w, a, b, scaling=0.5),
+    "importance, rows": lambda x, w, a, b: x.sum() * lk.lora_importance(w, a, b, a, b),
+    "importance, columns": lambda x, w, a, b: x * lk.lora_importance(w, a, b, a, b, dim="columns"),
     "many": lambda x, w, a, b: lk.multi_lora_linear(x, w, stack_of(a, b), torch.zeros(M, dtype=torch.int64)),
     "many, dora": lambda x, w, a, b: lk.multi_lora_linear(
         x, w, stack_of(a, b, torch.ones(N)), torch.zeros(M, dtype=torch.int64)
