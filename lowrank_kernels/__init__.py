@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import allocate, chain, federated, init, integrations, nn, optim, serving, smt, weights
+from . import allocate, chain, federated, init, integrations, nn, optim, prune, serving, smt, weights
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
 from .base_only import base_only
@@ -63,6 +63,7 @@ __all__ = [
     "optim",
     "plan_adaptation",
     "plan_batch",
+    "prune",
     "quantize_",
     "save_adapter",
     "save_lora_ga_adapter",

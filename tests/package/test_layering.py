@@ -54,6 +54,7 @@ ALLOWED = {
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
     "allocate": ({"adapt", "config", "names", "nn", "rider"}, {"torch", "tqdm"}),
+    "prune": ({"functional", "names", "nn", "rider", "unload"}, {"torch"}),
     "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
