@@ -1,6 +1,7 @@
 """Which rank, gate, block or module gets the budget."""
 
 from .alora import ALoRA
+from .hetero_lora import HeteroLoRA, add_shortcuts_
 from .sora import SoRA, rising, soft_threshold, sora_groups
 
-__all__ = ["ALoRA", "SoRA", "rising", "soft_threshold", "sora_groups"]
+__all__ = ["ALoRA", "HeteroLoRA", "SoRA", "add_shortcuts_", "rising", "soft_threshold", "sora_groups"]
