@@ -1,6 +1,7 @@
 """HeteroLoRA: scores, the budget, switching, going on, shortcuts, and what is refused."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def mean_square(model, batch):
 
 def make(widths=(8, 8, 8, 8, 8), kind=lk.LoRAConfig):
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(k, n) for k, n in zip(widths, widths[1:], strict=False)))
+    model = nn.Sequential(*(nn.Linear(k, n) for k, n in itertools.pairwise(widths)))
     lk.adapt(model, kind(r=R, alpha=float(R), gate=True))
     with torch.no_grad():
         for layer in model:
