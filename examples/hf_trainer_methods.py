@@ -15,11 +15,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 import lowrank_kernels as lk
-from lowrank_kernels.chain import cola, rac_lora
+from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 from lowrank_kernels.optim import LoRAPro, LoRARITE, factor_groups, lora_plus
 
-METHODS = ("lora", "dora", "rac-lora", "cola", "lora-ga", "lora-plus", "lora-pro", "lora-rite")
+METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite")
+CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -58,7 +59,9 @@ class Sequences(torch.utils.data.Dataset):
 def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.optim.Optimizer:
     """Adapt the model and make its optimizer: the whole difference between the methods."""
     one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
-    config = (lk.DoRAConfig if method == "dora" else lk.LoRAConfig)(r=8, alpha=16, target_modules=TARGETS, **one_sided)
+    r = 1 if method == "xgblora" else 8
+    kind = lk.DoRAConfig if method == "dora" else lk.LoRAConfig
+    config = kind(r=r, alpha=2 * r, target_modules=TARGETS, **one_sided)
     if method == "lora-ga":
         batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
         linears = lk.plan_adaptation(model, config).targets
@@ -73,8 +76,8 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
     if method == "lora-rite":
         return LoRARITE(factor_groups(model), lr=5e-3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    if method in ("rac-lora", "cola"):
-        (rac_lora if method == "rac-lora" else cola)(model, optimizer, steps_per_link=max(1, steps // 4), warmup=2)
+    if method in CHAINS:
+        CHAINS[method](model, optimizer, max(1, steps // 4), warmup=2)
     return optimizer
 
 

@@ -145,7 +145,9 @@ class FirstBackward:
         layers = {name: layer for name, reference in self._waiting.items() if (layer := reference()) is not None}
         # A tool may have put other parameters in the place of those with the hooks.
         names = [
-            name for name, layer in layers.items() if (own := _trained(layer)) and all(p.grad is None for p in own)
+            name
+            for name, layer in layers.items()
+            if (own := _trained(layer)) and all(p.grad is None for p in own) and not getattr(layer, "rests", False)
         ]
         if names and self._hooks:
             logger.warning(

@@ -38,6 +38,9 @@ class Rider:
     """What kind of rider it is, in a word, and where its state is."""
     reads_gradients: ClassVar[bool] = False
     """``before_step`` looks at gradients: where ``step`` is given a closure, it is called after that, not before."""
+    history: dict[str, Any] | None = None
+    """What it decided, for a picture: {"what": str, "steps": [...], "modules": [...], "values": [[...]]}. A step, the
+    first that a decision was true of, has a row of values, and a module a column."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, name: str) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):

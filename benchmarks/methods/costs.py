@@ -1,9 +1,10 @@
 """What each method costs beyond plain LoRA: time of a step, memory of forward and backward, optimizer state, extras.
 
-    python benchmarks/methods/costs.py
+    python benchmarks/methods/costs.py [METHOD ...]
 
 Four decoder layers of SmolLM2's shape with random weights, all seven linears adapted at R = 16, 8 × 64 tokens, float32.
-The methods take turns within each round; times are ratios of each one's fastest round to plain LoRA's.
+The methods take turns within each round; times are ratios of each one's fastest round to plain LoRA's. With methods
+named, only those are measured beside LoRA, and the result is printed and not written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lowrank_kernels.init import estimate_gradients, lora_ga_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cost_over_frozen import conditions
 
-COMPARED = ("lora", "rac-lora", "cola", "lora-plus", "lora-pro", "lora-rite")
+COMPARED = ("lora", "rac-lora", "cola", "xgblora", "lora-plus", "lora-pro", "lora-rite")
 R = 16
 
 
@@ -83,13 +84,15 @@ def seconds(function) -> float:  # type: ignore[no-untyped-def]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(COMPARED)}; default: all")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    trainees = {method: Trainee(method) for method in COMPARED}
+    measured = [method for method in COMPARED if not args.methods or method in ("lora", *args.methods)]
+    trainees = {method: Trainee(method) for method in measured}
     for trainee in trainees.values():
         trainee.step()
-    times: dict[str, list[float]] = {method: [] for method in COMPARED}
+    times: dict[str, list[float]] = {method: [] for method in measured}
     for _ in range(args.rounds):
         for method, trainee in trainees.items():
             times[method].append(seconds(trainee.step))
@@ -107,10 +110,18 @@ def main() -> None:
             }
         )
     extras = {}
-    for method in ("rac-lora", "cola"):
-        chain = trainees[method].chain
-        assert isinstance(chain, Chain)
-        extras[f"{method}: a link over a step"] = min(seconds(chain.next_link) for _ in range(5)) / fastest["lora"]
+    for method, trainee in trainees.items():
+        chain = trainee.chain
+        if not isinstance(chain, Chain):
+            continue
+        links = []
+        for _ in range(5):
+            trainee.step()  # so that there is something to merge
+            links.append(seconds(chain.next_link))
+        extras[f"{method}: a link over a step"] = min(links) / fastest["lora"]
+    if args.methods:
+        print(json.dumps({"conditions": conditions(), "rounds": args.rounds, "rows": rows, "extras": extras}, indent=1))
+        return
     torch.manual_seed(0)
     plain = LlamaForCausalLM(trainees["lora"].model.config)
     config = lk.LoRAConfig(r=R, target_modules=TARGETS)

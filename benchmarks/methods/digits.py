@@ -2,7 +2,8 @@
 
     python benchmarks/methods/digits.py
 
-Adam at 1e-2, 100 epochs in batches of 64; chains of 10 links of 10 epochs. Test accuracy on 5 to 9.
+Adam at 1e-2, 100 epochs in batches of 64; chains of 10 links of 10 epochs, XGBLoRA's of 50 of 2, in one of the two
+layers each. Test accuracy on 5 to 9.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lowrank_kernels as lk
-from lowrank_kernels.chain import cola, rac_lora
+from lowrank_kernels.chain import cola, rac_lora, xgblora
 
-METHODS = ("full", "lora", "cola", "asymmetric", "rac-lora")
+CHAINS = {"cola": cola, "rac-lora": rac_lora, "xgblora": xgblora}
+METHODS = ("full", "lora", "cola", "asymmetric", "rac-lora", "xgblora")
 EPOCHS, LINKS, BATCH = 100, 10, 64
 
 
@@ -69,9 +71,10 @@ def tune(method: str, base: nn.Module, seed: int, epochs: int = EPOCHS) -> float
             ),
         )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    if method in ("cola", "rac-lora"):
-        steps = epochs // LINKS * -(-len(y) // BATCH)
-        (cola if method == "cola" else rac_lora)(model, optimizer, steps, seed=seed)
+    if method in CHAINS:
+        links = 5 * LINKS if method == "xgblora" else LINKS
+        steps = epochs // links * -(-len(y) // BATCH)
+        CHAINS[method](model, optimizer, steps, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         epoch(model, optimizer, x, y, generator)

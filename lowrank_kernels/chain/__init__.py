@@ -3,5 +3,6 @@
 from .chain import Chain
 from .cola import cola
 from .rac_lora import rac_lora
+from .xgblora import XGBLoRA, xgblora
 
-__all__ = ["Chain", "cola", "rac_lora"]
+__all__ = ["Chain", "XGBLoRA", "cola", "rac_lora", "xgblora"]

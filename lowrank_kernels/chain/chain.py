@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -143,9 +143,10 @@ class Chain(Rider):
                 f"leave ranks out"
             )
         self._rates: list[tuple[dict[str, Any], Any]] = []
-        if not self.attach() and not held:
-            self._resize()
-            self._sample()
+        if not self.attach():
+            self._begin()
+            if not held:
+                self._sample()
 
     def attach(self) -> bool:
         if self._ranks is not None:
@@ -157,17 +158,21 @@ class Chain(Rider):
         """What the next step's learning rate is multiplied by."""
         return min(1.0, (self.link_step + 1) / self.warmup) if self.warmup and self.link else 1.0
 
+    def trained(self) -> Collection[str]:
+        """The layers that train in this link: all of them."""
+        return self.layers.keys()
+
     def next_link(self) -> None:
         """Merge, sample new factors, drop the factors' optimizer state."""
         self.merge()
         self.link += 1
         self.link_step = 0
-        self._resize()
+        self._begin()
         self._sample()
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← W + s B A, and zero the trained factor, so that the function stays what it was.
+        """W ← W + s B A where B A is not zero, and zero the trained factor: the function stays what it was.
 
         Raises:
             ValueError: a factor that is not finite; no weight has changed.
@@ -186,6 +191,8 @@ class Chain(Rider):
                 f"{', '.join(broken[:5])}; no weight has changed; lower the learning rate"
             )
         for index, (path, layer) in enumerate(self.layers.items()):
+            if not _holds_a_correction(layer):
+                continue
             a, b = factors[path]
             weight = layer.matrix
             target = self.master.get(path, weight)
@@ -211,7 +218,7 @@ class Chain(Rider):
         self.link, self.link_step, self.seed = state["link"], state["link_step"], state["seed"]
         for path, weight in state["master"].items():
             self.master[path].copy_(weight)
-        self._resize()
+        self._begin()
         if self.link:
             for layer in self.layers.values():
                 _mark_changed(layer)
@@ -237,13 +244,13 @@ class Chain(Rider):
         if self.link_step == self.steps_per_link:
             self.next_link()
 
-    def _seed(self, layer: int) -> int:
-        """A seed of this link and layer, for the generator that samples and for the bits that round."""
-        mixed = torch.Generator().manual_seed(self.seed + (self.link << 20) + layer)
+    def _seed(self, layer: int, link: int | None = None) -> int:
+        """A seed of a layer in a link (None: this one), for the generator that samples and for the bits that round."""
+        mixed = torch.Generator().manual_seed(self.seed + ((self.link if link is None else link) << 20) + layer)
         return int(torch.randint(0, 2**62, (), generator=mixed))
 
-    def _resize(self) -> None:
-        """Give the layers this link's ranks."""
+    def _begin(self) -> None:
+        """Make the layers ready for this link: give them its ranks."""
         for path, layer in self.layers.items():
             if layer.r != self._rank_of(path):
                 layer.resize_(self._rank_of(path))
@@ -255,11 +262,13 @@ class Chain(Rider):
 
     @torch.no_grad()
     def _sample(self) -> None:
-        for index, layer in enumerate(self.layers.values()):
+        trained = self.trained()
+        for index, (path, layer) in enumerate(self.layers.items()):
             a, b = layer.lora_A.weight, layer.lora_B.weight
-            with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
-                torch.manual_seed(self._seed(index))
-                init_factors_(a, b, self.init, sampled=_sampled(layer))
+            if path in trained:
+                with torch.random.fork_rng(devices=[a.device] if a.device.type == "cuda" else []):
+                    torch.manual_seed(self._seed(index))
+                    init_factors_(a, b, self.init, sampled=_sampled(layer))
             if layer.lora_gate is not None:
                 layer.lora_gate.fill_(1.0)
             for p in (a, b, layer.lora_gate):

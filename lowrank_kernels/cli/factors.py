@@ -22,7 +22,7 @@ FACTORS: arguments.OptionGroup = {
     "--rank": {
         "type": arguments.count,
         "default": 8,
-        "help": "rank R of the correction (default 8; alpha is 2 R)",
+        "help": "rank R of the correction (default 8, or the method's own; alpha is 2 R)",
     },
     "--dropout": {
         "type": arguments.number(0.0, below=1.0),
@@ -35,7 +35,7 @@ LINKS: arguments.OptionGroup = {
     "--steps-per-link": {
         "type": arguments.count,
         "default": 25,
-        "help": "{methods}: steps between merges (default 25)",
+        "help": "{methods}: steps between merges (default 25, or the method's own)",
     },
     "--link-warmup": {
         "type": arguments.whole(0),
@@ -54,6 +54,22 @@ LINKS: arguments.OptionGroup = {
         "help": "{methods}: nearest (default) or stochastic (bfloat16)",
     },
     "--master": {"action": "store_true", "help": "{methods}: keep W in float32 beside a bfloat16 one"},
+}
+BOOSTING: arguments.OptionGroup = {
+    "--layer-share": {
+        "type": arguments.share,
+        "default": 0.3,
+        "help": "{methods}: share of the layers that train in a link (default 0.3)",
+    },
+    "--factor-l2": {
+        "type": arguments.number(),
+        "default": 1e-4,
+        "help": "{methods}: weight of (‖A‖² + ‖B‖²) / 2 in the loss (default 1e-4)",
+    },
+    "--max-links": {
+        "type": arguments.count,
+        "help": "{methods}: links after which nothing trains further (default: as many as the steps allow)",
+    },
 }
 GRADIENTS: arguments.OptionGroup = {
     "--gradient-batches": {
@@ -98,8 +114,8 @@ def from_gradients(model: Any, args: argparse.Namespace, batches: Batches, start
     return Prepared(lk.adapt(model, config), lora_ga_(model, gradients, seed=args.seed))
 
 
-def chained(chain: Callable[..., lk.chain.Chain]) -> Ride:
-    """The `ride` that merges and restarts as the options of ``LINKS`` ask for."""
+def chained(chain: Callable[..., lk.chain.Chain], **own: str) -> Ride:
+    """The `ride` that merges and restarts as the options of ``LINKS`` ask for, and its ``own``: settings by option."""
 
     def ride(model: Any, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> lk.chain.Chain:
         return chain(
@@ -111,6 +127,7 @@ def chained(chain: Callable[..., lk.chain.Chain]) -> Ride:
             ranks=args.link_ranks,
             rounding=args.rounding,
             master=args.master,
+            **{setting: getattr(args, option) for setting, option in own.items()},
         )
 
     return ride

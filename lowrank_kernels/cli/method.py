@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 import lowrank_kernels as lk
 
+from ..rider import Rider
 from . import arguments
 from .batches import Batch
 from .loop import adamw
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
 
 Prepare = Callable[[Any, argparse.Namespace, Batches, Any], Prepared]
 MakeOptimizer = Callable[[Any, float, argparse.Namespace], torch.optim.Optimizer]
-Ride = Callable[[Any, torch.optim.Optimizer, argparse.Namespace], lk.chain.Chain]
+Ride = Callable[[Any, torch.optim.Optimizer, argparse.Namespace], Rider]
 Save = Callable[[Any, Any, Prepared, Path], str]
 
 
@@ -54,7 +55,8 @@ class Method:
         options: the groups of options that it takes.
         optimizer: (model, learning rate, args) -> the optimizer of all that requires grad.
         learning_rate: the default.
-        ride: (model, optimizer, args) -> the chain that merges and restarts, riding on the optimizer; None: no chain.
+        defaults: of options, by name, where they are other than the groups say.
+        ride: (model, optimizer, args) -> what rides on the optimizer: a chain that merges and restarts; None: nothing.
         changes_base: the weights under the layers change too, so that a checkpoint holds them.
     """
 
@@ -64,6 +66,7 @@ class Method:
     options: tuple[arguments.OptionGroup, ...] = ()
     optimizer: MakeOptimizer = lambda model, lr, args: adamw(model, lr)
     learning_rate: float = 2e-3
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     ride: Ride | None = None
     changes_base: bool = False
 

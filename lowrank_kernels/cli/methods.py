@@ -6,10 +6,10 @@ import argparse
 
 import lowrank_kernels as lk
 
-from ..chain import cola, rac_lora
+from ..chain import cola, rac_lora, xgblora
 from ..optim import BlockAdamW, LoRAPro, LoRARITE, factor_groups, lora_plus
 from . import arguments
-from .factors import FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
+from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 
@@ -40,6 +40,16 @@ METHODS = {
         ride=chained(cola),
         save=save_model,
         options=(FACTORS, LINKS),
+        changes_base=True,
+    ),
+    "xgblora": Method(
+        "a chain of merges, each followed by a fresh LoRA of rank 1 in a few layers",
+        prepare=layers(),
+        ride=chained(xgblora, share="layer_share", l2="factor_l2", rounds="max_links"),
+        save=save_model,
+        options=(FACTORS, LINKS, BOOSTING),
+        defaults={"rank": 1, "steps_per_link": 10},
+        learning_rate=1e-3,
         changes_base=True,
     ),
     "lora-ga": Method(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..chain import Chain
 from ..quantize import quantize_
 from ..weights import encoders
 from . import arguments, methods
@@ -86,7 +87,11 @@ def add_parser(subparsers: Any) -> None:
         type=arguments.output_folder,
         help="folder for the trained adapter in PEFT's format, SMT's sparse delta, or the model",
     )
-    parser.add_argument("--json", type=arguments.output_file, help="write losses, times and settings to this file")
+    parser.add_argument(
+        "--json",
+        type=arguments.output_file,
+        help="write losses, times and settings to this file, and what the method decided over time to a .png beside it",
+    )
     parser.add_argument(
         "--checkpoint", type=arguments.state_file, help="file to save the run to, and to go on from where it exists"
     )
@@ -115,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .batches import batches
     from .checkpoint import read_checkpoint, write_checkpoint
+    from .decided import draw_beside
     from .environment import environment
     from .evaluation import held_out_loss
     from .loop import Run
@@ -123,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
     method = METHODS[args.method]
     if args.learning_rate is None:
         args.learning_rate = method.learning_rate
+    for name, value in method.defaults.items():
+        if f"--{name.replace('_', '-')}" not in args.given:
+            setattr(args, name, value)
     checkpoint = read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
     store_base(model, args.base)
@@ -139,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     training = Run(
         args.method, model, args.learning_rate, args.steps, lambda model, lr: method.optimizer(model, lr, args)
     )
-    chain = method.ride and method.ride(model, training.optimizer, args)
+    rider = method.ride and method.ride(model, training.optimizer, args)
+    chain = rider if isinstance(rider, Chain) else None
     stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     if checkpoint is None:
         before = held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
@@ -179,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
         "held_out_after": after,
         "seconds_per_step": training.median_seconds(),
         "losses": training.losses,
+        "history": rider.history if rider else None,
         "environment": environment(),
     }
     print(
@@ -192,4 +203,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))
+        if result["history"] and (picture := draw_beside(args.json, result["history"], args.method)):
+            print(f"picture written to {picture}")
     return 0

@@ -409,6 +409,8 @@ class LoRALinear(LoRALayer):
     """
 
     wraps = "nn.Linear"
+    rests: bool = False
+    """True: A and B take part in forward, and no gradient is made for them, though they require grad."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **settings: Any) -> Any:
@@ -445,11 +447,14 @@ class LoRALinear(LoRALayer):
         weight = frozen_weight(base)
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)
+        a, b = lora_a.weight, lora_b.weight
+        if self.rests:
+            a, b = a.detach(), b.detach()
         return lora_linear(
             x,
             weight,
-            lora_a.weight,
-            lora_b.weight,
+            a,
+            b,
             add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype if isinstance(weight, Tensor) else x.dtype),
             scaling=self.scaling,
             gate=self.lora_gate,

@@ -309,6 +309,7 @@ def test_a_file_that_is_no_state_is_refused(tmp_path: Path, capsys: pytest.Captu
         (["rac-lora", "--rounding", "stochastic"], "rac_lora: expected bfloat16 weights for stochastic rounding"),
         (["cola", "--link-ranks", "4", "5"], "cola: expected ranks from 1 to the layers' own of 4, one a link"),
         (["cola", "--steps-per-link", "0"], "--steps-per-link: expected an integer from 1 to 2147483647, got '0'"),
+        (["xgblora", "--layer-share", "0"], "--layer-share: expected a number above 0, got '0'"),
         (["lora-ga", "--rank", "20"], "lora_ga: expected a rank of at most"),
         (["lora-ga", "--gradient-batches", "0"], "--gradient-batches: expected an integer from 1 to"),
         (["smt", "--warmup-steps", "0"], "--warmup-steps: expected an integer from 1 to 2147483647, got '0'"),
