@@ -80,6 +80,9 @@ class Rider:
     def after_step(self) -> None:
         """Called after a step that was taken, and after ``restore``."""
 
+    def finish(self) -> None:
+        """Bring the model into the form in which it is saved when training is over: merge, or cut, what is pending."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the model's and the optimizer's states, as ``torch.save`` takes it."""
         return {}

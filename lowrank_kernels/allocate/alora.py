@@ -50,6 +50,7 @@ class ALoRA(Rider):
     """
 
     key = "alora"
+    history: dict[str, Any]
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class HeteroLoRA(Rider):
     """
 
     key = "heterolora"
+    history: dict[str, Any]
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class SoRA(Rider):
     """
 
     key = "sora"
+    history: dict[str, Any]
     reads_gradients = True
 
     def __init__(
@@ -77,14 +78,13 @@ class SoRA(Rider):
     ) -> None:
         super().__init__(optimizer, "SoRA")
         self.layers = gated_layers(model, "SoRA")
-        rates = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        rates = self._rates()
         for path, layer in self.layers.items():
             if not layer.lora_gate.requires_grad or id(layer.lora_gate) not in rates:
                 raise ValueError(
                     f"SoRA: expected an optimizer of all gates, for the rate in their group, got one without that of "
                     f"{path}; make it of lk.allocate.sora_groups(model, ...)"
                 )
-        self._groups = [rates[id(layer.lora_gate)] for layer in self.layers.values()]
         if isinstance(note_every, bool) or not isinstance(note_every, int) or note_every < 1:
             raise ValueError(f"SoRA: expected note_every to be an integer of at least 1, got {note_every!r}")
         self._penalty, self.steps = penalty, 0
@@ -94,6 +94,10 @@ class SoRA(Rider):
         self.note_every, self.history = note_every, history_of("gates that are not zero", self.layers)
         note(self.history, 1, self.kept())
         self.attach()
+
+    def _rates(self) -> dict[int, Any]:
+        """The learning rate of each parameter, by its id; groups are others after a state was loaded."""
+        return {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
 
     def penalty(self) -> float:
         """λ of the next step."""
@@ -122,9 +126,9 @@ class SoRA(Rider):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        penalty, scale = self.penalty(), self.gradient_scale()
-        for layer, group in zip(self.layers.values(), self._groups, strict=True):
-            gate, rate = layer.lora_gate, group["lr"]
+        penalty, scale, rates = self.penalty(), self.gradient_scale(), self._rates()
+        for layer in self.layers.values():
+            gate, rate = layer.lora_gate, rates[id(layer.lora_gate)]
             if gate.grad is not None:
                 gate.copy_(soft_threshold(gate - rate / scale * gate.grad, rate * penalty))
         self.steps += 1
@@ -153,6 +157,9 @@ class SoRA(Rider):
                 self._ranks.change_(path, kept)
         self._ranks.write_down()
         return self._ranks.by_layer()
+
+    def finish(self) -> None:
+        self.prune()
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "history": copy.deepcopy(self.history)}

@@ -170,6 +170,9 @@ class Chain(Rider):
         self._begin()
         self._sample()
 
+    def finish(self) -> None:
+        self.merge()
+
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W + s B A where B A is not zero, and zero the trained factor: the function stays what it was.

@@ -39,3 +39,9 @@ def batches(
         shuffled = order.sample(examples, len(examples))
         for start in range(0, len(shuffled) - size + 1, size):
             yield encode(tokenizer, shuffled[start : start + size], device)
+
+
+def in_order(tokenizer: Any, examples: list[Example], size: int, device: torch.device | str) -> Iterator[Batch]:
+    """All examples once, as they come."""
+    for start in range(0, len(examples), size):
+        yield encode(tokenizer, examples[start : start + size], device)

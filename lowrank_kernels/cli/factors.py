@@ -16,6 +16,7 @@ from ..init import estimate_gradients, lora_ga_
 from ..integrations.transformers import answer_loss
 from ..merge import ROUNDINGS
 from . import arguments
+from .batches import Batch
 from .method import TARGETS, Batches, Prepare, Prepared, Ride
 
 FACTORS: arguments.OptionGroup = {
@@ -84,14 +85,8 @@ def adapter_config(
     args: argparse.Namespace, kind: type[lk.LoRAConfig] = lk.LoRAConfig, **settings: Any
 ) -> lk.LoRAConfig:
     """The config of the layers that the options of ``FACTORS`` ask for."""
-    return kind(
-        r=args.rank,
-        alpha=2 * args.rank,
-        dropout=args.dropout,
-        target_modules=TARGETS,
-        rslora=args.rslora,
-        **settings,
-    )
+    own = {"r": args.rank, "alpha": 2 * args.rank, "dropout": args.dropout, "rslora": args.rslora}
+    return kind(**{**own, "target_modules": TARGETS, **settings})
 
 
 def layers(kind: type[lk.LoRAConfig] = lk.LoRAConfig, **settings: Any) -> Prepare:
@@ -117,7 +112,9 @@ def from_gradients(model: Any, args: argparse.Namespace, batches: Batches, start
 def chained(chain: Callable[..., lk.chain.Chain], **own: str) -> Ride:
     """The `ride` that merges and restarts as the options of ``LINKS`` ask for, and its ``own``: settings by option."""
 
-    def ride(model: Any, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> lk.chain.Chain:
+    def ride(
+        model: Any, optimizer: torch.optim.Optimizer, args: argparse.Namespace, validation: list[Batch]
+    ) -> lk.chain.Chain:
         return chain(
             model,
             optimizer,

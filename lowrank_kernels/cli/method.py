@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 Prepare = Callable[[Any, argparse.Namespace, Batches, Any], Prepared]
 MakeOptimizer = Callable[[Any, float, argparse.Namespace], torch.optim.Optimizer]
-Ride = Callable[[Any, torch.optim.Optimizer, argparse.Namespace], Rider]
+Ride = Callable[[Any, torch.optim.Optimizer, argparse.Namespace, list[Batch]], Rider]
 Save = Callable[[Any, Any, Prepared, Path], str]
 
 
@@ -56,7 +56,9 @@ class Method:
         optimizer: (model, learning rate, args) -> the optimizer of all that requires grad.
         learning_rate: the default.
         defaults: of options, by name, where they are other than the groups say.
-        ride: (model, optimizer, args) -> what rides on the optimizer: a chain that merges and restarts; None: nothing.
+        ride: (model, optimizer, args, validation) -> what rides on the optimizer, such as a chain that merges and
+            restarts; None: nothing. ``validation`` are batches that are not trained on, for a method with the option
+            ``--validation-examples``.
         changes_base: the weights under the layers change too, so that a checkpoint holds them.
     """
 

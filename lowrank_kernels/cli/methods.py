@@ -9,6 +9,21 @@ import lowrank_kernels as lk
 from ..chain import cola, rac_lora, xgblora
 from ..optim import BlockAdamW, LoRAPro, LoRARITE, factor_groups, lora_plus
 from . import arguments
+from .allocation import (
+    GATES,
+    MODULES,
+    MOVES,
+    PRUNING,
+    VALIDATION,
+    alora,
+    gate_optimizer,
+    gated,
+    gated_with_shortcuts,
+    hetero_lora,
+    lora_prune,
+    save_cut,
+    sora,
+)
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
@@ -83,6 +98,37 @@ METHODS = {
         learning_rate=1.25e-4,
         save=save_adapter,
         options=(FACTORS,),
+    ),
+    "sora": Method(
+        "LoRA whose ranks have gates, which a penalty sets to zero",
+        prepare=gated,
+        optimizer=gate_optimizer,
+        ride=sora,
+        save=save_adapter,
+        options=(FACTORS, GATES),
+    ),
+    "alora": Method(
+        "LoRA whose ranks move to the layers that validation data needs them in",
+        prepare=gated,
+        ride=alora,
+        save=save_adapter,
+        options=(FACTORS, MOVES, VALIDATION),
+        defaults={"rank": 4},
+    ),
+    "heterolora": Method(
+        "LoRA in the modules with the best scores",
+        prepare=gated_with_shortcuts,
+        ride=hetero_lora,
+        save=save_adapter,
+        options=(FACTORS, MODULES, VALIDATION),
+    ),
+    "loraprune": Method(
+        "LoRA that masks, then cuts, the heads and channels its gradients find unimportant",
+        prepare=layers(),
+        ride=lora_prune,
+        save=save_cut,
+        options=(FACTORS, PRUNING),
+        changes_base=True,
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

@@ -13,6 +13,7 @@ from ..chain import Chain
 from ..quantize import quantize_
 from ..weights import encoders
 from . import arguments, methods
+from .allocation import VALIDATION
 from .factors import FACTORS
 from .methods import METHODS
 from .smt import BLOCKS
@@ -118,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .batches import batches
+    from .batches import batches, in_order
     from .checkpoint import read_checkpoint, write_checkpoint
     from .decided import draw_beside
     from .environment import environment
@@ -134,6 +135,11 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, name, value)
     checkpoint = read_checkpoint(args)
     model, tokenizer, examples, held_out = load_task(args)
+    aside = args.validation_examples if VALIDATION in method.options else 0
+    if aside > len(examples) - args.batch_size:
+        raise ValueError(f"--validation-examples: {aside} leaves too few of {len(examples)} training functions")
+    validation = list(in_order(tokenizer, examples[:aside], args.batch_size, args.device))
+    examples = examples[aside:]
     store_base(model, args.base)
     torch.manual_seed(args.seed)
     prepared = method.prepare(
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     training = Run(
         args.method, model, args.learning_rate, args.steps, lambda model, lr: method.optimizer(model, lr, args)
     )
-    rider = method.ride and method.ride(model, training.optimizer, args)
+    rider = method.ride and method.ride(model, training.optimizer, args, validation)
     chain = rider if isinstance(rider, Chain) else None
     stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     if checkpoint is None:
@@ -197,8 +203,8 @@ def run(args: argparse.Namespace) -> int:
         f"{training.median_seconds():.2f} s a step (median)"
     )
     if args.output:
-        if chain:
-            chain.merge()
+        if rider:
+            rider.finish()
         print(method.save(model, tokenizer, prepared, args.output))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,7 @@ class LoRAPrune(Rider):
     """
 
     key = "loraprune"
+    history: dict[str, Any]
     reads_gradients = True
 
     def __init__(
@@ -100,7 +101,7 @@ class LoRAPrune(Rider):
                 f"layer, got {ratio:.3g}"
             )
         self._gradients: dict[int, Tensor] = {}
-        self.history: dict[str, Any] = {
+        self.history = {
             "what": "share of the importance that is masked",
             "steps": [],
             "modules": list(self.groups),

@@ -29,12 +29,14 @@ def data(seed=1):
     return torch.randn(32, 12, generator=generator), torch.randn(32, 8, generator=generator)
 
 
-def train(model, optimizer, steps, seed=1):
-    x, y = data(seed)
+def train(model, optimizer, steps, schedule=None):
+    x, y = data()
     for _ in range(steps):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
 
 
 def adamw(model, gate_lr=0.5):
@@ -165,19 +167,20 @@ def test_it_goes_on_bit_for_bit(cut):
     def start():
         model = make()
         optimizer = adamw(model)
-        return model, optimizer, SoRA(model, optimizer, rising(0.01, 0.2, 20), note_every=2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step / 10))
+        return model, optimizer, SoRA(model, optimizer, rising(0.01, 0.2, 20), note_every=2), schedule
 
-    model, optimizer, sora = start()
-    train(model, optimizer, 15)
+    model, optimizer, sora, schedule = start()
+    train(model, optimizer, 15, schedule)
     if cut:
         sora.prune()
-    state = _saved(model, optimizer)
-    train(model, optimizer, 5)
-    again, other, resumed = start()
-    again.load_state_dict(state[0])
-    other.load_state_dict(state[1])
+    state = _saved(model, optimizer, schedule)
+    train(model, optimizer, 5, schedule)
+    again, other, resumed, schedule = start()
+    for part, saved in zip((again, other, schedule), state, strict=True):
+        part.load_state_dict(saved)
     assert resumed.steps == 15
-    train(again, other, 5)
+    train(again, other, 5, schedule)
     for name, p in model.named_parameters():
         assert torch.equal(p, again.get_parameter(name)), name
     assert resumed.history == sora.history and len(sora.history["steps"]) > 1

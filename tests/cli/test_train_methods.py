@@ -17,7 +17,8 @@ pytest.importorskip("transformers")
 import lowrank_kernels as lk
 from lowrank_kernels.cli import docstrings, main, train
 from lowrank_kernels.cli.batches import Batch
-from lowrank_kernels.cli.factors import FACTORS, save_adapter, save_from_start
+from lowrank_kernels.cli.allocation import save_cut
+from lowrank_kernels.cli.factors import FACTORS, LINKS, save_adapter, save_from_start
 from lowrank_kernels.cli.loop import Run
 from lowrank_kernels.cli.method import save_model
 from lowrank_kernels.cli.methods import METHODS, ignored_options
@@ -72,6 +73,13 @@ SMALL = {
     "--steps-per-link": "4",
     "--link-warmup": "2",
     "--gradient-batches": "4",
+    "--gate-learning-rate": "5",
+    "--gate-penalty": "0.01",
+    "--validation-examples": "4",
+    "--steps-per-round": "4",
+    "--score-after": "3",
+    "--choose-every": "4",
+    "--prune-warmup": "2",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [name for name, row in METHODS.items() if FACTORS in row.options or BLOCKS in row.options]
@@ -143,13 +151,13 @@ def test_a_run_that_stops_says_where(runs: Runs) -> None:
 
 @by_method()
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs: Runs) -> None:
-    for key in ("losses", "held_out_before", "held_out_after", "links"):
+    for key in ("losses", "held_out_before", "held_out_after", "links", "history"):
         assert runs.whole[key] == runs.resumed[key], key
 
 
 @by_method()
 def test_a_chain_has_its_links_and_the_others_none(runs: Runs) -> None:
-    assert runs.whole["links"] == (3 if METHODS[runs.method].ride else 0)
+    assert runs.whole["links"] == (3 if LINKS in METHODS[runs.method].options else 0)
 
 
 @by_method()
@@ -158,7 +166,7 @@ def test_a_run_that_was_stopped_writes_the_same_files(runs: Runs) -> None:
     assert whole == resumed
 
 
-@by_method(*(name for name, row in METHODS.items() if row.save is save_model))
+@by_method(*(name for name, row in METHODS.items() if row.save in (save_model, save_cut)))
 def test_a_chain_writes_a_whole_model(runs: Runs) -> None:
     files = runs.files()[0]
     assert "model.safetensors" in files and "adapter_config.json" not in files
@@ -259,7 +267,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     def forward_backward(run: Run, batch: Batch) -> float:
         loss = sound(run, batch)
         if len(run.losses) == 5:  # a chain is in its second link
-            run.parameters[0].grad.view(-1)[1] = float("inf")
+            next(p.grad for p in run.parameters if p.grad is not None).view(-1)[1] = float("inf")
             seen.append((run.model, {name: p.detach().clone() for name, p in run.model.named_parameters()}))
         return loss
 
