@@ -168,7 +168,7 @@ def test_it_goes_on_bit_for_bit(cut):
         model = make()
         optimizer = adamw(model)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step / 10))
-        return model, optimizer, SoRA(model, optimizer, rising(0.01, 0.2, 20), note_every=2), schedule
+        return model, optimizer, SoRA(model, optimizer, rising(0.1, 0.6, 20), note_every=2), schedule
 
     model, optimizer, sora, schedule = start()
     train(model, optimizer, 15, schedule)

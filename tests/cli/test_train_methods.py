@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 import lowrank_kernels as lk
 from lowrank_kernels.cli import docstrings, main, train
-from lowrank_kernels.cli.batches import Batch
 from lowrank_kernels.cli.allocation import save_cut
+from lowrank_kernels.cli.batches import Batch
 from lowrank_kernels.cli.factors import FACTORS, LINKS, save_adapter, save_from_start
 from lowrank_kernels.cli.loop import Run
 from lowrank_kernels.cli.method import save_model
