@@ -1,8 +1,9 @@
 """Every method under Hugging Face's Trainer: `python examples/hf_trainer_methods.py [--method NAME] [--model NAME]`.
 
-Trainer is given the optimizer and the schedule; that is all that the methods need. A chain rides on the optimizer, and
-its state is in the optimizer's, so `resume_from_checkpoint` resumes it. Without --model it trains a two-layer Llama of
-random weights to continue a repeating sequence, in seconds on a CPU; with "smollm2" or a folder, a real one.
+Trainer is given the optimizer and the schedule; that is all that the methods need. A chain, or what allocates ranks or
+prunes, rides on the optimizer, and its state is in the optimizer's, so `resume_from_checkpoint` resumes it. Without
+--model it trains a two-layer Llama of random weights to continue a repeating sequence, in seconds on a CPU; with
+"smollm2" or a folder, a real one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 import lowrank_kernels as lk
+from lowrank_kernels.allocate import ALoRA, HeteroLoRA, SoRA, sora_groups
 from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 from lowrank_kernels.optim import LoRAPro, LoRARITE, factor_groups, lora_plus
+from lowrank_kernels.prune import LoRAPrune
 
-METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite")
+METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
+METHODS += ("alora", "heterolora", "loraprune")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -61,11 +65,12 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
     one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
     r = 1 if method == "xgblora" else 8
     kind = lk.DoRAConfig if method == "dora" else lk.LoRAConfig
-    config = kind(r=r, alpha=2 * r, target_modules=TARGETS, **one_sided)
+    gate = method in ("sora", "alora", "heterolora")
+    config = kind(r=r, alpha=2 * r, target_modules=TARGETS, gate=gate, **one_sided)
+    batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
     if method == "lora-ga":
-        batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
         linears = lk.plan_adaptation(model, config).targets
-        gradients = estimate_gradients(model, batches, lambda m, batch: m(**batch).loss, linears)
+        gradients = estimate_gradients(model, batches, loss, linears)
     print(lk.adapt(model, config))
     if method == "lora-ga":
         lora_ga_(model, gradients)
@@ -75,10 +80,24 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         return LoRAPro(factor_groups(model), lr=0.5)
     if method == "lora-rite":
         return LoRARITE(factor_groups(model), lr=5e-3)
+    if method == "sora":
+        optimizer = torch.optim.AdamW(sora_groups(model, lr=1e-2, gate_lr=1.0))
+        SoRA(model, optimizer, penalty=0.01)
+        return optimizer
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if method in CHAINS:
         CHAINS[method](model, optimizer, max(1, steps // 4), warmup=2)
+    if method == "alora":
+        ALoRA(model, optimizer, batches[:2], loss, every=max(1, steps // 4), moves=6)
+    if method == "heterolora":
+        HeteroLoRA(model, optimizer, batches[:2], loss, budget=0.5, warmup=max(1, steps // 4), every=max(1, steps // 4))
+    if method == "loraprune":
+        LoRAPrune(model, optimizer, ratio=0.2, warmup=steps // 4, steps=max(1, steps // 2))
     return optimizer
+
+
+def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
 
 
 def train(method: str, model_name: str | None = None, steps: int = 40) -> tuple[float, float]:
