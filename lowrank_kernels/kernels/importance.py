@@ -158,7 +158,7 @@ def lora_importance(
     strides = [stride for operand in operands for stride in operand.stride()]
     # Three tf32 products a pair keep the digits of float32; without tf32, plain FMA.
     nvidia = tiles.arch.startswith("sm_")
-    block_r = 32 if nvidia and R > 16 else 16
+    block_r = 32 if nvidia and 16 < R <= 32 else 16
     options = {"maxnreg": 255} if nvidia else {}
     _lora_importance_kernel[(triton.cdiv(N, BLOCK_N), splits)](
         *operands,

@@ -69,6 +69,16 @@ def test_a_merge_reads_and_writes_the_weight(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "launched"), [(64, 1), (1100, 2)])  # columns in one part, and in several
+def test_the_importance_reads_the_weight_once(K, launched, dtype):
+    shape, record = counted("lora_importance", dtype, K=K)
+    _, launches = OPS["lora_importance"].launches(TARGET, shape, dtype)
+    assert bytes_of(record) == [launch.nbytes for launch in launches] and len(launches) == launched
+    if launched == 1:
+        assert bytes_of(record) == [OPS["lora_importance"].nbytes(shape, dtype.itemsize)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_in_parts(dtype):
     with tuned.forcing("block_sparse_weight_grad") as force:
         force({"splits": 2, "BLOCK_M": 16})

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import lowrank_kernels as lk
 from lowrank_kernels.kernels.dora import dora_linear_bwd, dora_linear_fwd, dora_norm
+from lowrank_kernels.kernels.importance import lora_importance
+from lowrank_kernels.kernels.importance_tiles import importance_tiles
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.merge import merge_lora_
 from lowrank_kernels.kernels.target import TARGETS
@@ -45,6 +47,11 @@ def _merge(t: Tensors) -> tuple[Tensor]:
     return (merged,)
 
 
+def _importance(t: Tensors) -> tuple[Tensor]:
+    weight, a, b = t["weight"], t["lora_a"], t["lora_b"]
+    return (lora_importance(weight, a, b, a, b, 0.5, importance_tiles(TARGET, *weight.shape)),)
+
+
 def _many(t: Tensors) -> tuple[Tensor]:
     stack = lk.LoRAStack.from_factors([(t["lora_a"], t["lora_b"], 0.5), (t["lora_a"] + 1, t["lora_b"], 0.25)])
     return (lk.multi_lora_linear(t["x"], t["weight"], stack, torch.tensor([0, 1, -1, 1]), backend="triton"),)
@@ -56,6 +63,7 @@ def _many(t: Tensors) -> tuple[Tensor]:
         (_norm, ("weight", "lora_a", "lora_b")),
         (_dora, ("x", "weight", "lora_a", "lora_b", "grad_y")),
         (_merge, ("weight", "lora_a", "lora_b")),
+        (_importance, ("weight", "lora_a", "lora_b")),
         (_many, ("x", "weight")),
     ],
 )
