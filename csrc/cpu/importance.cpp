@@ -20,6 +20,12 @@ struct ImportanceRows {
   float* column_sums;  // whole panels of them, added to
 };
 
+struct RowPass {
+  void (*some)(const ImportanceRows&);
+  void (*one)(const ImportanceRows&);
+  int64_t rows;
+};
+
 }  // namespace
 }  // namespace lrk
 
@@ -41,39 +47,29 @@ struct ImportanceRows {
 namespace lrk {
 namespace {
 
-constexpr int64_t kTaskRows = 128;
+constexpr int64_t kTaskRows = 128;      // at most
 constexpr int64_t kMostRows = 8;        // of every `kRows`
 constexpr int64_t kPanelBytes = 24576;  // of a task's columns of factors: they stay in L1
-constexpr int64_t kMostColumns = 512;   // of a task
+constexpr int64_t kMostColumns = 512;   // at most
 constexpr int64_t kParallelWork = int64_t{1} << 17;  // multiply-adds worth a second thread
 
-struct RowPass {
-  void (*some)(const ImportanceRows&);
-  void (*one)(const ImportanceRows&);
-  int64_t rows;
-};
-
 // In the instruction set of the table, so that LRK_CPU_ISA holds here too.
-RowPass row_pass(const KernelTable& kernels) {
+RowPass row_pass(const KernelTable& kernels, int64_t rank) {
 #if defined(__x86_64__)
-  if (!std::strcmp(kernels.name, "avx2")) {
-    using namespace importance_avx2;
-    return {add_rows<kRows>, add_rows<1>, kRows};
-  }
+  if (!std::strcmp(kernels.name, "avx2")) return importance_avx2::row_pass(rank);
   if (!std::strcmp(kernels.name, "avx512") || !std::strcmp(kernels.name, "amx")) {
-    using namespace importance_avx512;
-    return {add_rows<kRows>, add_rows<1>, kRows};
+    return importance_avx512::row_pass(rank);
   }
 #endif
   (void)kernels;
-  using namespace importance_plain;
-  return {add_rows<kRows>, add_rows<1>, kRows};
+  return importance_plain::row_pass(rank);
 }
 
-// Columns of a task, whole panels.
-int64_t slice_columns(int64_t rank) {
-  const int64_t fit = kPanelBytes / (3 * rank * kPanel * static_cast<int64_t>(sizeof(float)));
-  return std::max(int64_t{1}, std::min(fit, kMostColumns / kPanel)) * kPanel;
+// The length of the parts into which `whole` is cut: a multiple of `unit` and at most about `most`,
+// all alike but for the last.
+int64_t even_parts(int64_t whole, int64_t unit, int64_t most) {
+  const int64_t parts = std::max(int64_t{1}, ceil_div(whole, std::max(unit, most)));
+  return std::max(unit, round_up(ceil_div(whole, parts), unit));
 }
 
 void stage_columns(const KernelTable& kernels, float* panels, const ImportanceFactors& factors,
@@ -91,9 +87,13 @@ void stage_columns(const KernelTable& kernels, float* panels, const ImportanceFa
 void importance_sums(const Runtime& runtime, const Matrix& weight, const ImportanceFactors& factors,
                      bool by_row, float* out) {
   const KernelTable& kernels = runtime.kernels;
-  const RowPass pass = row_pass(kernels);
-  const int64_t rank = factors.lora_a.rows, width = slice_columns(rank);
-  const int64_t blocks = ceil_div(weight.rows, kTaskRows), slices = ceil_div(weight.cols, width);
+  const int64_t rank = factors.lora_a.rows;
+  const int64_t panel_bytes = 3 * rank * kPanel * static_cast<int64_t>(sizeof(float));
+  const int64_t height = even_parts(weight.rows, kMostRows, kTaskRows);
+  const int64_t width =
+      even_parts(weight.cols, kPanel, std::min(kMostColumns, kPanelBytes / panel_bytes * kPanel));
+  const RowPass pass = row_pass(kernels, rank);
+  const int64_t blocks = ceil_div(weight.rows, height), slices = ceil_div(weight.cols, width);
   // What a task sums: row sums of a slice lie behind one another, as do column sums of a block.
   const int64_t length = by_row ? weight.rows : slices * width, parts = by_row ? slices : blocks;
   Layout shared;
@@ -104,17 +104,17 @@ void importance_sums(const Runtime& runtime, const Matrix& weight, const Importa
   const auto body = [&](int64_t begin, int64_t end) {
     Layout layout;
     const size_t panels_at = layout.add<float>(3 * rank * width);
-    const size_t factors_at = layout.add<float>(kTaskRows * 2 * rank);
+    const size_t factors_at = layout.add<float>(height * 2 * rank);
     const size_t w_at = layout.add<float>(kMostRows * width);
     TaskScratch scratch(layout.bytes());
     float* panels = at<float>(scratch.base(), panels_at);
     float* of_rows = at<float>(scratch.base(), factors_at);
     float* staged = at<float>(scratch.base(), w_at);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / slices, slice = task % slices;
-      const int64_t row0 = block * kTaskRows, rows = std::min(kTaskRows, weight.rows - row0);
+      const int64_t slice = task / blocks, block = task % blocks;
+      const int64_t row0 = block * height, rows = std::min(height, weight.rows - row0);
       const int64_t col = slice * width, cols = std::min(width, weight.cols - col);
-      stage_columns(kernels, panels, factors, col, cols);
+      if (task == begin || block == 0) stage_columns(kernels, panels, factors, col, cols);
       kernels.stage_float(of_rows, 2 * rank, rectangle(factors.lora_b, row0, 0, rows, rank));
       kernels.stage_float(of_rows + rank, 2 * rank, rectangle(factors.grad_b, row0, 0, rows, rank));
       float* column_sums = by_row ? nullptr : partial + block * length + col;

@@ -28,41 +28,55 @@ LRK_TARGET __attribute__((always_inline)) static inline void store(float* p, Vec
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// square[i] = I of `Rows` rows in as many columns as a register holds, of which `live` are there,
-// and 0 in the others.
+// B A, B gA and gB (A - gA) of `Rows` rows in as many columns as a register holds.
 template <int Rows>
+struct Products {
+  VecF own[Rows], grad[Rows], rest[Rows];
+};
+
+// Over the ranks from r to end.
+template <int Rows>
+LRK_TARGET __attribute__((always_inline)) static inline Products<Rows> multiply(
+    const ImportanceRows& rows, int64_t col, int64_t r, int64_t end) {
+  const int64_t rank = rows.rank, size = rank * kPanel;
+  const float* panel = rows.panels + col / kPanel * 3 * size + col % kPanel;
+  Products<Rows> sums = {};
+  for (; r < end; ++r) {
+    const VecF a = load(panel + r * kPanel), grad_a = load(panel + size + r * kPanel);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const VecF b = rows.factors[2 * i * rank + r] - VecF{};
+      sums.own[i] += b * a;
+      sums.grad[i] += b * grad_a;
+    }
+    const VecF rest = load(panel + 2 * size + r * kPanel);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) sums.rest[i] += rows.factors[(2 * i + 1) * rank + r] * rest;
+  }
+  return sums;
+}
+
+// square[i] = I of `Rows` rows in as many columns as a register holds, of which `live` are there,
+// and 0 in the others. `Short`: at most kRankBlock ranks.
+template <int Rows, bool Short>
 LRK_TARGET __attribute__((always_inline)) static inline void square_columns(
     VecF (&square)[Rows], const ImportanceRows& rows, int64_t col, int64_t live) {
   const int64_t rank = rows.rank;
-  const float* panel = rows.panels + col / kPanel * 3 * rank * kPanel + col % kPanel;
-  const float* grads = panel + rank * kPanel;
-  const float* rests = grads + rank * kPanel;
-  VecF update[Rows] = {}, product[Rows] = {};
-  for (int64_t r0 = 0; r0 < rank; r0 += kRankBlock) {
-    const int64_t end = rank - r0 < kRankBlock ? rank : r0 + kRankBlock;
-    VecF u[Rows] = {}, p[Rows] = {};
-    for (int64_t r = r0; r < end; ++r) {
-      const VecF a = load(panel + r * kPanel), grad = load(grads + r * kPanel);
-      const VecF rest = load(rests + r * kPanel);
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) {
-        const float* factors = rows.factors + 2 * i * rank;
-        p[i] += factors[r] * a;
-        u[i] += factors[r] * grad;
-        u[i] += factors[rank + r] * rest;
-      }
-    }
-#pragma GCC unroll 8
+  Products<Rows> sums = multiply<Rows>(rows, col, 0, Short ? rank : kRankBlock);
+  for (int64_t r = kRankBlock; !Short && r < rank; r += kRankBlock) {
+    const int64_t end = rank - r < kRankBlock ? rank : r + kRankBlock;
+    const Products<Rows> more = multiply<Rows>(rows, col, r, end);
     for (int i = 0; i < Rows; ++i) {
-      update[i] += u[i];
-      product[i] += p[i];
+      sums.own[i] += more.own[i];
+      sums.grad[i] += more.grad[i];
+      sums.rest[i] += more.rest[i];
     }
   }
+  const float* w = rows.w + col;
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-    const float* w = rows.w + i * rows.w_stride + col;
+  for (int i = 0; i < Rows; ++i, w += rows.w_stride) {
     const VecF own = live < LRK_W ? load_part(w, live) : load(w);
-    const VecF root = update[i] * (own + rows.scale * product[i]);
+    const VecF root = (sums.grad[i] + sums.rest[i]) * (own + rows.scale * sums.own[i]);
     square[i] = root * root;
     if (live < LRK_W) {  // an infinite factor makes NaN of the zeros behind the last column
       float lanes[LRK_W];
@@ -72,21 +86,31 @@ LRK_TARGET __attribute__((always_inline)) static inline void square_columns(
   }
 }
 
-template <int Rows>
+template <int Rows, bool Short>
+LRK_TARGET __attribute__((always_inline)) static inline void add_columns(VecF (&total)[Rows],
+                                                                         const ImportanceRows& rows,
+                                                                         int64_t col,
+                                                                         int64_t live) {
+  VecF square[Rows];
+  square_columns<Rows, Short>(square, rows, col, live);
+  if (rows.row_sums) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) total[i] += square[i];
+    return;
+  }
+  VecF sum = square[0];
+  for (int i = 1; i < Rows; ++i) sum += square[i];
+  store(rows.column_sums + col, load(rows.column_sums + col) + sum);
+}
+
+template <int Rows, bool Short>
 LRK_TARGET static void add_rows(const ImportanceRows& rows) {
   VecF total[Rows] = {};
-  for (int64_t col = 0; col < rows.cols; col += LRK_W) {
-    VecF square[Rows];
-    square_columns<Rows>(square, rows, col, rows.cols - col);
-    if (rows.row_sums) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) total[i] += square[i];
-      continue;
-    }
-    VecF sum = square[0];
-    for (int i = 1; i < Rows; ++i) sum += square[i];
-    store(rows.column_sums + col, load(rows.column_sums + col) + sum);
+  int64_t col = 0;
+  for (; col + LRK_W <= rows.cols; col += LRK_W) {
+    add_columns<Rows, Short>(total, rows, col, LRK_W);
   }
+  if (col < rows.cols) add_columns<Rows, Short>(total, rows, col, rows.cols - col);
   for (int i = 0; rows.row_sums && i < Rows; ++i) {
     float lanes[LRK_W];
     store(lanes, total[i]);
@@ -95,6 +119,12 @@ LRK_TARGET static void add_rows(const ImportanceRows& rows) {
     }
     rows.row_sums[i] = lanes[0];
   }
+}
+
+// The passes over kRows rows and over one, for factors of this rank.
+inline RowPass row_pass(int64_t rank) {
+  if (rank <= kRankBlock) return {add_rows<kRows, true>, add_rows<1, true>, kRows};
+  return {add_rows<kRows, false>, add_rows<1, false>, kRows};
 }
 
 }  // namespace LRK_ISA
