@@ -1,9 +1,9 @@
 """scikit-learn's digits, an MLP of 64-32-10: pretrained on 0 to 4, tuned on 5 to 9 at rank 1, five seeds. A minute.
 
-    python benchmarks/methods/digits.py
+    python benchmarks/methods/digits.py [--sweep]
 
 Adam at 1e-2, 100 epochs in batches of 64; chains of 10 links of 10 epochs, XGBLoRA's of 50 of 2, in one of the two
-layers each. Test accuracy on 5 to 9.
+layers each. Test accuracy on 5 to 9. With --sweep, XGBLoRA alone, by the number of rounds and the share of layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import copy
 import csv
 import statistics
+from typing import Any
 
 import torch
 from plots import RESULTS
@@ -53,8 +54,8 @@ def pretrained(seed: int) -> nn.Module:
     return model
 
 
-def tune(method: str, base: nn.Module, seed: int, epochs: int = EPOCHS) -> float:
-    """Test accuracy in per cent after tuning a copy."""
+def tune(method: str, base: nn.Module, seed: int, links: int | None = None, **settings: Any) -> float:
+    """Test accuracy in per cent after tuning a copy; settings are the chain's."""
     model = copy.deepcopy(base)
     x, y, test_x, test_y = data(low=False)
     if method != "full":
@@ -72,21 +73,34 @@ def tune(method: str, base: nn.Module, seed: int, epochs: int = EPOCHS) -> float
         )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if method in CHAINS:
-        links = 5 * LINKS if method == "xgblora" else LINKS
-        steps = epochs // links * -(-len(y) // BATCH)
-        CHAINS[method](model, optimizer, steps, seed=seed)
+        links = links or (5 * LINKS if method == "xgblora" else LINKS)
+        steps = EPOCHS // links * -(-len(y) // BATCH)
+        CHAINS[method](model, optimizer, steps, seed=seed, **settings)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         epoch(model, optimizer, x, y, generator)
     with torch.no_grad():
         return 100 * (model(test_x).argmax(1) == test_y).float().mean().item()
 
 
+def sweep(seeds: int) -> None:
+    """Print XGBLoRA's mean accuracy by share of layers and number of rounds."""
+    bases = [pretrained(seed) for seed in range(seeds)]
+    for share in (0.3, 1.0):
+        for rounds in (100, 50, 20, 10):
+            values = [tune("xgblora", base, seed, rounds, share=share) for seed, base in enumerate(bases)]
+            print(f"share {share}, {rounds} rounds: {statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.sweep:
+        sweep(args.seeds)
+        return
     rows: dict[str, list[float]] = {method: [] for method in METHODS}
     for seed in range(args.seeds):
         base = pretrained(seed)

@@ -410,7 +410,8 @@ class LoRALinear(LoRALayer):
 
     wraps = "nn.Linear"
     rests: bool = False
-    """True: A and B take part in forward, and no gradient is made for them, though they require grad."""
+    """True: A and B take part in forward, and no gradient is made for them, though they require grad. Where the layer
+    calls ``lora_A`` and ``lora_B``, one is made all the same."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **settings: Any) -> Any:

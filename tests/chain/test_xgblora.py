@@ -64,20 +64,18 @@ def test_a_round_changes_its_own_layers_and_no_bit_of_the_others(set_to_none: bo
     chain = start(model, optimizer, warmup=1)
     seen = []
     for _ in range(6):
-        drawn, before, weights = set(chain.trained()), bits(chain), [layer.weight for layer in chain.layers.values()]
+        drawn, before = set(chain.trained()), bits(chain)
         assert len(drawn) == 2  # 0.4 of 6, to the nearest
         for _ in range(4):
             (model(X) - Y).square().mean().backward()
-            assert {path for path, layer in chain.layers.items() if layer.lora_A.weight.grad is not None} >= drawn
             optimizer.step()
-            owners = {id(p) for p in optimizer.state}
             optimizer.zero_grad(set_to_none=set_to_none)
-        assert chain.link_step == 0 and not owners - {id(p) for p in factors(model)}
+        assert chain.link_step == 0
         changed = {path for path, kept in bits(chain).items() if kept[0] != before[path][0]}
         assert changed == drawn
         fresh = set(chain.trained())
         assert all(bits(chain)[path] == before[path] for path in chain.layers if path not in drawn | fresh)
-        assert not any(layer.lora_B.weight.any() for layer in chain.layers.values()) and len(weights) == DEPTH
+        assert not any(layer.lora_B.weight.any() for layer in chain.layers.values())
         assert not optimizer.state
         seen.append(drawn)
     assert len(set(map(frozenset, seen))) > 1
@@ -95,6 +93,18 @@ def test_layers_that_rest_get_no_gradient_and_no_state() -> None:
     assert len(optimizer.state) == 2 * len(set(chain.trained()))
     chain.detach()
     assert not any(layer.rests for layer in chain.layers.values())
+
+
+def test_a_layer_with_hooks_rests_too() -> None:
+    model = adapted()
+    for module in model.modules():
+        if isinstance(module, lk.nn.LoRALinear):
+            module.lora_A.register_forward_hook(lambda *_: None)
+    optimizer = adamw(model)
+    chain = start(model, optimizer)
+    before = bits(chain)
+    step(model, optimizer)
+    assert {path for path, kept in bits(chain).items() if kept != before[path]} == chain.trained()
 
 
 def test_resting_layers_keep_nothing_of_x() -> None:
