@@ -448,9 +448,9 @@ class LoRALinear(LoRALayer):
         weight = frozen_weight(base)
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)
-        a, b = lora_a.weight, lora_b.weight
+        a, b, gate = lora_a.weight, lora_b.weight, self.lora_gate
         if self.rests:
-            a, b = a.detach(), b.detach()
+            a, b, gate = a.detach(), b.detach(), None if gate is None else gate.detach()
         return lora_linear(
             x,
             weight,
@@ -458,7 +458,7 @@ class LoRALinear(LoRALayer):
             b,
             add_bias(base.bias, lora_b.bias, self.scaling, weight.dtype if isinstance(weight, Tensor) else x.dtype),
             scaling=self.scaling,
-            gate=self.lora_gate,
+            gate=gate,
             dropout_p=self.dropout if self.training else 0.0,
         )
 
