@@ -84,6 +84,7 @@ def _importance(call: LoRAImportance, plan: Plan | None) -> Tensor:
     if plan.backend == "reference":
         return plain_lora_importance(call)
     weight, *factors, scaling, dim, _ = call
+    assert isinstance(weight, Tensor)
     if plan.backend == "triton":
         from ..kernels.importance import lora_importance
 
