@@ -401,7 +401,8 @@ def predictions() -> str:
     seen = f"Measured: {conditions(c)}" if measured else "The last column is empty: no GPU has run this yet."
     text = [
         f"Predictions for an H100 ({peaks}, 4 µs a launch), bfloat16, forward without gradients. FLOPs as those of",
-        "half-precision matrix units: our main product's over 0.80, the norm's sixfold (three tf32 products a pair).",
+        "half-precision matrix units: our main product's over 0.80, the norm's and the importance's sixfold",
+        "(three tf32 products a pair).",
         seen,
     ]
     heads = "op, shape | rule's choice | launches | MB | GFLOP | predicted, µs | over the frozen linear | measured, µs"

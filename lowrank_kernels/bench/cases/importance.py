@@ -35,7 +35,8 @@ def _plain(i: Inputs) -> Tensor:
 
 def _launches(target: Target, s: Shape, dtype: torch.dtype) -> tuple[str, tuple[Work, ...]]:
     splits = importance_tiles(target, s["N"], s["K"]).splits
-    return f"{splits} parts", roofline.lora_importance(s["K"], s["N"], s["R"], dtype.itemsize, splits)
+    choice = "" if splits == 1 else f"{splits} parts"
+    return choice, roofline.lora_importance(s["K"], s["N"], s["R"], dtype.itemsize, splits)
 
 
 BENCHES = (
