@@ -3,10 +3,10 @@
     python benchmarks/methods/allocation.py            # what is missing in the CSV, then the table and the picture
 
 SmolLM2-135M on the docstring task, the seven linears of its last ten layers, float32, 60 steps of 2 short functions,
-three seeds of factors and batches; every method sees the same batches. The budget is that of LoRA of rank 4. SoRA starts
-at rank 8, and λ is the one of a path whose ranks on seed 0 come nearest to the budget; HeteroLoRA has rank 8 in half;
-ALoRA moves a tenth of the ranks twice; AdaLoRA starts at 6 and ends at 4 on average, with the best of three rates on
-seed 0. The CSV grows run by run, and a run that is in it is not repeated.
+three seeds of factors and batches; every method sees the same batches. The budget is that of LoRA of rank 4. SoRA
+starts at rank 8, and λ is the one of a path whose ranks on seed 0 come nearest to the budget; HeteroLoRA has rank 8 in
+half; ALoRA moves a tenth of the ranks twice; AdaLoRA starts at 6 and ends at 4 on average, with the best of three rates
+on seed 0. The CSV grows run by run, and a run that is in it is not repeated.
 """
 
 from __future__ import annotations

@@ -448,7 +448,8 @@ class LoRALinear(LoRALayer):
         weight = frozen_weight(base)
         if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
             return self._call_submodules(x)
-        a, b, gate = lora_a.weight, lora_b.weight, self.lora_gate
+        a, b = lora_a.weight, lora_b.weight
+        gate: Tensor | None = self.lora_gate
         if self.rests:
             a, b, gate = a.detach(), b.detach(), None if gate is None else gate.detach()
         return lora_linear(

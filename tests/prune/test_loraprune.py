@@ -211,10 +211,11 @@ def test_detach_takes_every_hook_off():
         torch.testing.assert_close(lk.merge_and_unload(model)(input_ids=IDS).logits, full, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32)),
-    lambda: nn.Sequential(nn.Linear(4, 4)),
-])  # fmt: skip
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: nn.Sequential(nn.Linear(4, 4))])
 def test_a_structure_that_is_not_recognised_is_named(make):
     model = make()
     with pytest.raises(ValueError, match=f"{type(model).__name__}, whose structure is not recognised"):
