@@ -31,7 +31,7 @@ from lowrank_kernels.integrations.transformers import answer_loss, load_language
 CSV = RESULTS / "allocation.csv"
 FIELDS = ("method", "setting", "seed", "held_out_before", "held_out_after", "parameters", "seconds_per_step")
 TARGETS = r"model\.layers\.2\d\.(self_attn|mlp)\.\w+_proj"
-PENALTIES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+PENALTIES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3)
 ADA_RATES = (2e-3, 4e-3, 8e-3)
 RANK, RATE, GATE_RATE = 4, 2e-3, 100.0
 Row = dict[str, str]

@@ -21,6 +21,7 @@ from plots import RESULTS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_kernels as lk
+from lowrank_kernels.allocate import ALoRA, HeteroLoRA
 from lowrank_kernels.chain import Chain
 from lowrank_kernels.cli.method import TARGETS
 from lowrank_kernels.cli.methods import METHODS, add_method_arguments
@@ -30,15 +31,20 @@ from lowrank_kernels.init import estimate_gradients, lora_ga_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cost_over_frozen import conditions
 
-COMPARED = ("lora", "rac-lora", "cola", "xgblora", "lora-plus", "lora-pro", "lora-rite")
+COMPARED = ("lora", "rac-lora", "cola", "xgblora", "sora", "alora", "heterolora", "loraprune", "lora-plus", "lora-pro")
+COMPARED += ("lora-rite",)
 R = 16
 
 
 def method_arguments() -> argparse.Namespace:
-    """What the methods' own options say: R, and no merge before it is asked for."""
+    """What the methods' own options say: R, and no merge or reallocation before it is asked for; half of HeteroLoRA's
+    modules are off, and a fifth of LoRAPrune's parameters is masked, after the first step."""
     parser = argparse.ArgumentParser()
     add_method_arguments(parser)
-    args = parser.parse_args(["--rank", str(R), "--steps-per-link", str(10**6), "--link-warmup", "0"])
+    never = str(10**6)
+    options = {"--rank": str(R), "--steps-per-link": never, "--link-warmup": "0", "--steps-per-round": never}
+    options |= {"--score-after": "1", "--prune-warmup": "0", "--prune-steps": "1"}
+    args = parser.parse_args([word for option in options.items() for word in option])
     args.seed = 0
     return args
 
@@ -60,8 +66,9 @@ class Trainee:
         args = method_arguments()
         row.prepare(self.model, args, None, None)  # none of those compared starts from batches
         self.optimizer = row.optimizer(self.model, 1e-5, args)
-        self.chain = row.ride(self.model, self.optimizer, args) if row.ride else None
         self.ids = torch.randint(0, 1024, (8, 64))
+        validation = [{"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "labels": self.ids}]
+        self.rider = row.ride(self.model, self.optimizer, args, validation) if row.ride else None
 
     def forward_backward(self) -> None:
         self.model(input_ids=self.ids, labels=self.ids).loss.backward()
@@ -86,8 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(COMPARED)}; default: all")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     measured = [method for method in COMPARED if not args.methods or method in ("lora", *args.methods)]
     trainees = {method: Trainee(method) for method in measured}
     for trainee in trainees.values():
@@ -111,7 +119,11 @@ def main() -> None:
         )
     extras = {}
     for method, trainee in trainees.items():
-        chain = trainee.chain
+        chain = trainee.rider
+        if isinstance(chain, ALoRA):
+            extras[f"{method}: a reallocation over a step"] = seconds(chain.reallocate) / fastest["lora"]
+        if isinstance(chain, HeteroLoRA):
+            extras[f"{method}: a choice over a step"] = seconds(chain.choose) / fastest["lora"]
         if not isinstance(chain, Chain):
             continue
         links = []

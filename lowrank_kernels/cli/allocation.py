@@ -22,8 +22,8 @@ from .method import TARGETS, Batches, Prepared
 GATES: arguments.OptionGroup = {
     "--gate-penalty": {
         "type": arguments.number(),
-        "default": 2e-4,
-        "help": "{methods}: λ; a gate is zero where the loss gains less by it (default 2e-4)",
+        "default": 5e-4,
+        "help": "{methods}: λ; a gate is zero where the loss gains less by it (default 5e-4)",
     },
     "--gate-penalty-steps": {
         "type": arguments.whole(0),
