@@ -156,6 +156,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         linear.weight = nn.Parameter(values, requires_grad=False)
         if bias is not None:
             linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # the same dicts, so that their handles remove them
+            for kind in (hooks, f"{hooks}_with_kwargs"):
+                setattr(linear, kind, getattr(module, kind))
         _replace_everywhere(model, module, linear.train(module.training))
         replaced.append(Replaced(name, "Linear", (n, k), 0, str(values.dtype).removeprefix("torch.")))
     return Report(op, tuple(replaced), (), *count_parameters(model))

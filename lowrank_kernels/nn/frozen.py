@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ def is_tracked_view(weight: Weight) -> bool:
     """Whether a frozen weight seems to need a gradient because it is a view of FSDP1's flat parameter, of which other
     parts train."""
     return isinstance(weight, Tensor) and weight.requires_grad and not weight.is_leaf
+
+
+def drop_compiled() -> None:
+    """Drop what torch.compile has made so far: its guards do not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def why_not_frozen(module: nn.Module) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..functional import lora_importance
 from ..names import named_modules
 from ..nn import DoRALinear, LoRALinear
+from ..nn.frozen import drop_compiled
+from ..nn.matrix import frozen_weight
 from ..rider import Rider
 from ..unload import merge_and_unload
-from .structure import Group, decoder_groups, keep_structures_, write_sizes_
+from .structure import Group, allowed_heads, decoder_groups, keep_structures_, write_sizes_
 
 
 def cubic(step: int, warmup: int, steps: int) -> float:
@@ -45,15 +47,17 @@ class LoRAPrune(Rider):
         warmup: steps before the first is.
         every: steps from one choice of masks to the next; importance is computed in each step.
         decay: of the moving average.
+        scaler: the GradScaler that loss goes through, if any, whose scale is taken out of the gradients.
 
     Attributes:
         taken: steps that were taken.
         history: share of a layer's importance that is masked, for a picture.
 
     Raises:
-        TypeError, ValueError: a model whose structure is not recognised; layers that are not LoRALinear, or that have a
-            gate; a group none of whose linears is adapted; a ratio that is not above 0, or leaves nothing of a layer;
-            and as :class:`~lowrank_kernels.rider.Rider`. In training: importance that is not finite.
+        TypeError, ValueError: a model whose structure is not recognised; layers that are not LoRALinear, that have a
+            gate, or a factor that does not train; a group none of whose linears is adapted; a ratio that is not above
+            0, or leaves nothing of a layer; and as :class:`~lowrank_kernels.rider.Rider`. In training: importance that
+            is not finite.
 
     Source: Zhang et al., "LoRAPrune", arXiv 2305.18403. What differs from the authors' code: docs/methods/loraprune.md.
     """
@@ -72,6 +76,7 @@ class LoRAPrune(Rider):
         warmup: int = 0,
         every: int = 1,
         decay: float = 0.9,
+        scaler: Any = None,
     ) -> None:
         name = "LoRAPrune"
         super().__init__(optimizer, name)
@@ -85,11 +90,15 @@ class LoRAPrune(Rider):
             raise ValueError(f"{name}: expected ratio above 0 and warmup below steps, got {ratio}, {warmup}, {steps}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise TypeError(f"{name}: expected scaler to be a torch.amp.GradScaler, got {type(scaler).__name__}")
         self.model, self.ratio, self.steps, self.warmup = model, ratio, steps, warmup
+        self._scaler = scaler
         self.every, self.decay, self.taken = every, decay, 0
         self.groups = {group.path: group for group in decoder_groups(model, name)}
         self.layers = _adapted(model, self.groups, name)
         self._importance: dict[str, Tensor] = {}
+        self._heads = allowed_heads(model.config, self._of_kind("heads")[0].count)
         self.masks: dict[str, Tensor] = {}
         """1 for what is kept, 0 for what is masked, by group."""
         for path, group in self.groups.items():
@@ -101,6 +110,8 @@ class LoRAPrune(Rider):
                 f"layer, got {ratio:.3g}"
             )
         self._gradients: dict[int, Tensor] = {}
+        self._waiting: list[Tensor] = []
+        self._backward = -1
         self.history = {
             "what": "share of the importance that is masked",
             "steps": [],
@@ -108,7 +119,7 @@ class LoRAPrune(Rider):
             "values": [],
         }
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._keep_gradient)
+            p.register_post_accumulate_grad_hook(self._reached)
             for layer in self.layers.values()
             for p in (layer.lora_A.weight, layer.lora_B.weight)
         ]
@@ -125,33 +136,45 @@ class LoRAPrune(Rider):
         """How many of them are masked."""
         return sum(int((mask == 0).sum()) * self.groups[path].size for path, mask in self.masks.items())
 
-    def _keep_gradient(self, p: Tensor) -> None:
-        assert p.grad is not None
-        self._gradients[id(p)] = p.grad.detach().clone()
+    def _reached(self, p: Tensor) -> None:
+        """A factor has its gradient, which DistributedDataParallel sums over ranks at the end of backward."""
+        self._waiting.append(p)
+        if torch._C._current_graph_task_id() != self._backward:
+            self._backward = torch._C._current_graph_task_id()
+            _at_end_of_backward(self._at_end)
+
+    def _at_end(self) -> None:
+        """After a backward, or after a part of one that reentrant checkpointing runs by itself."""
+        if torch._C._current_autograd_node() is None:
+            _at_end_of_backward(self._keep_gradients)  # behind what others do at the end
+        else:
+            self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        while self._waiting:
+            p = self._waiting.pop()
+            if p.grad is not None:
+                self._gradients[id(p)] = p.grad.detach().clone()
 
     def _mask(self) -> None:
         self._masking = [
-            self.model.get_submodule(group.gate.path).register_forward_pre_hook(self._hook(path))
+            self.model.get_submodule(group.gate.path).register_forward_pre_hook(
+                _Mask(self.masks[path], group.gate.width)
+            )
             for path, group in self.groups.items()
         ]
+        drop_compiled()
 
     def _unmask(self) -> None:
+        if self._masking:
+            drop_compiled()
         while self._masking:
             self._masking.pop().remove()
-
-    def _hook(self, path: str) -> Any:
-        width = self.groups[path].gate.width
-
-        def mask(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            x, *rest = args
-            return x * self.masks[path].to(x.dtype).repeat_interleave(width), *rest
-
-        return mask
 
     def before_step(self) -> None:
         if not self._gradients:
             return
-        scale = self.gradient_scale()
+        scale = self.gradient_scale() if self._scaler is None else self._scaler.get_scale()
         for path, found in self._scores(scale).items():
             kept = self._importance.get(path)
             self._importance[path] = found if kept is None else self.decay * kept + (1.0 - self.decay) * found
@@ -233,7 +256,8 @@ class LoRAPrune(Rider):
         """Numbers of heads and of channels, both of each layer, that together are ``ratio`` of the parameters."""
         heads, channels = self._of_kind("heads"), self._of_kind("channels")
         of_heads, of_channels = (sum(group.size for group in groups) for groups in (heads, channels))
-        found = {h: round((ratio * self.prunable - h * of_heads) / of_channels) for h in range(heads[0].count)}
+        fewer = sorted(heads[0].count - left for left in self._heads)
+        found = {h: round((ratio * self.prunable - h * of_heads) / of_channels) for h in fewer}
         return {h: c for h, c in found.items() if 0 <= c < channels[0].count}
 
     def finish(self) -> None:
@@ -246,8 +270,16 @@ class LoRAPrune(Rider):
         take it. Detaches: nothing further is masked or scored.
 
         Raises:
-            ValueError: as :func:`merge_and_unload`. Nothing has changed then.
+            ValueError: a weight that is not dense; and as :func:`merge_and_unload`. Nothing has changed then.
         """
+        for part in (part for group in self.groups.values() for part in group.parts):
+            linear: Any = self.model.get_submodule(part.path)
+            weight = frozen_weight(getattr(linear, "base_layer", linear))
+            if not isinstance(weight, Tensor):
+                raise ValueError(
+                    f"LoRAPrune.cut: expected dense weights to cut, got one stored as {weight.format} in {part.path}; "
+                    f"make the model dense (lk.dequantize_); nothing has changed"
+                )
         self._unmask()  # a layer with a hook is not merged
         try:
             merge_and_unload(self.model)
@@ -290,6 +322,21 @@ class LoRAPrune(Rider):
         self._importance = {path: t.to(self.masks[path].device, copy=True) for path, t in state["importance"].items()}
 
 
+class _Mask:
+    """Before a linear is called: its input, times the mask of each of its structures. Copied and pickled with it."""
+
+    def __init__(self, mask: Tensor, width: int) -> None:
+        self.mask, self.width = mask, width
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        x, *rest = args
+        return x * self.mask.to(x.device, x.dtype).repeat_interleave(self.width), *rest
+
+
+def _at_end_of_backward(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def _adapted(model: nn.Module, groups: Mapping[str, Group], op: str) -> dict[str, LoRALinear]:
     """The LoRA layers among the linears of some groups, by path."""
     layers: dict[str, LoRALinear] = {}
@@ -299,6 +346,11 @@ def _adapted(model: nn.Module, groups: Mapping[str, Group], op: str) -> dict[str
                 raise ValueError(
                     f"{op}: expected LoRALinear layers without a gate, for which the importance is defined, got a "
                     f"{type(module).__name__} in {path}"
+                )
+            if not (module.lora_A.weight.requires_grad and module.lora_B.weight.requires_grad):
+                raise ValueError(
+                    f"{op}: expected layers whose factors both train, as the importance needs the gradients of both, "
+                    f"got another in {path}"
                 )
             layers[path] = module
     inside = {part.path for group in groups.values() for part in group.parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..names import named_modules
+from ..nn.matrix import frozen_weight
+from ..nn.sharded import is_dtensor
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -62,10 +65,12 @@ def decoder_groups(model: nn.Module, op: str) -> list[Group]:
     """The groups of a decoder as Llama, Mistral, Qwen2, Qwen3 and SmolLM are built, layer by layer.
 
     An attention has q_proj, k_proj, v_proj and o_proj; its structures are the KV heads, each with the query heads that
-    share it, by the numbers in the model's config. An MLP has gate_proj, up_proj and down_proj.
+    share it, by the numbers in the model's config. An MLP has gate_proj, up_proj and down_proj. What an attention has
+    besides are norms of single heads.
 
     Raises:
-        ValueError: no config, no such layer, or one whose linears do not have the shapes that the config says.
+        ValueError: no config, no such layer, one whose linears are sharded or do not have the shapes that the config
+            says, or one with other parameters, such as a norm over all heads, which could not be cut along.
     """
     config: Any = getattr(model, "config", None)
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -89,11 +94,14 @@ def decoder_groups(model: nn.Module, op: str) -> list[Group]:
             parts = tuple(_part(f"{path}.{c}", linears[c], c != children[-1], widths.get(c, 1)) for c in children)
             for part, linear in zip(parts, linears.values(), strict=True):
                 side: Any = linear.out_features if part.rows else linear.in_features  # type: ignore[union-attr]
+                if is_dtensor(frozen_weight(getattr(linear, "base_layer", linear))):
+                    raise ValueError(f"{op}: expected whole weights, got shards in {part.path}; prune before sharding")
                 if side != count * part.width:
                     raise ValueError(
                         f"{op}: expected {part.path} to have {count} structures of {part.width} by the model's config, "
                         f"got {side} {'rows' if part.rows else 'columns'}; the structure is not recognised"
                     )
+            _check_nothing_else(op, path, module, children, width if kind == "heads" else 0)
             found.append(Group(kind, path, count, parts))
     for kind, children in (("heads", ATTENTION), ("channels", MLP)):
         number = sum(group.kind == kind for group in found)
@@ -103,6 +111,17 @@ def decoder_groups(model: nn.Module, op: str) -> list[Group]:
                 f"{number} in this {type(model).__name__}, whose structure is not recognised"
             )
     return found
+
+
+def _check_nothing_else(op: str, path: str, module: nn.Module, linears: tuple[str, ...], width: int) -> None:
+    """Raise ValueError for parameters beside the linears, unless they are a child's, one for each element of a head."""
+    for name, p in module.named_parameters():
+        child = name.partition(".")[0]
+        if child not in linears and (child == name or p.numel() != width):
+            raise ValueError(
+                f"{op}: expected nothing in {path} that depends on its structures but {', '.join(linears)}, got {name} "
+                f"of shape {tuple(p.shape)}; the structure is not recognised"
+            )
 
 
 def _part(path: str, linear: Any, rows: bool, width: int) -> Part:
@@ -130,6 +149,21 @@ def keep_structures_(model: nn.Module, group: Group, keep: Tensor) -> None:
             linear.out_features = len(index)
         else:
             linear.in_features = len(index)
+
+
+def allowed_heads(config: Any, most: int) -> list[int]:
+    """The numbers of KV heads, ``most`` and below, with which a config can be saved and loaded: that of Llama refuses
+    numbers of heads that do not divide ``hidden_size``."""
+    found = [most]
+    for heads in range(most - 1, 0, -1):
+        cut = copy.deepcopy(config)
+        write_sizes_(cut, heads, config.intermediate_size)
+        try:
+            type(config).from_dict(cut.to_dict())
+        except Exception:  # transformers' own kind, of no common base
+            continue
+        found.append(heads)
+    return found
 
 
 def write_sizes_(config: Any, heads: int, channels: int) -> None:

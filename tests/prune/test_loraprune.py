@@ -268,3 +268,122 @@ def test_a_merge_that_fails_leaves_the_model_masked():
         prune.cut()
     model.model.layers[1].mlp.up_proj.lora_A.weight.data.copy_(broken)
     assert torch.equal(model(input_ids=IDS).logits, masked)
+
+
+def test_numbers_of_heads_that_the_config_refuses_are_not_taken(tmp_path):
+    """Llama's config wants hidden_size to be a multiple of the number of heads; 6 of 8 heads cannot be saved."""
+    model = adapted()
+    with torch.no_grad():
+        for layer in model.model.layers:  # one KV head of four, with its two query heads, is next to nothing
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                rows = linear.out_features // 4
+                linear.weight[:rows] *= 1e-4
+                linear.lora_B.weight[:rows] = 0.0
+            layer.self_attn.o_proj.weight[:, :8] *= 1e-4
+            layer.self_attn.o_proj.lora_A.weight[:, :8] *= 1e-4
+    optimizer = adamw(model)
+    prune = LoRAPrune(model, optimizer, ratio=0.1, steps=2)
+    train(model, optimizer, 2)
+    assert abs(prune.masked - 0.1 * prune.prunable) <= 96
+    prune.cut()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind, name", [("Olmo2", "q_norm"), ("BitNet", "attn_sub_norm"), ("DiffLlama", "lambda_q1")])
+def test_what_depends_on_all_heads_is_refused(kind, name):
+    with pytest.raises(ValueError, match=f"depends on its structures .* got {name}"):
+        decoder_groups(tiny(kind), "LoRAPrune")
+
+
+def test_a_frozen_factor_is_refused():
+    model = tiny()
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules="all-linear", train="b"))
+    with pytest.raises(ValueError, match="factors both train"):
+        LoRAPrune(model, adamw(model), ratio=0.2, steps=4)
+
+
+def test_few_bits_are_trained_over_and_made_dense_before_the_cut():
+    model = tiny(hidden_size=64, intermediate_size=64)
+    lk.quantize_(model, "nf4")
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=["v_proj", "up_proj"]))
+    optimizer = adamw(model)
+    prune = LoRAPrune(model, optimizer, ratio=0.3, steps=2)
+    train(model, optimizer, 2)
+    with pytest.raises(ValueError, match=r"dense weights to cut, got one stored as nf4 in model\.layers\.0"):
+        prune.cut()
+    lk.dequantize_(model)
+    with torch.no_grad():
+        masked = model(input_ids=IDS).logits
+        torch.testing.assert_close(prune.cut()(input_ids=IDS).logits, masked, rtol=1e-4, atol=1e-5)
+
+
+def test_a_masked_model_is_pickled_and_copied_with_masks_of_its_own():
+    model = adapted()
+    optimizer = adamw(model)
+    prune = LoRAPrune(model, optimizer, ratio=0.3, steps=2)
+    train(model, optimizer, 2)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), torch.load(buffer, weights_only=False)]
+    with torch.no_grad():
+        masked = model(input_ids=IDS).logits
+        for mask in prune.masks.values():
+            mask.fill_(1.0)
+        assert not torch.equal(model(input_ids=IDS).logits, masked)
+        assert all(torch.equal(other(input_ids=IDS).logits, masked) for other in copies)
+
+
+def test_a_model_that_was_compiled_and_called_before_is_masked():
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        whole = compiled(input_ids=IDS).logits
+        optimizer = adamw(model)
+        prune = LoRAPrune(model, optimizer, ratio=0.3, steps=2)
+        for mask in prune.masks.values():
+            mask[:2] = 0.0
+        masked = model(input_ids=IDS).logits
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, masked)
+        prune.detach()
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, whole)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_scale_of_a_grad_scaler_is_taken_out(fused, unscale):
+    found = []
+    for enabled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        model = adapted()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=fused)
+        prune = LoRAPrune(model, optimizer, ratio=0.25, steps=10, warmup=5, scaler=scaler)
+        scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append(prune._importance)
+    for path, plain in found[0].items():
+        torch.testing.assert_close(found[1][path], plain, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_of_checkpointed_layers_are_kept(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = adapted().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        optimizer = adamw(model)
+        prune = LoRAPrune(model, optimizer, ratio=0.25, steps=10, warmup=5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        found.append(prune._importance)
+    for path, plain in found[0].items():
+        torch.testing.assert_close(found[1][path], plain, rtol=1e-4, atol=0.0)
