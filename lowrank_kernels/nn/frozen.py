@@ -151,8 +151,8 @@ class AroundBase(nn.Module):
     """How many :func:`lowrank_kernels.base_only` of it are open; None: there has been none."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or pickle, which is in no context."""
-        return {key: value for key, value in self.__dict__.items() if key != "base_only_depth"}
+        """The state of a copy or pickle, which is in no context, and in no chain's round."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("base_only_depth", "rests")}
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer computes without its correction, unmerged."""

@@ -123,7 +123,8 @@ class LoRALayer(AroundBase):
 
     @torch.no_grad()
     def change_ranks_(self, keep: Sequence[int], added: int = 0, *, scaling: float | None = None) -> None:
-        """Keep some ranks, in this order, and add others that change nothing: A sampled as by PEFT, B 0, gate 1.
+        """Keep some ranks, in this order, and add others that change nothing: A sampled as by PEFT, B 0, gate 1; where
+        only A trains, B sampled and A 0.
 
         The parameters stay the same objects, with other shapes and no gradients. s stays, so that alpha changes.
 
@@ -143,16 +144,19 @@ class LoRALayer(AroundBase):
             raise ValueError(f"{op}: expected whole factors, got shards; allocate ranks before sharding")
         if sorted(set(keep)) != sorted(keep) or not all(0 <= i < self.r for i in keep):
             raise ValueError(f"{op}: expected ranks from 0 to {self.r - 1}, each once, got {list(keep)}")
-        if not len(keep) + added:
-            raise ValueError(f"{op}: expected a rank to be left, got none")
+        if added < 0 or not len(keep) + added:
+            raise ValueError(f"{op}: expected a rank to be left, and added of at least 0, got {len(keep)} and {added}")
         index = torch.as_tensor(list(keep), dtype=torch.long, device=a.device)
-        new_a = a.new_empty(added, *a.shape[1:])
-        if new_a.numel():
+        new_a, new_b = a.new_zeros(added, *a.shape[1:]), b.new_zeros(b.shape[0], added, *b.shape[2:])
+        if a.requires_grad and not b.requires_grad:
+            bound = 1.0 / math.sqrt(len(keep) + added)  # as start_ has it, over the columns of all B
+            new_b.uniform_(-bound, bound)
+        elif new_a.numel():
             nn.init.kaiming_uniform_(new_a.flatten(1), a=math.sqrt(5))
         gate = self.lora_gate
         self._take(
             torch.cat([a[index], new_a]),
-            torch.cat([b[:, index], b.new_zeros(b.shape[0], added, *b.shape[2:])], dim=1),
+            torch.cat([b[:, index], new_b], dim=1),
             None if gate is None else torch.cat([gate[index], gate.new_ones(added)]),
         )
         self.alpha = scaling * (math.sqrt(self.r) if self.rslora else self.r)

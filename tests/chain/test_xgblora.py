@@ -266,6 +266,8 @@ def test_copies_take_a_chain_of_their_own_and_states_of_other_chains_are_refused
     optimizer = adamw(model)
     start(model, optimizer)
     twin, other = copy.deepcopy((model, optimizer))
+    assert any(layer.rests for layer in model.modules() if isinstance(layer, lk.nn.LoRALinear))
+    assert not any(layer.rests for layer in twin.modules() if isinstance(layer, lk.nn.LoRALinear))
     assert start(twin, other).link == 0
     plain = adapted()
     state = cola(plain, opt := adamw(plain), 4) and opt.state_dict()
