@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.lora import LoRALayer
 from ..rider import Rider
-from .ranks import Ranks, check_score, gated_layers, history_of, note
+from .ranks import Ranks, check_score, gated_layers, history_of, hold_gates_, note
 
 
 class ALoRA(Rider):
@@ -24,7 +24,8 @@ class ALoRA(Rider):
     alone. Σ R never changes, and every layer keeps a rank.
 
     Args:
-        model: adapted with ``gate=True``. Gates stay 1, but while ranks are scored, and do not train.
+        model: adapted with ``gate=True``. Gates are 1, but while ranks are scored, and do not train; others are first
+            put into B.
         optimizer: the one that steps the factors; it stays the same, and its state follows.
         batches: validation batches, kept; not what is trained on.
         loss: (model, batch) -> the loss, a scalar.
@@ -89,11 +90,10 @@ class ALoRA(Rider):
             raise ValueError("ALoRA: expected several layers to move ranks between, got one")
         self.every, self.moves, self.rounds, self.seed, self.progress = every, moves, rounds, seed, progress
         self.steps = self.round = 0
-        for layer in self.layers.values():
-            layer.lora_gate.requires_grad_(False)
-            layer.lora_gate.data.fill_(1.0)
+        hold_gates_(self.layers)
         self.history = history_of("rank", self.layers)
         note(self.history, 1, self._ranks.by_layer())
+        self._detach += self._ranks.follow_loads()
         self.attach()
 
     def after_step(self) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import config_of, replace_config
-from ..config import LoRAConfig
-from ..names import place
+from .. import weights
+from ..adapt import replace_config
+from ..names import named_modules, place
+from ..nn.frozen import drop_compiled
+from ..nn.matrix import frozen_weight, is_linear
 from ..rider import Rider
-from .ranks import check_score, gated_layers, history_of, note
+from .ranks import adapted_parts, check_score, gated_layers, history_of, hold_gates_, note
 
 PROXIES = ("grad_norm", "snip", "synflow")
 
@@ -34,7 +36,7 @@ class HeteroLoRA(Rider):
     ``snip`` and ``synflow`` are 0 everywhere, and ``grad_norm`` sees B alone: therefore the warm-up.
 
     Args:
-        model: adapted with ``gate=True``; gates say what is on, and do not train.
+        model: adapted with ``gate=True``; gates say what is on, and do not train; trained ones are first put into B.
         optimizer: with all factors among its parameters.
         batches: for the scores, kept; may be empty for "synflow".
         loss: (model, batch) -> the loss, a scalar.
@@ -52,8 +54,9 @@ class HeteroLoRA(Rider):
 
     Raises:
         TypeError, ValueError: no batches, a budget of nothing, of more than there is, or that no module fits into; a
-            model without gates; an optimizer that lacks a factor; and as :class:`~lowrank_kernels.rider.Rider`. At a
-            choice: scores that are not finite, or all 0. Nothing has changed then.
+            model without gates; weights of few bits for "synflow"; an optimizer that lacks a factor; and as
+            :class:`~lowrank_kernels.rider.Rider`. At a choice: scores that are not finite, or all 0. Nothing has
+            changed then.
 
     Source: Zhang et al., "Unlocking the Global Synergies in Low-Rank Adapters", arXiv 2406.14956.
     """
@@ -87,6 +90,14 @@ class HeteroLoRA(Rider):
         if not self.batches and proxy != "synflow":
             raise ValueError(f"{name}: expected batches to score by, got none")
         self.layers = gated_layers(model, name)
+        if proxy == "synflow":
+            for path, module in named_modules(model):
+                weight = weights.of(module)
+                if weight is not None:
+                    raise ValueError(
+                        f"{name}: expected dense weights for proxy='synflow', which takes their sizes, got "
+                        f"{weight.format} in {path}; use another proxy, or make them dense (lk.dequantize_)"
+                    )
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for path, layer in self.layers.items():
             if not all(p.requires_grad and id(p) in stepped for p in layer.factor_parameters()):
@@ -96,9 +107,7 @@ class HeteroLoRA(Rider):
         self.proxy, self.warmup, self.every, self._outputs = proxy, warmup, every, outputs
         self.steps = 0
         self.enabled = list(self.layers)
-        for layer in self.layers.values():
-            layer.lora_gate.requires_grad_(False)
-            layer.lora_gate.data.fill_(1.0)
+        hold_gates_(self.layers, may_be_off=True)
         self.history = history_of("on", self.layers)
         self.attach()
 
@@ -188,10 +197,9 @@ class HeteroLoRA(Rider):
             if path not in self.enabled:
                 parent, child = place(self.model, path)
                 parent._modules[child] = layer.base_layer.train(layer.training)
-        config = config_of(self.model)
-        if isinstance(config, LoRAConfig):
-            names = "|".join(re.escape(path) for path in self.enabled)
-            replace_config(self.model, replace(config, target_modules=names, exclude_modules=()))
+        for prefix, part, config in adapted_parts(self.model):
+            names = [re.escape(path.removeprefix(prefix)) for path in self.enabled if path.startswith(prefix)]
+            replace_config(part, replace(config, target_modules="|".join(names) or (), exclude_modules=()))
         self.detach()
         return self.enabled
 
@@ -275,19 +283,21 @@ def add_shortcuts_(model: nn.Module, modules: Iterable[str] = ("self_attn", "mlp
     found = {path: m for path, m in model.named_modules() if path.rpartition(".")[2] in names}
     if not found:
         raise ValueError(f"add_shortcuts_: expected modules named {', '.join(names)}, found none")
-    widths: dict[str, nn.Linear] = {}
+    widths: dict[str, Any] = {}
     for path, module in found.items():
-        linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+        linears: list[Any] = [m for m in module.modules() if is_linear(m)]
         if hasattr(module, "shortcut") or not linears:
             raise ValueError(f"add_shortcuts_: expected linears and no shortcut yet in {path}")
         widths[path] = linears[0]
     for path, module in found.items():
         first = widths[path]
-        like: Any = {"device": first.weight.device, "dtype": first.weight.dtype}
+        weight = frozen_weight(first)
+        like: Any = {"device": weight.device, "dtype": weight.dtype}
         shortcut = torch.nn.utils.skip_init(nn.Linear, first.in_features, first.in_features, bias=False, **like)
         nn.init.zeros_(shortcut.weight)
         module.shortcut = shortcut.requires_grad_(False)
         module.register_forward_hook(_add_shortcut, with_kwargs=True)
+    drop_compiled()
     return [f"{path}.shortcut" for path in found]
 
 

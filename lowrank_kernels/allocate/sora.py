@@ -93,6 +93,7 @@ class SoRA(Rider):
         self._ranks = Ranks(model, self.layers, optimizer)
         self.note_every, self.history = note_every, history_of("gates that are not zero", self.layers)
         note(self.history, 1, self.kept())
+        self._detach += self._ranks.follow_loads()
         self.attach()
 
     def _rates(self) -> dict[int, Any]:

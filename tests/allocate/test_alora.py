@@ -217,3 +217,35 @@ def test_a_score_that_is_not_finite_moves_nothing():
         alora.reallocate()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert alora.round == 0
+
+
+def test_new_ranks_train_where_b_is_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    lk.adapt(model, lk.LoRAConfig(r=R, gate=True, train="a"))
+    optimizer = adamw(model)
+    alora = allocator(model, optimizer, every=2)
+    train(model, optimizer, 1)
+    before = alora._ranks.by_layer()
+    train(model, optimizer, 1)
+    grown = [path for path, r in alora._ranks.by_layer().items() if r > before[path]]
+    assert grown
+    for path in grown:
+        layer = alora.layers[path]
+        assert not layer.lora_A.weight[-1].any() and layer.lora_B.weight.any(0).all()
+        assert layer.lora_B.weight[:, -1].abs().max() <= layer.r**-0.5
+    train(model, optimizer, 1)
+    assert all(alora.layers[path].lora_A.weight[-1].any() for path in grown)
+
+
+@pytest.mark.parametrize("kind", [lk.LoRAConfig, lk.DoRAConfig])
+def test_trained_gates_are_put_into_b(kind):
+    model = make(kind)
+    with torch.no_grad():
+        model[0].lora_gate.copy_(torch.tensor([0.5, 0.0, -2.0, 1.0]))
+        model[1].lora_gate.zero_()
+        x, _ = batches(1)[0]
+        y = model(x)
+        allocator(model, adamw(model))
+        assert all(torch.equal(layer.lora_gate, torch.ones(R)) for layer in model)
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)

@@ -307,3 +307,74 @@ def test_scores_that_are_not_finite_choose_nothing():
     with pytest.raises(ValueError, match="finite scores, got nan of 0; nothing has changed"):
         hetero.choose()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and len(hetero.enabled) == 4
+
+
+def test_trained_gates_are_put_into_b_and_what_was_off_keeps_its_values():
+    model = make()
+    with torch.no_grad():
+        model[0].lora_gate.copy_(torch.tensor([0.5, -2.0]))
+        b = model[1].lora_B.weight.clone()
+        x, _ = batches(1)[0]
+        y = model(x)
+        model[1].lora_gate.zero_()
+        allocator(model, adamw(model))
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model[1].lora_B.weight, b)
+
+
+def test_the_config_of_a_part_that_was_adapted_names_what_is_left(tmp_path):
+    whole = nn.Module()
+    whole.part = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lk.adapt(whole.part, lk.LoRAConfig(r=R, gate=True, target_modules=["0", "1"]))
+    hetero = HeteroLoRA(whole, adamw(whole), batches(), lambda m, b: mean_square(m.part, b), budget=0.5)
+    hetero.choose()
+    (path,) = hetero.prune()
+    lk.save_adapter(whole.part, tmp_path)
+    assert [r.name for r in lk.load_adapter(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path).replaced] == [
+        path.removeprefix("part.")
+    ]
+
+
+class _Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.up_proj(x)
+
+
+class _Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = _Mlp()
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shortcuts_around_weights_of_few_bits(dtype):
+    model = _Layer().to(dtype)
+    lk.quantize_(model, "nf4")
+    x = torch.randn(3, 64, dtype=dtype)
+    y = model(x)
+    assert add_shortcuts_(model) == ["mlp.shortcut"]
+    assert model.mlp.shortcut.weight.dtype == dtype and torch.equal(model(x), y)
+
+
+def test_shortcuts_of_a_model_that_was_compiled_and_called_before():
+    model = _Layer()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 64)
+    compiled(x)
+    add_shortcuts_(model)
+    nn.init.normal_(model.mlp.shortcut.weight)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_synflow_refuses_weights_of_few_bits():
+    model = _Layer()
+    lk.quantize_(model, "nf4")
+    lk.adapt(model, lk.LoRAConfig(r=R, gate=True))
+    with pytest.raises(ValueError, match=r"dense weights for proxy='synflow', .* got nf4 in mlp\.up_proj"):
+        HeteroLoRA(model, adamw(model), [], mean_square, budget=1.0, proxy="synflow", outputs=ones)

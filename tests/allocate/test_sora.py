@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -233,3 +234,52 @@ def test_a_gate_that_is_not_finite_is_not_cut():
     with pytest.raises(ValueError, match="NaN or Inf in 2; nothing was cut"):
         sora.prune()
     assert all(t.shape == before[name].shape for name, t in model.state_dict().items())
+
+
+def test_it_goes_on_where_the_optimizers_state_is_loaded_before_the_models():
+    model = make()
+    optimizer = adamw(model)
+    sora = SoRA(model, optimizer, 0.1)
+    train(model, optimizer, 30)
+    sora.prune()
+    state = _saved(model, optimizer)
+    train(model, optimizer, 3)
+    again = make()
+    other = adamw(again)
+    SoRA(again, other, 0.1)
+    other.load_state_dict(state[1])
+    again.load_state_dict(state[0])
+    train(again, other, 3)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+
+
+def test_a_copy_has_no_optimizer_and_still_loads_other_ranks():
+    model = make()
+    alone = len(pickle.dumps(model))
+    optimizer = adamw(model)
+    sora = SoRA(model, optimizer, 0.1)
+    train(model, optimizer, 30)
+    assert len(pickle.dumps(model)) < alone + 1000  # moments would be 5 KB
+    twin = copy.deepcopy(model)
+    sora.prune()
+    twin.load_state_dict(model.state_dict())
+    x, _ = data()
+    assert torch.equal(twin(x), model(x))
+    sora.detach()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(make().state_dict())
+
+
+def test_the_config_of_a_part_that_was_adapted_follows(tmp_path):
+    whole = nn.Module()
+    whole.part = make()
+    sora = SoRA(whole, torch.optim.AdamW(sora_groups(whole, 1e-2, 0.5)), 0.1)
+    with torch.no_grad():
+        whole.part[0].lora_gate[2:] = 0.0
+    assert sora.prune() == {"part.0": 2, "part.2": R}
+    lk.save_adapter(whole.part, tmp_path)
+    torch.manual_seed(0)
+    loaded = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    lk.load_adapter(loaded, tmp_path)
+    x, _ = data()
+    torch.testing.assert_close(loaded(x), whole.part(x), rtol=1e-5, atol=1e-5)

@@ -378,7 +378,55 @@ def tensor_parallel_layers_split_without_their_factors_are_refused():
     refuses("whole weight of base_layer at hand", model, x)
 
 
+def ddp_gives_all_ranks_the_masks_of_the_averaged_gradients():
+    from lowrank_kernels.prune import LoRAPrune
+    from tests.tiny_llama import make_llama, randomise
+
+    model = make_llama()
+    lk.adapt(model, lk.LoRAConfig(r=2))
+    randomise(model, size=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    prune = LoRAPrune(model, optimizer, ratio=0.3, steps=2)
+    held = nn.parallel.DistributedDataParallel(model)
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(2):
+        optimizer.zero_grad()
+        held(input_ids=ids, labels=ids).loss.backward()
+        expected = {id(p): p.grad.clone() for p in model.parameters() if p.requires_grad}
+        assert all(torch.equal(prune._gradients[key], grad) for key, grad in expected.items())
+        optimizer.step()
+    of_all: list = [None, None]
+    dist.all_gather_object(of_all, {path: mask.tolist() for path, mask in prune.masks.items()})
+    assert of_all[0] == of_all[1] and prune.masked
+
+
+def riders_that_need_whole_factors_refuse_shards():
+    from torch.distributed.fsdp import fully_shard
+
+    from lowrank_kernels.allocate import ALoRA, HeteroLoRA, SoRA
+    from lowrank_kernels.prune import LoRAPrune
+    from tests.tiny_llama import make_llama
+
+    model = build(lk.LoRAConfig(r=4, gate=True))
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for ride in (
+        lambda: SoRA(model, optimizer, 0.1),
+        lambda: ALoRA(model, optimizer, [0], lambda m, b: 0.0, every=1, moves=1),
+        lambda: HeteroLoRA(model, optimizer, [0], lambda m, b: 0.0, budget=0.5),
+    ):
+        with pytest.raises(ValueError, match="expected whole factors, got shards in 0; allocate ranks before sharding"):
+            ride()
+    llama = make_llama()
+    lk.adapt(llama, lk.LoRAConfig(r=2))
+    fully_shard(llama)
+    with pytest.raises(ValueError, match="prune before sharding"):
+        LoRAPrune(llama, torch.optim.SGD(llama.parameters(), lr=0.1), ratio=0.3, steps=2)
+
+
 CHECKS = [
+    ddp_gives_all_ranks_the_masks_of_the_averaged_gradients,
+    riders_that_need_whole_factors_refuse_shards,
     adapt_refuses_a_model_that_ddp_holds,
     adapt_before_ddp_keeps_the_ranks_together,
     fsdp1_with_original_parameters_trains_and_merges,
