@@ -136,9 +136,11 @@ class Rider:
             self._detach.pop()()
 
     def gradient_scale(self) -> Tensor | float:
-        """What the gradients are multiplied by: a fused optimizer under a GradScaler takes that out by itself."""
+        """What gradients of a loss that is minimised are multiplied by to be those here: a fused optimizer under a
+        GradScaler takes that out by itself, and one that maximises steps against it."""
         scale = getattr(self.optimizer, "grad_scale", None)
-        return 1.0 if scale is None else scale
+        sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
+        return sign if scale is None else sign * scale
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         self.restore()

@@ -78,7 +78,7 @@ class ALoRA(Rider):
         self.model, self.batches, self._loss = model, list(batches), loss
         if not self.batches:
             raise ValueError("ALoRA: expected validation batches, got none")
-        self.layers = gated_layers(model, "ALoRA")
+        self.layers = gated_layers(model, "ALoRA", optimizer)
         self._ranks = Ranks(model, self.layers, optimizer)
         self.budget = len(self._ranks)
         if moves > self.budget - len(self.layers):

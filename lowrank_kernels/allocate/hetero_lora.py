@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..adapt import replace_config
-from ..names import named_modules, place
+from ..names import named_modules
 from ..nn.frozen import drop_compiled
 from ..nn.matrix import frozen_weight, is_linear
 from ..rider import Rider
@@ -89,7 +89,7 @@ class HeteroLoRA(Rider):
         self.model, self.batches, self._loss = model, list(batches), loss
         if not self.batches and proxy != "synflow":
             raise ValueError(f"{name}: expected batches to score by, got none")
-        self.layers = gated_layers(model, name)
+        self.layers = gated_layers(model, name, optimizer)
         if proxy == "synflow":
             for path, module in named_modules(model):
                 weight = weights.of(module)
@@ -193,10 +193,11 @@ class HeteroLoRA(Rider):
         Returns:
             The paths that are left. The model's config names them. Detaches.
         """
-        for path, layer in self.layers.items():
-            if path not in self.enabled:
-                parent, child = place(self.model, path)
-                parent._modules[child] = layer.base_layer.train(layer.training)
+        off: dict[int, Any] = {id(layer): layer for path, layer in self.layers.items() if path not in self.enabled}
+        for parent in list(self.model.modules()):
+            for child, module in list(parent._modules.items()):  # a layer may have several places
+                if id(module) in off:
+                    parent._modules[child] = off[id(module)].base_layer.train(off[id(module)].training)
         for prefix, part, config in adapted_parts(self.model):
             names = [re.escape(path.removeprefix(prefix)) for path in self.enabled if path.startswith(prefix)]
             replace_config(part, replace(config, target_modules="|".join(names) or (), exclude_modules=()))

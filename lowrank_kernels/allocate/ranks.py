@@ -17,16 +17,28 @@ from ..names import named_modules
 from ..nn.lora import LoRALayer
 from ..nn.sharded import is_dtensor
 
+_SET_GATES = ("sora", "alora", "heterolora")
 
-def gated_layers(model: nn.Module, op: str) -> dict[str, LoRALayer]:
+
+def gated_layers(model: nn.Module, op: str, optimizer: torch.optim.Optimizer | None = None) -> dict[str, LoRALayer]:
     """The layers of a model that have a gate, by path.
+
+    Args:
+        optimizer: that a rider, which sets the gates, is about to ride on.
 
     Raises:
         TypeError: not a module.
-        ValueError: no layer; one without a gate; one that is merged, or sharded; a model under DistributedDataParallel.
+        ValueError: an optimizer with another rider that sets gates; no layer; one without a gate; one that is merged,
+            or sharded; a model under DistributedDataParallel.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    for key in _SET_GATES:
+        if getattr(optimizer, f"_lowrank_{key}", None) is not None:
+            raise ValueError(
+                f"{op}: expected an optimizer without another rider that sets gates, got one with {key}; call its "
+                f"detach()"
+            )
     layers: dict[str, LoRALayer] = {}
     for path, module in named_modules(model):
         if isinstance(module, nn.parallel.DistributedDataParallel):

@@ -77,7 +77,7 @@ class SoRA(Rider):
         note_every: int = 10,
     ) -> None:
         super().__init__(optimizer, "SoRA")
-        self.layers = gated_layers(model, "SoRA")
+        self.layers = gated_layers(model, "SoRA", optimizer)
         rates = self._rates()
         for path, layer in self.layers.items():
             if not layer.lora_gate.requires_grad or id(layer.lora_gate) not in rates:

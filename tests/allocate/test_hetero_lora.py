@@ -378,3 +378,13 @@ def test_synflow_refuses_weights_of_few_bits():
     lk.adapt(model, lk.LoRAConfig(r=R, gate=True))
     with pytest.raises(ValueError, match=r"dense weights for proxy='synflow', .* got nf4 in mlp\.up_proj"):
         HeteroLoRA(model, adamw(model), [], mean_square, budget=1.0, proxy="synflow", outputs=ones)
+
+
+def test_a_layer_that_is_off_leaves_every_place_it_has():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, shared, nn.Linear(8, 8))
+    lk.adapt(model, lk.LoRAConfig(r=R, gate=True))
+    hetero = allocator(model, adamw(model))
+    hetero._turn(["2"])
+    hetero.prune()
+    assert model[0] is shared and model[1] is shared and isinstance(model[2], lk.nn.LoRALinear)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lowrank_kernels as lk
-from lowrank_kernels.allocate import SoRA, rising, soft_threshold, sora_groups
+from lowrank_kernels.allocate import ALoRA, HeteroLoRA, SoRA, rising, soft_threshold, sora_groups
 
 R = 6
 
@@ -283,3 +283,33 @@ def test_the_config_of_a_part_that_was_adapted_follows(tmp_path):
     lk.load_adapter(loaded, tmp_path)
     x, _ = data()
     torch.testing.assert_close(loaded(x), whole.part(x), rtol=1e-5, atol=1e-5)
+
+
+def test_riders_that_set_gates_do_not_share_an_optimizer():
+    model = make()
+    optimizer = adamw(model)
+    sora = SoRA(model, optimizer, 0.1)
+    for make_other in (
+        lambda: ALoRA(model, optimizer, [data()], lambda m, b: 0.0, every=1, moves=1),
+        lambda: HeteroLoRA(model, optimizer, [data()], lambda m, b: 0.0, budget=0.6),
+    ):
+        with pytest.raises(ValueError, match=r"another rider that sets gates, got one with sora; call its detach\(\)"):
+            make_other()
+    assert all(layer.lora_gate.requires_grad for layer in (model[0], model[2]))
+    sora.detach()
+    ALoRA(model, optimizer, [data()], lambda m, b: 0.0, every=1, moves=1)
+
+
+def test_an_optimizer_that_maximises_has_gates_that_do_too():
+    found = []
+    for sign, maximize in ((1.0, False), (-1.0, True)):
+        model = make()
+        optimizer = torch.optim.AdamW(sora_groups(model, 1e-2, 0.5), maximize=maximize)
+        SoRA(model, optimizer, 0.01)
+        x, y = data()
+        for _ in range(3):
+            optimizer.zero_grad()
+            (sign * (model(x) - y).square().mean()).backward()
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
