@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import weights
 from ..adapt import replace_config
 from ..names import named_modules
 from ..nn.frozen import drop_compiled
@@ -92,8 +91,8 @@ class HeteroLoRA(Rider):
         self.layers = gated_layers(model, name, optimizer)
         if proxy == "synflow":
             for path, module in named_modules(model):
-                weight = weights.of(module)
-                if weight is not None:
+                weight = frozen_weight(module) if is_linear(module) else None
+                if weight is not None and not isinstance(weight, Tensor):
                     raise ValueError(
                         f"{name}: expected dense weights for proxy='synflow', which takes their sizes, got "
                         f"{weight.format} in {path}; use another proxy, or make them dense (lk.dequantize_)"
