@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 
-.PHONY: venv demo test test-compiled test-interpreted nightly lint bench gpu-check clean
+.PHONY: venv demo test test-run test-kernels nightly lint bench gpu-check clean
 
 venv: $(SETUP)
 
@@ -21,17 +21,17 @@ $(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: venv
 	$(BIN)/lrk demo
 
-# Two suites at once, of which the second runs on one core and says what it found at its end. Threads that wait leave
-# the core to the other suite.
+# Two suites at once, about as long as each other; the second, which interprets and compiles the GPU kernels, says what it
+# found at its end. Threads that wait leave the core to the other suite.
 test: venv
-	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 test-compiled test-interpreted
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 test-run test-kernels
 
-test-compiled:
-	$(BIN)/python -m pytest tests --ignore tests/interpreter
+test-run:
+	$(BIN)/python -m pytest tests --ignore tests/interpreter --ignore tests/proof
 
-test-interpreted:
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter > $(VENV)/interpreted.log 2>&1; \
-	  status=$$?; cat $(VENV)/interpreted.log; exit $$status
+test-kernels:
+	@{ TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter && $(BIN)/python -m pytest tests/proof; } \
+	  > $(VENV)/kernels.log 2>&1; status=$$?; cat $(VENV)/kernels.log; exit $$status
 
 # What proves over a larger grid what `make test` proves; then a million random calls against float64, of which a miss
 # is printed as a test.
