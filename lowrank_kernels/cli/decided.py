@@ -38,7 +38,7 @@ def draw_history(path: Path, history: Mapping[str, Any], title: str) -> None:
     columns = [[float("nan") if v is None else float(v) for v in row] for row in history["values"]]
     found = [v for row in columns for v in row if v == v]
     lowest, highest = min(found, default=0.0), max(found, default=1.0)
-    highest = max(highest, lowest + 1)
+    highest = highest if highest > lowest else lowest + 1
     whole, colours = all(v == int(v) for v in found), plt.get_cmap("viridis")
     if whole and highest - lowest <= 16:
         colours = colours.resampled(int(highest - lowest) + 1)
