@@ -39,6 +39,7 @@ from .ops.dora import (
     plan_dora_linear,
 )
 from .ops.frozen import FrozenLinear, call_frozen_linear, check_frozen_linear, plan_frozen_linear
+from .ops.galore import GaLoreAdam, call_galore_adam_, check_galore_adam, check_galore_rates, plan_galore_adam
 from .ops.importance import (
     LoRAImportance,
     call_lora_importance,
@@ -531,6 +532,7 @@ __all__ = [
     "dora_linear",
     "dora_weight_norm",
     "frozen_linear",
+    "galore_adam_",
     "lora_importance",
     "lora_linear",
     "plain_block_sparse_linear",
@@ -539,6 +541,61 @@ __all__ = [
     "transformed",
     "write_blocks_",
 ]
+
+
+def galore_adam_(
+    weight: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale: float = 0.25,
+    backend: str = "auto",
+) -> None:
+    """One step of GaLore on W, in place: Adam on the projected gradient, brought back to W's size.
+
+    L = Pᵀ G, m ← β₁ m + (1 - β₁) L, v ← β₂ v + (1 - β₂) L²,
+    W ← (1 - lr λ) W - lr α P (m̂ / (√v̂ + ε)), with m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ).
+
+    No matrix of W's size is made: G is read where it lies, and W read and written once.
+
+    Args:
+        weight: W (N, K), float32, bfloat16 or float16, any strides (float64 with backend="reference"). To project G on
+            its other side (G P), give ``weight.T``, ``grad.T`` and a basis (K, R).
+        grad: G (N, K), any float dtype and strides.
+        basis: P (N, R), orthonormal columns, R <= N, any float dtype.
+        exp_avg, exp_avg_sq: m, v (R, K), float32 (float64 over a float64 W), any strides. Fastest beside a
+            ``weight.T`` as transposes of (K, R) that lie row by row.
+        step: t, from 1.
+        scale: α.
+        backend: "auto", "reference", "cpu" (C++) or "triton".
+
+    Computed in float32, W rounded once. Deterministic. A NaN or an infinity in G reaches the moments and W: ask first.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, numbers out of their range, a backend that is
+            unknown or cannot run here. Nothing has been written then.
+
+    Source: Zhao et al., "GaLore", arXiv 2403.03507, algorithm 2.
+    """
+    op = "galore_adam_"
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{op}: expected betas to be a pair of numbers, got {betas!r:.60}")
+    tensors = weight, grad, basis, exp_avg, exp_avg_sq
+    call = GaLoreAdam(*tensors, lr, *betas, eps, weight_decay, scale, step, backend)
+    raise_error(check_galore_rates(call))
+    plan = None
+    if traced():
+        raise_error(check_galore_adam(call))
+    else:
+        plan = plan_galore_adam(call)
+    call_galore_adam_(call, plan)
 
 
 def lora_importance(

@@ -288,7 +288,7 @@ def _say_once(message: str) -> None:
 _DECIDERS: dict[str, Callable[..., Plan]] = {}
 REMEMBERED = 4096
 """Calls of different sizes that are remembered; then all are forgotten."""
-_VALUES = ("scaling", "dropout_seed", "seed", "step", "lr", "beta1", "beta2", "eps", "weight_decay")
+_VALUES = ("scaling", "scale", "dropout_seed", "seed", "step", "lr", "beta1", "beta2", "eps", "weight_decay")
 """Arguments whose value no plan depends on, and which differ from call to call."""
 
 

@@ -2,6 +2,7 @@
 
 from .block_adamw import BlockAdamW
 from .factors import FactorOptimizer, factor_groups
+from .galore import GaLore, galore_groups
 from .lora_plus import lora_plus, lora_plus_groups
 from .lora_pro import LoRAPro
 from .lora_rite import LoRARITE
@@ -9,9 +10,11 @@ from .lora_rite import LoRARITE
 __all__ = [
     "BlockAdamW",
     "FactorOptimizer",
+    "GaLore",
     "LoRAPro",
     "LoRARITE",
     "factor_groups",
+    "galore_groups",
     "lora_plus",
     "lora_plus_groups",
 ]

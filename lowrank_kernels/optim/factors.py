@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from .settings import check_betas, check_model, check_number
+from .wide import load_wide_state, step_adamw
 
 Pair = tuple[nn.Parameter, nn.Parameter, float]
 """A (R, K), B (N, R) and their scaling s."""
@@ -228,7 +228,7 @@ class FactorOptimizer(torch.optim.Optimizer):
             for bucket in buckets:
                 self.step_bucket(group, bucket)
             if group["scaling"] is None:
-                self._step_others(group)
+                step_adamw(self, group, group["params"])
         return loss
 
     def step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
@@ -252,48 +252,9 @@ class FactorOptimizer(torch.optim.Optimizer):
                 self._buckets.append([Bucket(self, same) for same in alike.values()])
         return self._buckets
 
-    def _step_others(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p, dtype=wide),
-                    "exp_avg_sq": torch.zeros_like(p, dtype=wide),
-                }
-        states = [self.state[p] for p in params]
-        # AdamW's own step wants one dtype throughout: half-precision parameters are stepped as float32 copies.
-        work = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]  # p itself where that is its own
-        adamw(
-            work,
-            [_grad(p).to(w.dtype) for p, w in zip(params, work, strict=True)],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for p, w in zip(params, work, strict=True):
-            if w is not p:
-                p.copy_(w)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # The base class rounds state to the parameter's dtype; ours is wider on purpose.
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, own, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    keep_on_cpu = name == "step" and value.dim() == 0
-                    self.state[p][name] = value.clone() if keep_on_cpu else value.to(p.device, copy=True)
+        load_wide_state(self, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,6 +12,7 @@ from .conv import lora_conv_ref
 from .dora import dora_column_scale_ref, dora_linear_backward_ref, dora_linear_ref, dora_weight_norm_ref
 from .dropout import dropout_keep_mask_ref
 from .embedding import lora_embedding_ref
+from .galore import galore_adam_ref, rotate_moments_ref
 from .importance import lora_importance_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
 from .merge import merge_lora_ref, round_stochastically_ref
@@ -27,6 +28,7 @@ __all__ = [
     "dora_linear_ref",
     "dora_weight_norm_ref",
     "dropout_keep_mask_ref",
+    "galore_adam_ref",
     "lora_conv_ref",
     "lora_embedding_ref",
     "lora_importance_ref",
@@ -36,6 +38,7 @@ __all__ = [
     "multi_lora_linear_backward_ref",
     "multi_lora_linear_ref",
     "read_blocks_ref",
+    "rotate_moments_ref",
     "round_stochastically_ref",
     "write_blocks_ref_",
 ]
