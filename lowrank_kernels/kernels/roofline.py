@@ -92,6 +92,14 @@ def merge_lora(K: int, N: int, R: int, size: int) -> tuple[Work, ...]:
     return (Work(size * (2 * N * K + R * (K + N)), 2.0 * N * K * R, size),)
 
 
+def galore_adam(K: int, N: int, R: int, size: int) -> tuple[Work, ...]:
+    """G and the moments, then W: the step of R rows is written between the two launches, in float32."""
+    # Products of float32, each as three of reduced precision, on matrix units at half the rate of half precision.
+    flops = 2 * 3 * 2.0 * N * K * R
+    projected = Work(size * N * K + 4 * R * (N + 5 * K), flops)
+    return projected, Work(size * 2 * N * K + 4 * R * (N + K), flops)
+
+
 def lora_importance(K: int, N: int, R: int, size: int, splits: int = 1) -> tuple[Work, ...]:
     """Row sums in one pass over W; with ``splits`` parts of the columns, a launch adds up their float32 sums."""
     # Three products of rank R, each as three of reduced precision, on matrix units at half the rate of half precision.

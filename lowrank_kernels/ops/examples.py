@@ -10,6 +10,7 @@ import torch
 
 from .block_sparse import BlockSparseWeightGrad
 from .dora import DoRALinear, DoRALinearBackward, DoRAWeightNorm
+from .galore import GaLoreAdam
 from .importance import LoRAImportance
 from .lora import LoRALinear, LoRALinearBackward
 from .merge import MergeLoRA
@@ -88,6 +89,13 @@ def _importance(s: Sizes, of: Callable[..., Meta]) -> LoRAImportance:
     return LoRAImportance(weight, a, b, a, b, 1.0, "rows", "auto")
 
 
+def _galore(s: Sizes, of: Callable[..., Meta]) -> GaLoreAdam:
+    weight: Any = of(s["N"], s["K"])
+    low: Any = of(s["R"], s["K"], dtype=torch.float32)
+    basis: Any = of(s["N"], s["R"], dtype=torch.float32)
+    return GaLoreAdam(weight, weight, basis, low, low, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.25, 1, "auto")
+
+
 def _stack(s: Sizes, of: Callable[..., Meta]) -> tuple[Any, ...]:
     """(x, W, A, B, table, scalings, rank, slices, ids) of G adapters, one a row."""
     x, weight, *_ = _operands(s, of)
@@ -122,6 +130,7 @@ EXAMPLES = {
     "dora_linear": Example("M K N R", _dora, _dora_backward),
     "dora_weight_norm": Example("K N R", _norm),
     "merge_lora_": Example("K N R", _merge),
+    "galore_adam_": Example("K N R", _galore),
     "lora_importance": Example("K N R", _importance),
     "multi_lora_linear": Example("M K N R G", _multi, _multi_backward),
     "block_sparse_weight_grad": Example("M K N blocks size", _block_grad),

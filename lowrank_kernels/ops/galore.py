@@ -1,17 +1,19 @@
-"""``lowrank_kernels::galore_adam_``: record, check, plan, backends. It writes W and the moments, and has no gradient."""
+"""``lowrank_kernels::galore_adam_``: record, check, plan, backends. It writes W and moments, and has no gradient."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import tuned
+from ..cpp import cpp
 from ..kernels.target import Target
 from ..reference.galore import galore_adam_ref
 from .library import Written, define_in_place
-from .operands import backend_error, count_error, floats_error, number_error
+from .operands import backend_error, count_error, factor, floats_error, number_error, unit_columns
 from .planning import Choosing, Plan, Planner
 
 
@@ -86,9 +88,11 @@ def _decide(call: Any, records: bool, target: Target | None) -> Plan:
     weight = call.weight
     c = Choosing("galore_adam_", weight, target)
     settled = c.settled("galore_adam_", tuned.factor_sizes(weight.shape, call.exp_avg.shape))
-    c.backend(call.backend, *settled)
+    backend = c.backend(call.backend, *settled)
     if weight.empty:
         c.take("backend", "reference", "rule: nothing to step")
+    elif backend == "triton":
+        c.take("tiles", c.target, "rule: the target's", c.target.arch)
     return c.done()
 
 
@@ -97,20 +101,47 @@ plan_galore_adam = Planner("galore_adam_", GaLoreAdam, _decide, check_galore_ada
 
 def _galore_adam(call: GaLoreAdam, plan: Plan | None) -> None:
     plan = plan or plan_galore_adam.known(call)
-    weight, grad, basis, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, scale, step, _ = call
-    galore_adam_ref(
-        weight,
-        grad,
-        basis,
-        exp_avg,
-        exp_avg_sq,
-        step=step,
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        scale=scale,
-    )
+    if plan.backend == "reference":
+        galore_adam_ref(
+            *call[:5],
+            step=call.step,
+            lr=call.lr,
+            betas=(call.beta1, call.beta2),
+            eps=call.eps,
+            weight_decay=call.weight_decay,
+            scale=call.scale,
+        )
+        return
+    numbers = {
+        "rate": call.lr * call.scale / (1.0 - call.beta1**call.step),
+        "betas": (call.beta1, call.beta2),
+        "eps": call.eps,
+        "keep": 1.0 - call.lr * call.weight_decay,
+        "inverse_root": 1.0 / math.sqrt(1.0 - call.beta2**call.step),
+    }
+    if plan.backend == "triton":
+        from ..kernels.galore import galore_adam_
+
+        galore_adam_(*call[:5], plan.tiles, **numbers)
+    else:
+        _in_cpp(call, **numbers)
+
+
+def _in_cpp(
+    call: GaLoreAdam, rate: float, betas: tuple[float, float], eps: float, keep: float, inverse_root: float
+) -> None:
+    """The extension takes W with adjacent columns: a weight whose rows are adjacent is stepped as its transpose."""
+    weight, grad, basis, *moments = call[:5]
+    tall = weight.stride(1) != 1 and weight.stride(0) == 1
+    if tall:
+        weight, grad, moments = weight.T, grad.T, [m.T for m in moments]
+    written = [weight, *moments]
+    adjacent = [unit_columns(t) for t in written]
+    operands = adjacent[0], factor(grad), factor(basis), *adjacent[1:]
+    cpp.galore_step_(*operands, tall, rate, *betas, eps, keep, inverse_root)
+    for t, own in zip(written, adjacent, strict=True):
+        if own is not t:
+            t.copy_(own)
 
 
 call_galore_adam_ = define_in_place("galore_adam_", GaLoreAdam, _galore_adam)

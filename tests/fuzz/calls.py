@@ -417,6 +417,54 @@ def merge(d: Draw) -> Call:
     return Call(f"{way}(scaling={scaling})", tensors, run, lambda name, dy: 4 * size, dtype, tuned="merge_lora_")
 
 
+def galore(d: Draw) -> Call:
+    k, n, dtype = d.width(), d.width(), d.dtype()
+    r = min(d.rank(), max(n, 1))
+    state = F64 if dtype == F64 else F32
+    turned = d.chance(0.4)
+
+    def written(t: Tensor) -> Tensor:
+        """In some layout, of its own memory."""
+        t = t.mT.contiguous().mT if turned else d.laid_out_as_it_is(t)
+        return t.clone() if 0 in t.stride() else t
+
+    tensors = {
+        "weight": written(d.normal(n, k, of=dtype)),
+        "grad": d.laid_out(d.normal(n, k, of=d.any_dtype(dtype))),
+        "basis": d.laid_out(d.normal(n, r, of=d.any_dtype(dtype), scale=max(n, 1) ** -0.5)),
+        "exp_avg": written(d.normal(r, k, of=state)),
+        "exp_avg_sq": written(d.positive(r, k, of=state)),
+    }
+    settings = {
+        "step": d.one_of(1, 2, 1000),
+        "lr": d.one_of(0.0, 1e-3, 0.5),
+        "weight_decay": d.one_of(0.0, 0.1),
+        "scale": d.one_of(0.25, 1.0),
+        "eps": d.one_of(1e-8, 1e-3),
+    }
+    what = d.one_of("weight", "exp_avg", "exp_avg_sq")
+
+    def run(t: Tensors, backend: str) -> Tensor:
+        own = {}
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            own[name] = torch.empty_strided(t[name].shape, t[name].stride(), dtype=t[name].dtype).copy_(t[name])
+        lk.galore_adam_(**{**t, **own}, **settings, backend=backend)
+        return own[what]
+
+    # |L| <= ‖P‖ ‖G‖ by column and row; the step divides by at least the root of what is left of v.
+    low = _norm(tensors["basis"]) * _norm(tensors["grad"])
+    mean = _largest(tensors["exp_avg"]) + low
+    rate = settings["lr"] * settings["scale"] / (1 - 0.9 ** settings["step"])
+    change = rate * _longest(tensors["basis"]) * r**0.5 * mean / 0.45
+    sizes = {
+        "weight": _largest(tensors["weight"]) + 4 * change,
+        "exp_avg": mean,
+        "exp_avg_sq": _largest(tensors["exp_avg_sq"]) + 2 * low**2,
+    }
+    words = f"galore_adam_({settings}, {what})"
+    return Call(words, tensors, run, lambda name, dy: 4 * sizes[what], dtype if what == "weight" else state)
+
+
 FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "lora": (6, lora),
     "dora": (5, dora),
@@ -426,5 +474,6 @@ FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "dora_norm": (2, dora_norm),
     "importance": (2, importance),
     "merge": (2, merge),
+    "galore": (2, galore),
 }
 """How often each is drawn, and by what."""

@@ -79,6 +79,17 @@ def test_the_importance_reads_the_weight_once(K, launched, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_galore_step_reads_g_and_writes_w(dtype):
+    shape, record = counted("galore_adam_", dtype, R=16)
+    kernels = [launch.nbytes for launch in record.launches if "galore" in launch.name]  # the rest: the copies
+    _, launches = OPS["galore_adam_"].launches(TARGET, shape, dtype)
+    assert kernels == [launch.nbytes for launch in launches]
+    # Beside the formula's: P again, and the step of R rows, written and read.
+    again = 4 * shape["R"] * (shape["N"] + 2 * shape["K"])
+    assert sum(kernels) == OPS["galore_adam_"].nbytes(shape, dtype.itemsize) + again
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_in_parts(dtype):
     with tuned.forcing("block_sparse_weight_grad") as force:
         force({"splits": 2, "BLOCK_M": 16})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lowrank_kernels as lk
 from lowrank_kernels.kernels.dora import dora_linear_bwd, dora_linear_fwd, dora_norm
+from lowrank_kernels.kernels.galore import galore_adam_
 from lowrank_kernels.kernels.importance import lora_importance
 from lowrank_kernels.kernels.importance_tiles import importance_tiles
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
@@ -52,6 +53,14 @@ def _importance(t: Tensors) -> tuple[Tensor]:
     return (lora_importance(weight, a, b, a, b, 0.5, importance_tiles(TARGET, *weight.shape)),)
 
 
+def _galore(t: Tensors) -> tuple[Tensor, ...]:
+    weight, m, v = (t[name].clone() for name in ("weight", "m", "m"))
+    written = [t.get("written", weight).copy_(weight), m, v.square() + 1]
+    numbers = {"rate": 0.5, "betas": (0.9, 0.99), "eps": 1e-3, "keep": 0.9, "inverse_root": 1.0}
+    galore_adam_(written[0], t["weight"], t["lora_b"], *written[1:], TARGET, **numbers)
+    return tuple(w.clone(memory_format=torch.contiguous_format) for w in written)
+
+
 def _many(t: Tensors) -> tuple[Tensor]:
     stack = lk.LoRAStack.from_factors([(t["lora_a"], t["lora_b"], 0.5), (t["lora_a"] + 1, t["lora_b"], 0.25)])
     return (lk.multi_lora_linear(t["x"], t["weight"], stack, torch.tensor([0, 1, -1, 1]), backend="triton"),)
@@ -64,6 +73,7 @@ def _many(t: Tensors) -> tuple[Tensor]:
         (_dora, ("x", "weight", "lora_a", "lora_b", "grad_y")),
         (_merge, ("weight", "lora_a", "lora_b")),
         (_importance, ("weight", "lora_a", "lora_b")),
+        (_galore, ("weight", "lora_b", "written")),
         (_many, ("x", "weight")),
     ],
 )
@@ -71,6 +81,7 @@ def test_strides_beyond_two_to_the_31(run: Callable[[Tensors], tuple[Tensor, ...
     torch.manual_seed(0)
     shapes = {"x": (4, 40), "weight": (24, 40), "lora_a": (8, 40), "lora_b": (24, 8), "grad_y": (4, 24)}
     t = {name: torch.randn(shape).to(BF16) for name, shape in shapes.items()} | {"magnitude": torch.rand(24)}
+    t |= {"m": torch.randn(8, 40), "written": torch.zeros(24, 40).to(BF16)}
     near = run(t)
     for name in names:
         far = _far_apart(*t[name].shape, BF16)
