@@ -25,6 +25,7 @@ from .allocation import (
     sora,
 )
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
+from .galore import PROJECTION, all_weights, galore
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 
@@ -129,6 +130,14 @@ METHODS = {
         save=save_cut,
         options=(FACTORS, PRUNING),
         changes_base=True,
+    ),
+    "galore": Method(
+        "full weights, Adam in the leading directions of each gradient",
+        prepare=all_weights,
+        optimizer=galore,
+        learning_rate=5e-4,
+        save=save_model,
+        options=(PROJECTION,),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

@@ -80,6 +80,8 @@ SMALL = {
     "--score-after": "3",
     "--choose-every": "4",
     "--prune-warmup": "2",
+    "--projection-rank": "4",
+    "--projection-steps": "5",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [name for name, row in METHODS.items() if FACTORS in row.options or BLOCKS in row.options]
