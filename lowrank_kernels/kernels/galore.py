@@ -13,11 +13,32 @@ from .tiles import dot, load_tile, store_tile
 
 @triton.jit
 def _galore_project_kernel(
-    g_ptr, p_ptr, m_ptr, v_ptr, change_ptr,
-    N, K, R, stride_gn, stride_gk, stride_pn, stride_pr, stride_mr, stride_mk, stride_vr, stride_vk,
-    rate, beta1, beta2, eps, inverse_root,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    g_ptr,
+    p_ptr,
+    m_ptr,
+    v_ptr,
+    change_ptr,
+    N,
+    K,
+    R,
+    stride_gn,
+    stride_gk,
+    stride_pn,
+    stride_pr,
+    stride_mr,
+    stride_mk,
+    stride_vr,
+    stride_vk,
+    rate,
+    beta1,
+    beta2,
+    eps,
+    inverse_root,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """A (BLOCK_R, BLOCK_K) tile of L = Pᵀ G a program, which stays in registers: m, v, and rate · m / (√v / root + ε).
 
     All in float32. ``change`` is (R, K), contiguous. Grid: (cdiv(K, BLOCK_K), cdiv(R, BLOCK_R)).
@@ -41,10 +62,22 @@ def _galore_project_kernel(
 
 @triton.jit
 def _galore_write_kernel(
-    w_ptr, p_ptr, change_ptr,
-    N, K, R, stride_wn, stride_wk, stride_pn, stride_pr, keep,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    p_ptr,
+    change_ptr,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_pn,
+    stride_pr,
+    keep,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """W ← keep · W - P change, a (BLOCK_N, BLOCK_K) tile a program: read once, written once, rounded once.
 
     Grid: (cdiv(N, BLOCK_N), cdiv(K, BLOCK_K)).
@@ -86,13 +119,44 @@ def galore_adam_(
     block_n, block_k = 32, 64
     block_r = 16 if R <= 16 else 32 if R <= 32 else 64
     _galore_project_kernel[(triton.cdiv(K, block_k), triton.cdiv(R, block_r))](
-        grad, basis, exp_avg, exp_avg_sq, change, N, K, R,
-        *grad.stride(), *basis.stride(), *exp_avg.stride(), *exp_avg_sq.stride(), rate, *betas, eps, inverse_root,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, PRECISION=precision,
-        num_warps=8 if block_r == 64 else 4, num_stages=3,
-    )  # fmt: skip
+        grad,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        change,
+        N,
+        K,
+        R,
+        *grad.stride(),
+        *basis.stride(),
+        *exp_avg.stride(),
+        *exp_avg_sq.stride(),
+        rate,
+        *betas,
+        eps,
+        inverse_root,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        PRECISION=precision,
+        num_warps=8 if block_r == 64 else 4,
+        num_stages=3,
+    )
     block_n = 64
     _galore_write_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
-        weight, basis, change, N, K, R, *weight.stride(), *basis.stride(), keep,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=16, PRECISION=precision, num_warps=4, num_stages=2,
-    )  # fmt: skip
+        weight,
+        basis,
+        change,
+        N,
+        K,
+        R,
+        *weight.stride(),
+        *basis.stride(),
+        keep,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=16,
+        PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+    )

@@ -389,34 +389,6 @@ def importance(d: Draw) -> Call:
     )
 
 
-def merge(d: Draw) -> Call:
-    k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
-    tensors = {
-        "weight": d.laid_out(d.normal(n, k, of=dtype)),
-        "lora_a": d.laid_out(d.normal(r, k, of=d.any_dtype(dtype))),
-        "lora_b": d.laid_out(d.normal(n, r, of=d.any_dtype(dtype), scale=r**-0.5)),
-    }
-    if 0 in tensors["weight"].stride():
-        tensors["weight"] = tensors["weight"].clone()
-    scaling, way = d.scaling(), d.one_of("merge_lora_", "merge_dora_", "unmerge_dora_")
-    scale = None
-    if way != "merge_lora_":
-        scale = d.laid_out_as_it_is(d.positive(n, of=d.any_dtype(dtype)))
-
-    def run(t: Tensors, backend: str) -> Tensor:
-        factors = (t["lora_a"], t["lora_b"])
-        # In place, into a weight of the same layout.
-        weight = torch.empty_strided(t["weight"].shape, t["weight"].stride(), dtype=t["weight"].dtype).copy_(
-            t["weight"]
-        )
-        if scale is None:
-            return lk.merge_lora_(weight, *factors, scaling=scaling, backend=backend)
-        return getattr(lk, way)(weight, *factors, scale, scaling=scaling, backend=backend)
-
-    size = _largest(tensors["weight"]) + abs(scaling) * _longest(tensors["lora_b"]) * _norm(tensors["lora_a"])
-    return Call(f"{way}(scaling={scaling})", tensors, run, lambda name, dy: 4 * size, dtype, tuned="merge_lora_")
-
-
 def galore(d: Draw) -> Call:
     k, n, dtype = d.width(), d.width(), d.dtype()
     r = min(d.rank(), max(n, 1))
@@ -465,6 +437,34 @@ def galore(d: Draw) -> Call:
     return Call(words, tensors, run, lambda name, dy: 4 * sizes[what], dtype if what == "weight" else state)
 
 
+def merge(d: Draw) -> Call:
+    k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
+    tensors = {
+        "weight": d.laid_out(d.normal(n, k, of=dtype)),
+        "lora_a": d.laid_out(d.normal(r, k, of=d.any_dtype(dtype))),
+        "lora_b": d.laid_out(d.normal(n, r, of=d.any_dtype(dtype), scale=r**-0.5)),
+    }
+    if 0 in tensors["weight"].stride():
+        tensors["weight"] = tensors["weight"].clone()
+    scaling, way = d.scaling(), d.one_of("merge_lora_", "merge_dora_", "unmerge_dora_")
+    scale = None
+    if way != "merge_lora_":
+        scale = d.laid_out_as_it_is(d.positive(n, of=d.any_dtype(dtype)))
+
+    def run(t: Tensors, backend: str) -> Tensor:
+        factors = (t["lora_a"], t["lora_b"])
+        # In place, into a weight of the same layout.
+        weight = torch.empty_strided(t["weight"].shape, t["weight"].stride(), dtype=t["weight"].dtype).copy_(
+            t["weight"]
+        )
+        if scale is None:
+            return lk.merge_lora_(weight, *factors, scaling=scaling, backend=backend)
+        return getattr(lk, way)(weight, *factors, scale, scaling=scaling, backend=backend)
+
+    size = _largest(tensors["weight"]) + abs(scaling) * _longest(tensors["lora_b"]) * _norm(tensors["lora_a"])
+    return Call(f"{way}(scaling={scaling})", tensors, run, lambda name, dy: 4 * size, dtype, tuned="merge_lora_")
+
+
 FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "lora": (6, lora),
     "dora": (5, dora),
@@ -473,7 +473,7 @@ FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "block_grad": (2, block_grad),
     "dora_norm": (2, dora_norm),
     "importance": (2, importance),
-    "merge": (2, merge),
     "galore": (2, galore),
+    "merge": (2, merge),
 }
 """How often each is drawn, and by what."""

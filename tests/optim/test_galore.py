@@ -127,8 +127,8 @@ def test_the_state_is_as_large_as_the_formula_says(rank: int) -> None:
         short, long = sorted(p.shape)
         sizes = {name: t.numel() for name, t in optimizer.state[p].items()}
         assert sizes == {"step": 1, "basis": rank * short, "exp_avg": rank * long, "exp_avg_sq": rank * long}
-        assert all(t.dtype == torch.float32 and t.untyped_storage().nbytes() == 4 * t.numel()
-                   for t in optimizer.state[p].values())  # fmt: skip
+        for t in optimizer.state[p].values():
+            assert t.dtype == torch.float32 and t.untyped_storage().nbytes() == 4 * t.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
