@@ -135,7 +135,7 @@ METHODS = {
         "full weights, Adam in the leading directions of each gradient",
         prepare=all_weights,
         optimizer=galore,
-        learning_rate=5e-4,
+        learning_rate=8e-4,
         save=save_model,
         options=(PROJECTION,),
     ),

@@ -26,7 +26,8 @@ def _case(R: int, dtype: torch.dtype, tall: bool = False, width: int = 4096) -> 
             operands[:2] = [empty(width, 2048, of=dtype).T, empty(width, 2048, of=dtype).T]
             moments = [empty(width, R).T, empty(width, R).T]
         numbers: dict[str, Any] = {"rate": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "keep": 0.5, "inverse_root": 3.0}
-        galore_adam_(*operands, *moments, target, **numbers)
+        weight, grad, basis = operands
+        galore_adam_(weight, grad, basis, moments[0], moments[1], target, **numbers)
 
     words = ["galore", f"R={R}", "f32" if dtype == _F32 else "bf16", "tall" if tall else ""]
     return LaunchCase(" ".join(w for w in words if w) + ("" if width == 4096 else f" width={width}"), run)

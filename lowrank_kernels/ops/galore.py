@@ -112,7 +112,7 @@ def _galore_adam(call: GaLoreAdam, plan: Plan | None) -> None:
             scale=call.scale,
         )
         return
-    numbers = {
+    numbers: dict[str, Any] = {
         "rate": call.lr * call.scale / (1.0 - call.beta1**call.step),
         "betas": (call.beta1, call.beta2),
         "eps": call.eps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,14 @@ from ...kernels import roofline
 from ...reference import galore_adam_ref
 from .bench import FACTORS, GPU_WIDTHS, REFERENCE, Bench, Inputs, Shape, Tunable, shapes_of
 
-_SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "scale": 0.25, "step": 3}
+_SETTINGS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "scale": 0.25,
+    "step": 3,
+}
 
 
 def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -30,7 +39,7 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def _ours(i: Inputs, backend: str = "auto") -> Tensor:
-    lk.galore_adam_(**i, **_SETTINGS, backend=backend)  # type: ignore[arg-type]
+    lk.galore_adam_(**i, **_SETTINGS, backend=backend)
     weight: Tensor = i["weight"]
     return weight
 
