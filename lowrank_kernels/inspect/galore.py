@@ -45,10 +45,10 @@ def _flops(a: Mapping[str, Any]) -> float:
     return 2.0 * a["N"] * a["K"] * a["R"]
 
 
-def _stepped_product(x: Tensor, weight: Tensor, grad: Tensor, basis: Tensor, *moments: Tensor) -> Tensor:
-    stepped = weight.clone()
-    own = [m.clone() for m in moments]
-    torch.ops.lowrank_kernels.galore_adam_(stepped, grad, basis, *own, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.25, 3, "auto")
+def _stepped_product(x: Tensor, weight: Tensor, grad: Tensor, basis: Tensor, mean: Tensor, root: Tensor) -> Tensor:
+    stepped, m, v = weight.clone(), mean.clone(), root.square() + 1.0
+    numbers = 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.25, 3
+    torch.ops.lowrank_kernels.galore_adam_(stepped, grad, basis, m, v, *numbers, "auto")
     return x @ stepped.T
 
 
