@@ -240,13 +240,27 @@ class GaLore(torch.optim.Optimizer):
             for place, p in enumerate(params):
                 self._check_projected(place, p, param_group["rank"])
         super().add_param_group(param_group)
-        before = sum(len(group["params"]) for group in self.param_groups[:-1])
-        for i, p in enumerate(params):
-            self._places[p] = len(self.param_groups) - 1, before + i
+        self._number_parameters()
         if self.per_layer:
             reference = weakref.ref(self)
             for p in params:
                 self._hooks.append(p.register_post_accumulate_grad_hook(_stepping(reference)))
+
+    def _number_parameters(self) -> None:
+        """Where each parameter is: its group, and its number among all."""
+        number = 0
+        self._places = {}
+        for place, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                self._places[p] = place, number
+                number += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, too, which has no hooks: it steps in ``step()`` alone."""
+        super().__setstate__(state)
+        for name, value in (("per_layer", False), ("accumulate", 1), ("_hooks", []), ("_passes", {})):
+            self.__dict__.setdefault(name, value)
+        self._number_parameters()
 
     @staticmethod
     def _check_projected(place: int, p: Any, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -153,6 +154,19 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(dtype: torch.dtype, stop: int)
     run(resumed, again, range(stop, 9))
     for p, q in zip(whole, again, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_copy_steps_the_copied_parameters_as_the_original_does() -> None:
+    params = weights()
+    optimizer = GaLore([{"params": params, "rank": 3}], update_proj_gap=2)
+    run(optimizer, params, range(1))
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    run(optimizer, params, range(1, 4))
+    run(copied, copied_params, range(1, 4))
+    assert all(torch.equal(p, q) for p, q in zip(params, copied_params, strict=True))
+    extra = nn.Parameter(torch.zeros(4, 5))
+    copied.add_param_group({"params": [extra], "rank": 2})
+    assert extra in copied._places
 
 
 def test_the_global_generator_is_not_touched_and_the_seed_decides() -> None:

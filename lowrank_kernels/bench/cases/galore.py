@@ -27,8 +27,9 @@ def _inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     def normal(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, device=device).to(of)
 
-    basis = torch.linalg.qr(torch.randn(s["N"], s["R"])).Q.to(device)
-    moments = normal(s["R"], s["K"]), normal(s["R"], s["K"]).square()
+    rank = min(s["R"], s["N"])
+    basis = torch.linalg.qr(torch.randn(s["N"], rank)).Q.to(device)
+    moments = normal(rank, s["K"]), normal(rank, s["K"]).square()
     return {
         "weight": normal(s["N"], s["K"], of=dtype),
         "grad": normal(s["N"], s["K"], of=dtype),
