@@ -424,6 +424,32 @@ def riders_that_need_whole_factors_refuse_shards():
         LoRAPrune(llama, torch.optim.SGD(llama.parameters(), lr=0.1), ratio=0.3, steps=2)
 
 
+def galore_keeps_replicas_equal_and_refuses_hooks_and_shards():
+    from torch.distributed.fsdp import fully_shard
+
+    from lowrank_kernels.optim import GaLore, galore_groups
+
+    model = nn.parallel.DistributedDataParallel(plain())
+    groups = galore_groups(model, "all-linear", 4)
+    optimizer = GaLore(groups, lr=1e-2, update_proj_gap=2)
+    before = model.module[0].weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(batch()[0]).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model.module[0].weight, before)
+    own = torch.cat([p.detach().flatten() for p in model.parameters()])
+    every = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(every, own)
+    assert torch.equal(*every)
+    with pytest.raises(ValueError, match="expected per_layer=False among several processes"):
+        GaLore(groups, per_layer=True)
+    sharded = plain()
+    fully_shard(sharded, mesh=mesh())
+    with pytest.raises(TypeError, match="is a DTensor: P would be of a shard alone"):
+        GaLore(galore_groups(sharded, "all-linear", 4))
+
+
 CHECKS = [
     ddp_gives_all_ranks_the_masks_of_the_averaged_gradients,
     riders_that_need_whole_factors_refuse_shards,
@@ -441,6 +467,7 @@ CHECKS = [
     adapt_refuses_weights_that_fsdp_shards,
     tensor_parallel_layers_split_with_their_factors_are_right,
     tensor_parallel_layers_split_without_their_factors_are_refused,
+    galore_keeps_replicas_equal_and_refuses_hooks_and_shards,
 ]
 
 
