@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -181,3 +181,22 @@ class Rider:
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
             self._loaded = None
+
+
+def history_of(what: str, modules: Iterable[str]) -> dict[str, Any]:
+    """An empty ``Rider.history`` of one number a module."""
+    return {"what": what, "steps": [], "modules": list(modules), "values": []}
+
+
+def note(history: dict[str, Any], step: int, values: Mapping[str, float]) -> None:
+    """Add what is true from a step on; nothing where that step has an entry, or nothing has changed."""
+    row = [values[path] for path in history["modules"]]
+    if not history["steps"] or (history["steps"][-1] < step and history["values"][-1] != row):
+        history["steps"].append(step)
+        history["values"].append(row)
+
+
+def check_integer(op: str, option: str, value: Any, least: int) -> None:
+    """Raise ValueError for what is no integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{op}: expected {option} to be an integer of at least {least}, got {value!r}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.lora import LoRALayer
-from ..rider import Rider
-from .ranks import Ranks, check_score, gated_layers, history_of, hold_gates_, note
+from ..rider import Rider, check_integer, history_of, note
+from .ranks import Ranks, check_score, evaluating, gated_layers, hold_gates_
 
 
 class ALoRA(Rider):
@@ -67,14 +67,10 @@ class ALoRA(Rider):
         progress: bool = False,
     ) -> None:
         super().__init__(optimizer, "ALoRA")
-        for option, value, least in (
-            ("every", every, 1),
-            ("moves", moves, 1),
-            ("rounds", rounds, 0),
-            ("seed", seed, 0),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"ALoRA: expected {option} to be an integer of at least {least}, got {value!r}")
+        for option, value, least in (("every", every, 1), ("moves", moves, 1), ("seed", seed, 0)):
+            check_integer("ALoRA", option, value, least)
+        if rounds is not None:
+            check_integer("ALoRA", "rounds", rounds, 0)
         self.model, self.batches, self._loss = model, list(batches), loss
         if not self.batches:
             raise ValueError("ALoRA: expected validation batches, got none")
@@ -104,15 +100,8 @@ class ALoRA(Rider):
     @torch.no_grad()
     def score(self) -> float:
         """S: the negative mean loss on the validation batches, in evaluation mode."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            losses = [
-                check_score("ALoRA", self._loss(self.model, batch), "the validation loss") for batch in self.batches
-            ]
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with evaluating(self.model):
+            losses = [check_score("ALoRA", self._loss(self.model, b), "the validation loss") for b in self.batches]
         return -sum(losses) / len(losses)
 
     @torch.no_grad()
@@ -182,7 +171,6 @@ class ALoRA(Rider):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.round, self.seed = state["steps"], state["round"], state["seed"]
         self.history = copy.deepcopy(state["history"])
-        self.budget = len(self._ranks)
 
 
 def _fill(gates: Iterable[Tensor], value: float) -> None:

@@ -15,8 +15,8 @@ from ..adapt import replace_config
 from ..names import named_modules
 from ..nn.frozen import drop_compiled
 from ..nn.matrix import frozen_weight, is_linear
-from ..rider import Rider
-from .ranks import adapted_parts, check_score, gated_layers, history_of, hold_gates_, note
+from ..rider import Rider, check_integer, history_of, note
+from .ranks import adapted_parts, check_score, evaluating, gated_layers, hold_gates_
 
 PROXIES = ("grad_norm", "snip", "synflow")
 
@@ -80,11 +80,9 @@ class HeteroLoRA(Rider):
         super().__init__(optimizer, name)
         if proxy not in PROXIES:
             raise ValueError(f"{name}: expected proxy to be one of {', '.join(PROXIES)}, got {proxy!r}")
-        for option, value, least in (("warmup", warmup, 1), ("every", every, 1)):
-            if (option, value) != ("every", None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < least
-            ):
-                raise ValueError(f"{name}: expected {option} to be an integer of at least {least}, got {value!r}")
+        check_integer(name, "warmup", warmup, 1)
+        if every is not None:
+            check_integer(name, "every", every, 1)
         self.model, self.batches, self._loss = model, list(batches), loss
         if not self.batches and proxy != "synflow":
             raise ValueError(f"{name}: expected batches to score by, got none")
@@ -137,16 +135,12 @@ class HeteroLoRA(Rider):
         """The score of every module, with all of them on; the model is as before afterwards."""
         parameters = {path: layer.factor_parameters() for path, layer in self.layers.items()}
         was = self.enabled
-        training = {module: module.training for module in self.model.modules()}
         self._turn(list(self.layers))
-        self.model.eval()
         try:
-            with torch.enable_grad():
+            with evaluating(self.model), torch.enable_grad():
                 of = self._synflow if self.proxy == "synflow" else self._by_gradients
                 flat = of([p for pair in parameters.values() for p in pair])
         finally:
-            for module, mode in training.items():
-                module.training = mode
             self._turn(was)
         pairs = zip(flat[::2], flat[1::2], strict=True)
         sums = {path: float(a + b) for path, (a, b) in zip(parameters, pairs, strict=True)}

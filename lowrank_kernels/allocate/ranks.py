@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -178,17 +179,16 @@ class _Follow:
             self.ranks.write_down()
 
 
-def history_of(what: str, layers: Iterable[str]) -> dict[str, Any]:
-    """An empty record of one number a layer, as :class:`~lowrank_kernels.rider.Rider` has it for a picture."""
-    return {"what": what, "steps": [], "modules": list(layers), "values": []}
-
-
-def note(history: dict[str, Any], step: int, values: Mapping[str, float]) -> None:
-    """Add what is true from a step on; nothing where that step has an entry, or nothing has changed."""
-    row = [values[path] for path in history["modules"]]
-    if not history["steps"] or (history["steps"][-1] < step and history["values"][-1] != row):
-        history["steps"].append(step)
-        history["values"].append(row)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each of its modules as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def check_score(op: str, value: Any, what: str) -> float:

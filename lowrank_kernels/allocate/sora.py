@@ -10,24 +10,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rider import Rider
-from .ranks import Ranks, gated_layers, history_of, note
+from ..rider import Rider, check_integer, history_of, note
+from .ranks import Ranks, gated_layers
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
-    """T_ξ(v) = sign(v) max(|v| - ξ, 0)."""
+    """T_ξ(v) = sign(v) max(|v| - ξ, 0), of each element; in the dtype and shape of ``values``."""
     return values.sign() * (values.abs() - threshold).clamp_min(0.0)
 
 
 def rising(start: float, end: float, steps: int) -> Callable[[int], float]:
-    """A penalty that rises linearly from ``start`` to ``end`` over so many steps, and stays there."""
+    """λ(t) = start + (end - start) min(1, t / steps): a penalty that rises linearly, and then stays.
+
+    Returns:
+        A function of the number of steps taken, for :class:`SoRA`.
+
+    Raises:
+        ValueError: a penalty that is below 0 or not finite; fewer than one step.
+    """
     if not (0.0 <= start < math.inf and 0.0 <= end < math.inf) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"rising: expected penalties of at least 0 and steps of at least 1, got {start, end, steps}")
     return lambda step: start + (end - start) * min(1.0, step / steps)
 
 
 def sora_groups(model: nn.Module, lr: float, gate_lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups of what trains: gates at ``gate_lr``, which never decay, and everything else at ``lr``."""
+    """Parameter groups of what trains: everything but gates, then gates, which never decay.
+
+    Args:
+        model: adapted with ``gate=True``.
+        lr: of everything else.  weight_decay: of the same.
+        gate_lr: η of the proximal step, a plain gradient's: some orders of magnitude above Adam's.
+
+    Returns:
+        Two groups, for any torch optimizer.
+
+    Raises:
+        TypeError, ValueError: no module; a model without gates, or with a layer that has none.
+    """
     gates = {id(layer.lora_gate) for layer in gated_layers(model, "sora_groups").values()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -85,8 +104,7 @@ class SoRA(Rider):
                     f"SoRA: expected an optimizer of all gates, for the rate in their group, got one without that of "
                     f"{path}; make it of lk.allocate.sora_groups(model, ...)"
                 )
-        if isinstance(note_every, bool) or not isinstance(note_every, int) or note_every < 1:
-            raise ValueError(f"SoRA: expected note_every to be an integer of at least 1, got {note_every!r}")
+        check_integer("SoRA", "note_every", note_every, 1)
         self._penalty, self.steps = penalty, 0
         self.penalty()
         self._taken: list[tuple[nn.Parameter, Tensor]] = []

@@ -14,7 +14,7 @@ from ..names import named_modules
 from ..nn import DoRALinear, LoRALinear
 from ..nn.frozen import drop_compiled
 from ..nn.matrix import frozen_weight
-from ..rider import Rider
+from ..rider import Rider, check_integer, history_of, note
 from ..unload import merge_and_unload
 from .structure import Group, allowed_heads, decoder_groups, keep_structures_, write_sizes_
 
@@ -81,8 +81,7 @@ class LoRAPrune(Rider):
         name = "LoRAPrune"
         super().__init__(optimizer, name)
         for option, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("every", every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected {option} to be an integer of at least {least}, got {value!r}")
+            check_integer(name, option, value, least)
         for option, number in (("ratio", ratio), ("decay", decay)):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0.0 <= number < 1.0:
                 raise ValueError(f"{name}: expected {option} to be a number below 1, got {number!r}")
@@ -112,12 +111,7 @@ class LoRAPrune(Rider):
         self._gradients: dict[int, Tensor] = {}
         self._waiting: list[Tensor] = []
         self._backward = -1
-        self.history = {
-            "what": "share of the importance that is masked",
-            "steps": [],
-            "modules": list(self.groups),
-            "values": [],
-        }
+        self.history = history_of("share of the importance that is masked", self.groups)
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._reached)
             for layer in self.layers.values()
@@ -224,14 +218,13 @@ class LoRAPrune(Rider):
                     f"{path}; no mask has changed"
                 )
         cut = self._counts(ratio, self._importance)
-        values = []
+        shares = {}
         for path, group in self.groups.items():
             found = self._importance[path]
             lowest = found.argsort(stable=True)[: cut[group.kind]]
             self.masks[path].fill_(1.0)[lowest] = 0.0
-            values.append(float(found[lowest].sum() / found.sum().clamp_min(1e-30)))
-        self.history["steps"].append(self.taken + 1)
-        self.history["values"].append(values)
+            shares[path] = float(found[lowest].sum() / found.sum().clamp_min(1e-30))
+        note(self.history, self.taken + 1, shares)
 
     def _counts(self, ratio: float, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """How many heads and channels each layer loses, so that ``ratio`` of the parameters go, to the nearest channel.
