@@ -4,21 +4,28 @@
     PYTHONPATH=/tmp/galore python benchmarks/methods/galore.py [--threads N] [--steps N]
 
 Both have R = 64, T = 200, α = 0.25, decay 0.01, and the same float32 gradients. Without galore-torch ours is timed
-alone.
+alone; with it the figures are written to results/methods/galore.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from plots import RESULTS
 from torch import nn
 
 from lowrank_kernels.optim import GaLore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cost_over_frozen import conditions
 
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 RANK, PERIOD = 64, 200
@@ -68,17 +75,26 @@ def main() -> None:
             start = time.perf_counter()
             optimizer.step()
             seconds[name].append(time.perf_counter() - start)
+    result: dict[str, Any] = {"conditions": conditions(), "steps": args.steps}
     for name, (first, *others) in seconds.items():
         median = statistics.median(others)
         mean = (first + (PERIOD - 1) * median) / PERIOD
         size = sum(state_bytes(s) for s in optimizers[name].state.values())
+        result[name] = {
+            "step, ms": round(1e3 * median, 1),
+            "step with new directions, s": round(first, 2),
+            "mean over T, ms": round(1e3 * mean, 1),
+            "state, MiB": round(size / 2**20, 1),
+        }
         print(
             f"{name}: {1e3 * median:.0f} ms a step (median of {args.steps}), {first:.2f} s with new directions, "
             f"{1e3 * mean:.0f} ms on average over {PERIOD}; state {size / 2**20:.1f} MiB"
         )
     if len(seconds) == 2:
         pairs = zip(seconds["ours"][1:], seconds["galore-torch"][1:], strict=True)
-        print(f"ours over galore-torch, median of pairs: {statistics.median(a / b for a, b in pairs):.2f}")
+        result["ours over galore-torch, median of pairs"] = round(statistics.median(a / b for a, b in pairs), 3)
+        print(f"ours over galore-torch, median of pairs: {result['ours over galore-torch, median of pairs']:.2f}")
+        (RESULTS / "galore.json").write_text(json.dumps(result, indent=1) + "\n")
     formula = 4 * sum(RANK * min(shape) + 2 * RANK * max(shape) for shape in LAYER * 30)
     adam = 8 * sum(p.numel() for p in ours)
     print(f"R short + 2 R long: {formula / 2**20:.1f} MiB; Adam: {adam / 2**20:.1f} MiB")
