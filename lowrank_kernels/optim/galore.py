@@ -285,10 +285,9 @@ class GaLore(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbered, number = [], 0
-        for group in self.param_groups:
-            numbered.append([(number + i, p) for i, p in enumerate(group["params"]) if p.grad is not None])
-            number += len(group["params"])
+        numbered = [
+            [(self._places[p][1], p) for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
         _check_gradients([pair for own in numbered for pair in own])
         for group, own in zip(self.param_groups, numbered, strict=True):
             if group["rank"] is None:
