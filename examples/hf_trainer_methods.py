@@ -16,14 +16,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 import lowrank_kernels as lk
-from lowrank_kernels.allocate import ALoRA, HeteroLoRA, SoRA, sora_groups
+from lowrank_kernels.allocate import ALoRA, HeteroLoRA, LaMDA, SoRA, sora_groups
 from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 from lowrank_kernels.optim import GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
 from lowrank_kernels.prune import LoRAPrune
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "loraprune", "galore")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -66,7 +66,7 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         return GaLore(galore_groups(model, TARGETS, rank=8, update_proj_gap=max(1, steps // 4)), lr=1e-2)
     one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
     r = 1 if method == "xgblora" else 8
-    kind = lk.DoRAConfig if method == "dora" else lk.LoRAConfig
+    kind = {"dora": lk.DoRAConfig, "lamda": lk.LaMDAConfig}.get(method, lk.LoRAConfig)
     gate = method in ("sora", "alora", "heterolora")
     config = kind(r=r, alpha=2 * r, target_modules=TARGETS, gate=gate, **one_sided)
     batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
@@ -93,6 +93,8 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         ALoRA(model, optimizer, batches[:2], loss, every=max(1, steps // 4), moves=6)
     if method == "heterolora":
         HeteroLoRA(model, optimizer, batches[:2], loss, budget=0.5, warmup=max(1, steps // 4), every=max(1, steps // 4))
+    if method == "lamda":
+        LaMDA(model, optimizer, steps)
     if method == "loraprune":
         LoRAPrune(model, optimizer, ratio=0.2, warmup=steps // 4, steps=max(1, steps // 2))
     return optimizer

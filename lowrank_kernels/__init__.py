@@ -4,7 +4,7 @@ from . import allocate, chain, federated, init, integrations, nn, optim, prune, 
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
 from .base_only import base_only
-from .config import AdapterConfig, DoRAConfig, LoRAConfig, MultiLoRAConfig
+from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig
 from .functional import (
     BatchPlan,
     block_sparse_linear,
@@ -33,6 +33,7 @@ __all__ = [
     "AdapterConfig",
     "BatchPlan",
     "DoRAConfig",
+    "LaMDAConfig",
     "LoRAConfig",
     "LoRAStack",
     "MultiLoRAConfig",

@@ -16,6 +16,7 @@ from .nn.conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d,
 from .nn.dora import DoRALinear
 from .nn.embedding import DoRAEmbedding, LoRAEmbedding
 from .nn.frozen import why_not_frozen
+from .nn.lamda import LaMDALinear
 from .nn.lora import LoRALayer, LoRALinear, check_lora_settings
 from .nn.multi_lora import MultiLoRALinear
 from .patterns import FilePattern
@@ -272,6 +273,26 @@ class DoRAConfig(LoRAConfig):
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"dropout_base": self.dropout_base, "detach_norm": self.detach_norm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaMDAConfig(LoRAConfig):
+    """Linears become :class:`~lowrank_kernels.nn.LaMDALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) (B S - B₀ S₀)ᵀ.
+
+    Args:
+        (those of :class:`LoRAConfig`, without ``lora_bias``, ``gate``, ``init`` and ``train``)
+    """
+
+    _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {nn.Module: LaMDALinear}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, only in (("lora_bias", False), ("gate", False), ("init", "kaiming"), ("train", "both")):
+            if getattr(self, option) != only:
+                raise ValueError(f"LaMDAConfig: expected {option} to be left out, got {getattr(self, option)!r}")
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("dropout", "rslora", "dtype")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,19 @@ from lowrank_kernels.init import estimate_gradients, lora_ga_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cost_over_frozen import conditions
 
-COMPARED = ("lora", "rac-lora", "cola", "xgblora", "sora", "alora", "heterolora", "loraprune", "lora-plus", "lora-pro")
+COMPARED = (
+    "lora",
+    "rac-lora",
+    "cola",
+    "xgblora",
+    "sora",
+    "alora",
+    "heterolora",
+    "lamda",
+    "loraprune",
+    "lora-plus",
+    "lora-pro",
+)
 COMPARED += ("lora-rite",)
 R = 16
 
@@ -45,7 +57,7 @@ def method_arguments() -> argparse.Namespace:
     options = {"--rank": str(R), "--steps-per-link": never, "--link-warmup": "0", "--steps-per-round": never}
     options |= {"--score-after": "1", "--prune-warmup": "0", "--prune-steps": "1"}
     args = parser.parse_args([word for option in options.items() for word in option])
-    args.seed = 0
+    args.seed, args.steps = 0, 1  # LaMDA's B is frozen after the first step
     return args
 
 

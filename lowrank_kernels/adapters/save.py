@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import TASK_HEADS, config_of, whole_modules
-from ..config import ALL_LINEAR, DoRAConfig, LoRAConfig, MultiLoRAConfig, names_match
+from ..config import ALL_LINEAR, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
 from ..functional import check_flag
 from ..functional import fold_gate as folded_b
 from ..names import named_modules, named_parameters, unwrapped
 from ..nn.dora import DoRALayer
+from ..nn.lamda import LaMDALinear
 from ..nn.lora import LoRALayer, LoRALinear
 from ..nn.matrix import is_conv1d, weight_shape
 from ..nn.multi_lora import MultiLoRALinear
@@ -112,7 +113,9 @@ def save_adapter(
             "config or of one given to save_adapter",
             few(left_out),
         )
-    if config.gate and fold_gate:
+    if isinstance(config, LaMDAConfig):
+        config, tensors = _as_lora(config), _with_factors(layers, tensors)
+    elif config.gate and fold_gate:
         config, tensors = replace(config, gate=False), _with_gates_folded(layers, tensors)
     transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
     return _write_adapter(
@@ -128,6 +131,18 @@ def _with_gates_folded(layers: Mapping[str, LoRALayer], tensors: Mapping[str, Te
         b, gate = (whole(tensors[f"{name}.{k}"].detach()) for k in (key, "lora_gate"))
         folded[f"{name}.{key}"] = folded_b(b, gate)
     return folded
+
+
+def _as_lora(config: LaMDAConfig) -> LoRAConfig:
+    return LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
+
+
+def _with_factors(layers: Mapping[str, LoRALayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with A and B of LoRA in the place of LaMDA's."""
+    found = {name: t for name, t in tensors.items() if ".lamda_" not in name}
+    for name, layer in layers.items():
+        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = (f.detach() for f in layer.factors())
+    return found
 
 
 def _with_head(config: LoRAConfig, task_type: str | None) -> LoRAConfig:
@@ -291,13 +306,13 @@ def _put_at(root: nn.Module, name: str, module: nn.Module) -> None:
 def _check_layers_follow(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         has: tuple[Any, ...] = (layer.r, layer.alpha, layer.dropout, layer.rslora, layer.lora_bias is not None)
-        has += (layer.lora_gate is not None, isinstance(layer, DoRALayer))
+        has += (layer.lora_gate is not None, isinstance(layer, DoRALayer), isinstance(layer, LaMDALinear))
         says: tuple[Any, ...] = (config.rank_of(name), config.alpha_of(name), config.dropout, config.rslora)
-        says += (config.lora_bias, config.gate, isinstance(config, DoRAConfig))
+        says += (config.lora_bias, config.gate, isinstance(config, DoRAConfig), isinstance(config, LaMDAConfig))
         if has != says:
             raise ValueError(
-                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, gate, dora) = {says} by "
-                f"its config, got {has}; pass the config= that describes the layers"
+                f"save_adapter: expected {name} to have (r, alpha, dropout, rslora, lora_bias, gate, dora, lamda) = "
+                f"{says} by its config, got {has}; pass the config= that describes the layers"
             )
         if config.target_modules != ALL_LINEAR and not names_match(config.target_modules, name):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -78,12 +79,17 @@ class Run:
         return sorted(self.seconds)[len(self.seconds) // 2]
 
     def state(self, base: bool) -> dict[str, Any]:
-        """Everything that the next step depends on; with ``base`` the adapted layers' own weights too."""
-        kept = {
-            name: p.detach().clone()
-            for name, p in self.model.named_parameters()
-            if p.requires_grad or ".lora_" in name or (base and ".base_layer." in name)
-        }
+        """Everything that the next step depends on: what trained at the start, all that layers have beside the modules
+        they wrap, and with ``base`` those modules' weights too."""
+        trained = set(map(id, self.parameters))
+        layers = tuple(f"{name}." for name, module in self.model.named_modules() if hasattr(module, "base_layer"))
+
+        def is_kept(name: str, t: torch.Tensor) -> bool:
+            wrapped = ".base_layer." in name
+            return id(t) in trained or (base and wrapped) or (name.startswith(layers) and not wrapped)
+
+        tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        kept = {name: t.detach().clone() for name, t in tensors if is_kept(name, t)}
         random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
         return {
             "parameters": kept,

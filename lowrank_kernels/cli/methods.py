@@ -26,6 +26,7 @@ from .allocation import (
 )
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .galore import PROJECTION, all_weights, galore
+from .lamda import FREEZING, between_singular_vectors, freezing
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 
@@ -122,6 +123,14 @@ METHODS = {
         ride=hetero_lora,
         save=save_adapter,
         options=(FACTORS, MODULES, VALIDATION),
+    ),
+    "lamda": Method(
+        "a small square matrix that trains between the leading singular vectors of W",
+        prepare=between_singular_vectors,
+        ride=freezing,
+        save=save_adapter,
+        options=(FACTORS, FREEZING),
+        defaults={"rank": 32},
     ),
     "loraprune": Method(
         "LoRA that masks, then cuts, the heads and channels its gradients find unimportant",

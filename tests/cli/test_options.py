@@ -104,6 +104,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--proxy": WORDS,
         "--score-after": INTEGERS,
         "--choose-every": INTEGERS,
+        "--freeze-share": (*RATES, "1.5"),
         "--prune-ratio": (*RATES, "1"),
         "--prune-warmup": ("x", "-1"),
         "--prune-steps": INTEGERS,

@@ -187,10 +187,11 @@ def test_chains_over_bfloat16(more: list[str]) -> None:
 
 def base_bytes(model: Any) -> dict[str, bytes]:
     """Every weight that the model came with, bit for bit, by its name in the model as it came."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     return {
         name.replace(".base_layer.", "."): p.detach().numpy().tobytes()
         for name, p in model.named_parameters()
-        if ".lora_" not in name and not name.endswith(".blocks")
+        if ".base_layer." in name or not name.startswith(layers)
     }
 
 

@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-RIDERS = ("sora", "alora", "heterolora", "loraprune")
+RIDERS = ("sora", "alora", "heterolora", "lamda", "loraprune")
 ROOT = Path(__file__).resolve().parents[2]
 
 
