@@ -19,11 +19,11 @@ import lowrank_kernels as lk
 from lowrank_kernels.allocate import ALoRA, HeteroLoRA, LaMDA, SoRA, sora_groups
 from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
-from lowrank_kernels.optim import GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
+from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
 from lowrank_kernels.prune import LoRAPrune
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -64,6 +64,12 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
     """Adapt the model and make its optimizer: the whole difference between the methods."""
     if method == "galore":  # no layers: the model's own weights train
         return GaLore(galore_groups(model, TARGETS, rank=8, update_proj_gap=max(1, steps // 4)), lr=1e-2)
+    if method == "gmt":
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(target in name for target in TARGETS))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        GMT(model, optimizer, share=0.2, window=3)
+        return optimizer
     one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
     r = 1 if method == "xgblora" else 8
     kind = {"dora": lk.DoRAConfig, "lamda": lk.LaMDAConfig}.get(method, lk.LoRAConfig)

@@ -40,6 +40,7 @@ FAMILIES = (
     Family("merge", ops=("merge_lora_",), beside=("merge_dora_", "unmerge_dora_")),
     Family("importance", ops=("lora_importance",)),
     Family("galore", ops=("galore_adam_",)),
+    Family("magnitude", ops=("magnitude_histogram",)),
     Family("block_sparse", ops=("block_sparse_weight_grad",), beside=("block_sparse_linear", "block_adamw_")),
     Family("multi_lora", ops=("multi_lora_linear",), beside=("stack_column_scale",)),
 )

@@ -57,6 +57,14 @@ from .ops.lora import (
     lora_linear_eager,
     plan_lora_linear,
 )
+from .ops.magnitude import (
+    MagnitudeHistogram,
+    call_magnitude_histogram,
+    check_digits,
+    check_magnitude_histogram,
+    plain_magnitude_histogram,
+    plan_magnitude_histogram,
+)
 from .ops.multi_lora import (
     MultiLoRALinear,
     call_multi_lora_linear,
@@ -535,6 +543,7 @@ __all__ = [
     "galore_adam_",
     "lora_importance",
     "lora_linear",
+    "magnitude_histogram",
     "plain_block_sparse_linear",
     "raise_error",
     "read_blocks",
@@ -646,6 +655,43 @@ def lora_importance(
             plan = plan_lora_importance(call)
         sums: Tensor = call_lora_importance(call, plan)
     return sums
+
+
+def magnitude_histogram(values: Tensor, *, digit: int = 0, leading: int = 0, backend: str = "auto") -> Tensor:
+    """How many elements have each magnitude: counts of a digit of |x|, from which a k-th largest is found exactly.
+
+    The 31 bits of a float32's magnitude are a number that rises with it. They are read as three digits of 12, 10 and 9
+    bits; ``digit`` says which is counted, over the elements whose higher digits, as one number, are ``leading``. The
+    first has 16 values to a power of two; bfloat16 and float16 have zeros in the last. Infinity is above every number,
+    NaN above infinity.
+
+    Args:
+        values: any shape and strides, float32, bfloat16 or float16 (float64, rounded to float32, with
+            backend="reference").
+        digit: 0, 1 or 2.
+        leading: what the digits above are: below 2^12 for digit 1, below 2^22 for digit 2, and 0 for digit 0.
+        backend: "auto", "reference", "cpu" (C++) or "triton".
+
+    Returns:
+        (4096,), (1024,) or (512,) int64. A constant to autograd, whatever requires grad.
+
+    Values are read once, and integers are added: exact, and the same on every backend.
+
+    Raises:
+        ValueError, TypeError: numbers out of their range, no float tensor, a backend unknown or unable to run here.
+    """
+    call = MagnitudeHistogram(values, digit, leading, backend)
+    raise_error(check_digits(call))
+    plan = None
+    with torch.no_grad():
+        if traced():
+            raise_error(check_magnitude_histogram(call))
+            if transformed():
+                return plain_magnitude_histogram(call)
+        else:
+            plan = plan_magnitude_histogram(call)
+        counts: Tensor = call_magnitude_histogram(call, plan)
+    return counts
 
 
 def stack_column_scale(weight: Weight, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

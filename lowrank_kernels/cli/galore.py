@@ -37,23 +37,35 @@ PROJECTION: arguments.OptionGroup = {
 
 
 def all_weights(model: Any, args: argparse.Namespace, batches: Batches, start: Any) -> Prepared:
-    """Let the targeted linears and the vectors (norms, biases) train, and freeze the rest: embeddings and head.
+    """As :func:`train_weights_`; where the rank fits no weight, the model is as before.
 
     Raises:
         ValueError: no such linear, one whose weight is no dense float matrix, or one smaller than the rank.
     """
     flags = {p: p.requires_grad for p in model.parameters()}
-    kept = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     try:
-        for name, p in model.named_parameters():
-            linear = name.removesuffix(".weight").rpartition(".")[2] in TARGETS
-            p.requires_grad_(p.is_floating_point() and id(p) not in kept and (linear or p.dim() == 1))
+        train_weights_(model)
         _groups(model, args)
     except Exception:
         for p, trains in flags.items():
             p.requires_grad_(trains)
         raise
     return Prepared()
+
+
+def train_weights_(model: Any) -> int:
+    """Let the targeted linears and the vectors (norms, biases) train, and freeze the rest: embeddings and head.
+
+    Returns:
+        How many matrices train.
+    """
+    kept = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    matrices = 0
+    for name, p in model.named_parameters():
+        linear = name.removesuffix(".weight").rpartition(".")[2] in TARGETS
+        p.requires_grad_(p.is_floating_point() and id(p) not in kept and (linear or p.dim() == 1))
+        matrices += p.requires_grad and linear
+    return matrices
 
 
 def _groups(model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:

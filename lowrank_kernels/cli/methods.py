@@ -26,6 +26,7 @@ from .allocation import (
 )
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .galore import PROJECTION, all_weights, galore
+from .gmt import MASKS, masked, whole_weights
 from .lamda import FREEZING, between_singular_vectors, freezing
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
@@ -147,6 +148,14 @@ METHODS = {
         learning_rate=8e-4,
         save=save_model,
         options=(PROJECTION,),
+    ),
+    "gmt": Method(
+        "full weights, of which each step moves those with the largest gradients",
+        prepare=whole_weights,
+        ride=masked,
+        learning_rate=1e-4,
+        save=save_model,
+        options=(MASKS,),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

@@ -108,6 +108,14 @@ def lora_importance(K: int, N: int, R: int, size: int, splits: int = 1) -> tuple
     return (made,) if splits == 1 else (made, Work(4 * (splits + 1) * N, 1.0 * splits * N, 4))
 
 
+def magnitude_histogram(target: Target, elements: int, size: int) -> tuple[Work, ...]:
+    """The values once and the counts of each program; a library's sum adds those up."""
+    blocks = -(-elements // 4096)
+    programs = min(blocks, 4 * target.num_sms)
+    counts = 4.0 * 4096 * programs
+    return Work(size * elements + counts, 4.0 * elements, 4), Work(counts + 8 * 4096, 4096.0 * programs, 4)
+
+
 def block_sparse_weight_grad(
     M: int, blocks: int, block: int, size: int, distinct: tuple[int, int], splits: int = 1
 ) -> tuple[Work, ...]:
@@ -149,6 +157,7 @@ def multi_lora_forward(
 
 __all__ = [
     "LAUNCH_SECONDS", "OWN_PRODUCT_EFFICIENCY", "Work", "block_sparse_weight_grad", "dora_weight_norm",
-    "launch_seconds", "lora_forward", "lora_forward_seconds", "lora_importance", "merge_lora", "multi_lora_forward",
+    "launch_seconds", "lora_forward", "lora_forward_seconds", "lora_importance",
+    "magnitude_histogram", "merge_lora", "multi_lora_forward",
     "seconds",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from .dora import DoRALinear, DoRALinearBackward, DoRAWeightNorm
 from .galore import GaLoreAdam
 from .importance import LoRAImportance
 from .lora import LoRALinear, LoRALinearBackward
+from .magnitude import MagnitudeHistogram
 from .merge import MergeLoRA
 from .multi_lora import MultiLoRALinear, MultiLoRALinearBackward
 from .planning import Meta
@@ -96,6 +97,11 @@ def _galore(s: Sizes, of: Callable[..., Meta]) -> GaLoreAdam:
     return GaLoreAdam(weight, weight, basis, low, low, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.25, 1, "auto")
 
 
+def _magnitude(s: Sizes, of: Callable[..., Meta]) -> MagnitudeHistogram:
+    values: Any = of(s["elements"])
+    return MagnitudeHistogram(values, 0, 0, "auto")
+
+
 def _stack(s: Sizes, of: Callable[..., Meta]) -> tuple[Any, ...]:
     """(x, W, A, B, table, scalings, rank, slices, ids) of G adapters, one a row."""
     x, weight, *_ = _operands(s, of)
@@ -132,6 +138,7 @@ EXAMPLES = {
     "merge_lora_": Example("K N R", _merge),
     "galore_adam_": Example("K N R", _galore),
     "lora_importance": Example("K N R", _importance),
+    "magnitude_histogram": Example("elements", _magnitude),
     "multi_lora_linear": Example("M K N R G", _multi, _multi_backward),
     "block_sparse_weight_grad": Example("M K N blocks size", _block_grad),
 }

@@ -15,6 +15,7 @@ from .embedding import lora_embedding_ref
 from .galore import galore_adam_ref, rotate_moments_ref
 from .importance import lora_importance_ref
 from .lora import lora_linear_backward_ref, lora_linear_ref
+from .magnitude import magnitude_histogram_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 
@@ -34,6 +35,7 @@ __all__ = [
     "lora_importance_ref",
     "lora_linear_backward_ref",
     "lora_linear_ref",
+    "magnitude_histogram_ref",
     "merge_lora_ref",
     "multi_lora_linear_backward_ref",
     "multi_lora_linear_ref",

@@ -437,6 +437,20 @@ def galore(d: Draw) -> Call:
     return Call(words, tensors, run, lambda name, dy: 4 * sizes[what], dtype if what == "weight" else state)
 
 
+def magnitude(d: Draw) -> Call:
+    dtype = d.dtype()
+    values = d.laid_out(d.normal(d.width(), d.width(), of=dtype))
+    digit = d.one_of(0, 1, 2)
+    leading = d.one_of(*((0,), (2016, 2032, 0), (2016 << 10, 2032 << 10))[digit])
+    return Call(
+        f"magnitude_histogram(digit={digit}, leading={leading})",
+        {"values": values},
+        lambda t, backend: lk.magnitude_histogram(t["values"], digit=digit, leading=leading, backend=backend).float(),
+        lambda name, dy: 1e-3,  # counts are exact
+        F32,
+    )
+
+
 def merge(d: Draw) -> Call:
     k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
     tensors = {
@@ -474,6 +488,7 @@ FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "dora_norm": (2, dora_norm),
     "importance": (2, importance),
     "galore": (2, galore),
+    "magnitude": (1, magnitude),
     "merge": (2, merge),
 }
 """How often each is drawn, and by what."""

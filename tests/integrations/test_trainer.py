@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-RIDERS = ("sora", "alora", "heterolora", "lamda", "loraprune")
+RIDERS = ("sora", "alora", "heterolora", "lamda", "loraprune", "gmt")
 ROOT = Path(__file__).resolve().parents[2]
 
 

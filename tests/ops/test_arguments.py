@@ -148,6 +148,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dic
             "backend": BACKEND,
         },
     ),
+    "magnitude_histogram": (
+        lk.magnitude_histogram,
+        lambda: {"values": torch.zeros(N, K)},
+        {
+            "values": [None, 1.0, [1.0], torch.zeros(N, K, dtype=torch.int64)],
+            "digit": [3, -1, 1.0, None, True, "0"],
+            "leading": [1, -1, 1.0, None, True, "0"],
+            "backend": BACKEND,
+        },
+    ),
     "multi_lora_linear": (
         lk.multi_lora_linear,
         lambda: {

@@ -36,7 +36,7 @@ ALLOWED = {
     "rider": (set(), {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge", "rider"}, {"torch"}),
     "federated": ({"merge"}, {"torch"}),
-    "optim": ({"finite", "functional", "names", "nn"}, {"torch"}),
+    "optim": ({"finite", "functional", "names", "nn", "rider"}, {"torch"}),
     "patterns": (set(), set()),
     "config": ({"nn", "init", "patterns"}, {"torch"}),
     "names": (set(), {"torch"}),
