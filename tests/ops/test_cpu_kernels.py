@@ -1,18 +1,13 @@
 """The compiled CPU passes against float64 formulas, at every instruction set that runs here.
 
-LRK_CPU_ISA is read once per process, so the lower levels are tested in subprocesses that run the `core`
-tests of this file.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +19,6 @@ if not _extension.available():
 
 OPS = torch.ops.lowrank_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = ["generic", "avx2", "avx512", "amx"]
 SEED = -0x1234_5678_9ABC_DEF0
 DROPOUT_P = 0.3
 
@@ -377,29 +371,3 @@ MESSAGES: list[tuple[Callable[[], object], str]] = [
 def test_messages(call: Callable[[], object], message: str) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
         call()
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set(level: str) -> None:
-    """A level that this processor lacks falls back to the best below it, so this always runs."""
-    best = _extension.cpu_isa()
-    assert best in LEVELS
-    if level == best:
-        pytest.skip("this process runs on it already")
-    if LEVELS.index(level) > LEVELS.index(best):
-        pytest.skip(f"this processor stops at {best}")
-    environment = dict(os.environ, LRK_CPU_ISA=level)
-    probe = "from lowrank_kernels import _extension; print(_extension.cpu_isa())"
-    folder = Path(__file__).resolve().parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True, cwd=folder
-    )
-    assert out.stdout.strip() == level
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "core", "-p", "no:cacheprovider", __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]

@@ -1,14 +1,11 @@
 """DoRA's norm: the compiled one against the float64 norm of the dense sum, at every instruction set that runs here.
 
-LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ if not _extension.has_op("dora_norm"):
 OP = torch.ops.lowrank_kernels.dora_norm
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, F16]
-LEVELS = ["generic", "avx2", "avx512"]
 SCALING = 0.75
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 if not (torch.cuda.is_available() and _extension.has_cuda()):
@@ -252,21 +248,6 @@ def test_misfits_are_refused(change, words: str) -> None:  # type: ignore[no-unt
         OP(*change(w, a, b), 1.0, None, None)
     with pytest.raises(RuntimeError, match=r"magnitude of shape \(N,\)"):
         OP(w, a, b, 1.0, None, torch.ones(9))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_lower_instruction_sets(level: str) -> None:
-    if os.environ.get("LRK_CPU_ISA"):
-        pytest.skip("already in a subprocess")
-    if _extension.cpu_isa() in LEVELS and LEVELS.index(level) >= LEVELS.index(str(_extension.cpu_isa())):
-        pytest.skip(f"this processor's best is {_extension.cpu_isa()}, which the tests above ran")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "core", "-p", "no:cacheprovider"],
-        env={**os.environ, "LRK_CPU_ISA": level},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

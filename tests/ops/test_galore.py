@@ -1,13 +1,11 @@
 """GaLore's step: every backend against float64, moments too, layouts, and nothing written after an error.
 
-LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -156,18 +154,3 @@ def test_messages_and_a_weight_that_stays(changes, error, message) -> None:  # t
     with pytest.raises(error, match=rf"^galore_adam_: .*{message}"):
         lk.galore_adam_(**t, step=1)
     assert all(torch.equal(t[name], v) for name, v in before.items())
-
-
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(level: str) -> None:
-    levels = ["generic", "avx2", "avx512", "amx"]
-    best = _extension.cpu_isa()
-    if "cpu" not in BACKENDS or levels.index(level) >= levels.index(best):
-        pytest.skip(f"this process runs on {best}")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "core and cpu", "-p", "no:cacheprovider", __file__],
-        env=dict(os.environ, LRK_CPU_ISA=level),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]

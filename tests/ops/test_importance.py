@@ -1,14 +1,12 @@
 """LoRAPrune's importance: every backend against float64, whatever the layout; NaN, infinity, and no gradient.
 
-LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -139,19 +137,3 @@ def test_a_plan_says_what_runs() -> None:
     t = importance_tensors((40, 30, 4), F32, F32)
     plan = plan_lora_importance(LoRAImportance(*t.values(), 1.0, "rows", "reference"))  # type: ignore[arg-type]
     assert plan is not None and plan.backend == "reference" and plan.reasons[0].why == "named by the caller"
-
-
-@pytest.mark.skipif(not _extension.available(), reason="the compiled extension")
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_the_instruction_sets_below_the_best(level: str) -> None:
-    levels = ["generic", "avx2", "avx512", "amx"]
-    best = _extension.cpu_isa()
-    if levels.index(level) >= levels.index(best):
-        pytest.skip(f"this process runs on {best}")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "core and cpu", "-p", "no:cacheprovider", __file__],
-        env=dict(os.environ, LRK_CPU_ISA=level),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]

@@ -74,5 +74,5 @@ def test_counts_are_constants() -> None:
 
 @pytest.mark.parametrize(("digit", "leading"), [(0, 1), (1, 4096), (2, 1 << 22), (3, 0)])
 def test_digits_that_there_are_not(digit: int, leading: int) -> None:
-    with pytest.raises(ValueError, match="magnitude_histogram: expected (digit|leading) to be an integer from 0"):
+    with pytest.raises(ValueError, match=r"magnitude_histogram: expected (digit|leading) to be an integer from 0"):
         lk.magnitude_histogram(torch.zeros(3), digit=digit, leading=leading)

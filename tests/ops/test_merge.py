@@ -1,14 +1,12 @@
 """Merging into a weight: every backend against float64, both roundings, and W untouched after an error.
 
-LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -230,21 +228,6 @@ def test_messages_and_a_weight_that_stays(call, error, message) -> None:  # type
     with pytest.raises(error, match=rf"^merge_lora_: .*{message}"):
         call(weight)
     assert torch.equal(weight, before)
-
-
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(level: str) -> None:
-    levels = ["generic", "avx2", "avx512", "amx"]
-    best = _extension.cpu_isa()
-    if "cpu" not in BACKENDS or levels.index(level) >= levels.index(best):
-        pytest.skip(f"this process runs on {best}")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "core and cpu", "-p", "no:cacheprovider", __file__],
-        env=dict(os.environ, LRK_CPU_ISA=level),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
 
 
 @pytest.mark.parametrize("dora", [False, True])

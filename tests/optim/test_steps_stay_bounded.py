@@ -88,7 +88,9 @@ def train(optimizer: str, start: str, r: int, rows: int, dtype: torch.dtype, ste
     return longest, max(float(a.detach().abs().max()), float(b.detach().abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [F32, F16, *(pytest.param(d, marks=pytest.mark.nightly) for d in (F64, BF16))], ids=str
+)
 @pytest.mark.parametrize("start", STARTS)
 def test_lora_rites_step_has_the_length_that_the_rate_says(start: str, dtype: torch.dtype) -> None:
     """Adam's freedom above it: gradients that agree for some steps after others that did not. In half precision also

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -411,21 +408,3 @@ def test_a_scale_that_is_no_number_is_seen_in_what_it_scales() -> None:
     weight = MXFP4Weight.from_dense(weight_of((2, 64), torch.bfloat16))
     weight.scales[0, 1] = 255
     assert weight.dense().isnan().sum() == 32 and bool(weight.dense()[0, 32:].isnan().all())
-
-
-@needs_extension
-@pytest.mark.parametrize("isa", [isa for isa in _extension.ISAS[:3]])
-def test_every_instruction_set(isa: str) -> None:
-    best = _extension.cpu_isa()
-    if _extension.ISAS.index(isa) > _extension.ISAS.index(best or "generic"):
-        pytest.skip(f"this processor stops at {best}")
-    if isa == best:
-        pytest.skip("this process runs on it already")
-    names = "decodes or roundings or dense_results or as_exact"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names],
-        env={**os.environ, "LRK_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +12,6 @@ from torch import Tensor, nn
 
 import lowrank_kernels as lk
 from lowrank_kernels import weights
-from lowrank_kernels._extension import ISAS, cpu_isa
 from lowrank_kernels.weights import (
     AWQWeight,
     CodedWeight,
@@ -317,20 +313,3 @@ def test_a_gguf_file_is_read(tmp_path: Path) -> None:
         Q8_0Weight.from_checkpoint(tmp_path / "m.gguf", "v")
     with pytest.raises(ValueError, match="expected w of type Q4_K, got Q8_0"):
         Q4_KWeight.from_checkpoint(tmp_path / "m.gguf", "w")
-
-
-@needs_extension
-@pytest.mark.parametrize("isa", ISAS[:3])
-def test_every_instruction_set(isa: str) -> None:
-    best = cpu_isa() or "generic"
-    if ISAS.index(isa) > ISAS.index(best):
-        pytest.skip(f"this processor stops at {best}")
-    if isa == best:
-        pytest.skip("this process runs on it already")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "decodes or as_exact"],
-        env={**os.environ, "LRK_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
