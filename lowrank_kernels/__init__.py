@@ -2,9 +2,9 @@
 
 from . import allocate, chain, federated, init, integrations, nn, optim, prune, serving, smt, weights
 from .adapt import adapt, plan_adaptation
-from .adapters import load_adapter, save_adapter, save_lora_ga_adapter
+from .adapters import load_adapter, load_svft, save_adapter, save_lora_ga_adapter, save_svft
 from .base_only import base_only
-from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig
+from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, SVFTConfig
 from .functional import (
     BatchPlan,
     block_sparse_linear,
@@ -20,6 +20,8 @@ from .functional import (
     multi_lora_linear,
     plan_batch,
     stack_column_scale,
+    svft_linear,
+    svft_pattern,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .quantize import dequantize_, quantize_
@@ -40,6 +42,7 @@ __all__ = [
     "MultiLoRAConfig",
     "Report",
     "SMTConfig",
+    "SVFTConfig",
     "__version__",
     "adapt",
     "allocate",
@@ -57,6 +60,7 @@ __all__ = [
     "init",
     "integrations",
     "load_adapter",
+    "load_svft",
     "lora_importance",
     "lora_linear",
     "magnitude_histogram",
@@ -72,9 +76,12 @@ __all__ = [
     "quantize_",
     "save_adapter",
     "save_lora_ga_adapter",
+    "save_svft",
     "serving",
     "smt",
     "stack_column_scale",
+    "svft_linear",
+    "svft_pattern",
     "unmerge_dora_",
     "weights",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from .nn.frozen import why_not_frozen
 from .nn.lamda import LaMDALinear
 from .nn.lora import LoRALayer, LoRALinear, check_lora_settings
 from .nn.multi_lora import MultiLoRALinear
+from .nn.svft import SVFTLinear, check_pattern, check_pattern_fits
 from .patterns import FilePattern
 
 ALL_LINEAR = "all-linear"
@@ -362,6 +364,62 @@ class MultiLoRAConfig(AdapterConfig):
             init=self.init,
             dtype=self.dtype,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVFTConfig(AdapterConfig):
+    """Linears become :class:`~lowrank_kernels.nn.SVFTLinear`: y = x Wᵀ + bias + ((x V) Mᵀ) Uᵀ, W = U Σ Vᵀ.
+
+    Args:
+        pattern: which places of M train: "plain", "banded", "random" or "top", as for ``SVFTLinear.from_linear``; or
+            {path: places (E, 2)}, for just the modules of these paths.
+        band, k, dtype: as for ``SVFTLinear.from_linear``.
+        seed: of "random"; each module has places of its own, by its path.
+        (and those of :class:`AdapterConfig`)
+    """
+
+    pattern: str | Mapping[str, torch.Tensor] = "plain"
+    band: int | None = None
+    k: int | None = None
+    seed: int = 0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, (str, Mapping)):
+            raise TypeError(f"SVFTConfig: expected pattern to be a word or a dict, got {type(self.pattern).__name__}")
+        check_pattern("SVFTConfig", self.pattern, self.band, self.k, self.seed)
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"SVFTConfig: expected dtype to be a floating dtype, got {self.dtype!r}")
+        if isinstance(self.pattern, Mapping):
+            object.__setattr__(self, "target_modules", "|".join(re.escape(name) for name in self.pattern))
+        super().__post_init__()
+
+    def layer(self, name: str, linear: nn.Linear) -> SVFTLinear:
+        pattern = self.pattern if isinstance(self.pattern, str) else self.pattern[name]
+        seed = zlib.crc32(name.encode()) + self.seed
+        return SVFTLinear.from_linear(linear, pattern, band=self.band, k=self.k, seed=seed, dtype=self.dtype)
+
+    def check_fits(self, name: str, n: int, k: int) -> None:
+        check_pattern_fits(f"adapt: {name}", min(n, k), self.pattern, self.band, self.k)
+
+    def rank_of(self, name: str) -> int:
+        """0: a sparse M has no rank of its own."""
+        return 0
+
+    def size_of(self, name: str) -> str:
+        if not isinstance(self.pattern, str):
+            return f"{len(self.pattern[name])} places of M"
+        words = {"banded": f", {self.band} on each side", "random": f", {self.k}", "top": f", {self.k}"}
+        return f"M {self.pattern}{words.get(self.pattern, '')}"
+
+    def unused(self, names: Sequence[str], whole: Sequence[str] = ()) -> list[str]:
+        missing = [name for name in self.pattern if name not in names] if isinstance(self.pattern, Mapping) else []
+        if missing:
+            raise ValueError(
+                f"adapt: expected every module of pattern to be a plain nn.Linear of this model, which {len(missing)} "
+                f"are not, first {missing[0]}"
+            )
+        return []
 
 
 def names_match(wanted: str | Sequence[str], name: str) -> bool:

@@ -83,6 +83,14 @@ from .ops.plain import (
     plain_multi_lora_linear,
     plain_weight_norm,
 )
+from .ops.svft import (
+    SVFTLinear,
+    call_svft_linear,
+    check_svft_linear,
+    plain_svft_linear,
+    plan_svft_linear,
+    svft_pattern,
+)
 from .stack import LoRAStack
 from .weights import FrozenWeight, Weight, dense, like, rows
 
@@ -547,6 +555,8 @@ __all__ = [
     "plain_block_sparse_linear",
     "raise_error",
     "read_blocks",
+    "svft_linear",
+    "svft_pattern",
     "transformed",
     "write_blocks_",
 ]
@@ -739,6 +749,59 @@ def stack_column_scale(weight: Weight, stack: LoRAStack, *, backend: str = "auto
                         backend=backend,
                     )
     return norm, scale
+
+
+def svft_linear(
+    x: Tensor,
+    weight: Weight,
+    u: Tensor,
+    vh: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Frozen linear plus a sparse matrix in a frozen basis: y = x Wᵀ + bias + ((x V) Mᵀ) Uᵀ, which is x (W + U M Vᵀ)ᵀ.
+
+    M is (I, J) with E values at fixed places; no matrix of W's size is made, in either direction:
+    dX = dY W + ((dY U) M) Vᵀ, and dM_ij = Σ_tokens (dY U)_i (x V)_j at the places of M alone.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); any strides, may be empty.
+        weight: W (N, K), x's dtype, frozen.
+        u: U (N, I) and
+        vh: Vᵀ (J, K), frozen, any float dtype: a copy in x's dtype is made where that is another.
+        values: the values of M (E,), any float dtype; they are not rounded to x's.
+        pattern: their places, from :func:`svft_pattern`.
+        bias: (N,) or None, of any float dtype.
+        backend: "auto", "reference", "cpu" (C++) or "triton".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    The products with W, V and U are the library's. What is between them accumulates in float32 and is rounded to x's
+    dtype once. Deterministic: sums over tokens are added up in a fixed order, without atomics. For backward, t = x V
+    (M, J) is saved in x's dtype where the values are trained, and x never is.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, W, U or V that require grad, a backend that is
+            unknown or cannot run here.
+
+    Source: Lingam et al., "SVFT", arXiv 2405.19597; W in place of U Σ Vᵀ, see docs/methods/svft.md.
+    """
+    call = SVFTLinear(x, like(x, weight), u, vh, values, pattern, bias, False, backend)
+    plan = None
+    if traced():
+        raise_error(check_svft_linear(call))
+        if transformed():
+            return plain_svft_linear(call)
+    else:
+        plan = plan_svft_linear(call)
+    if torch.is_grad_enabled() and values.requires_grad:
+        call = call._replace(save_t=True)
+    y: Tensor = call_svft_linear(call, plan)[0]
+    return y
 
 
 def _dropout_of_each(dropout_p: float | Sequence[float], adapters: int) -> list[float]:

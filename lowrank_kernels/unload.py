@@ -19,6 +19,7 @@ from .nn.lora import LoRALayer, check_requantize
 from .nn.matrix import frozen_weight
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import is_dtensor, why_not_written
+from .nn.svft import SVFTLinear
 from .weights import ROUNDINGS, FrozenWeight
 
 _OP = "merge_and_unload"
@@ -28,8 +29,8 @@ logger = logging.getLogger("lowrank_kernels")
 def merge_and_unload(model: nn.Module, *, adapter: int | None = None, requantize: str | None = None) -> nn.Module:
     """Merge every adapted layer into its weight and put the linears back, in place.
 
-    W ← W + s B A for LoRA, g ∘ (W + s B A) for DoRA, and W with its blocks for SMT; in float32, rounded once to W's
-    dtype. What PEFT's method of this name does for a PeftModel.
+    W ← W + s B A for LoRA, g ∘ (W + s B A) for DoRA, W with its blocks for SMT, W + U M Vᵀ for SVFT; in float32,
+    rounded once to W's dtype. What PEFT's method of this name does for a PeftModel.
 
     The result is the model as it was before :func:`lowrank_kernels.adapt`, with other weights: the same linears, under
     the same names, so that ``save_pretrained``, ``from_pretrained`` and every other tool take it. Parameters require a
@@ -110,7 +111,7 @@ def _prepared(
     layer: nn.Module, adapter: int | None, owners: dict[int, list[str]], requantize: str | None
 ) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
-    if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear)):
+    if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear, SVFTLinear)):
         is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
@@ -145,6 +146,9 @@ def _prepared(
     if isinstance(layer, BlockSparseLinear):
         _check_finite("blocks", layer.blocks)
         return layer.merge_
+    if isinstance(layer, SVFTLinear):
+        _check_finite("values", layer.values)
+        return _nothing if layer.merged else layer.write_
     return _prepared_lora(layer, requantize if stored else None)
 
 

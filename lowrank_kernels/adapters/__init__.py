@@ -5,5 +5,14 @@ PEFT itself is not needed. A model is changed only after every name, shape, dtyp
 
 from .load import AdapterFile, load_adapter, read_adapter
 from .save import save_adapter, save_lora_ga_adapter
+from .svft import load_svft, save_svft
 
-__all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter", "save_lora_ga_adapter"]
+__all__ = [
+    "AdapterFile",
+    "load_adapter",
+    "load_svft",
+    "read_adapter",
+    "save_adapter",
+    "save_lora_ga_adapter",
+    "save_svft",
+]

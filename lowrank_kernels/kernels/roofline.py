@@ -130,6 +130,18 @@ def block_sparse_weight_grad(
     return Work(read + 4 * splits * result, flops, size), Work((4 * splits + size) * result, 1.0 * splits * result, 4)
 
 
+def svft_forward(M: int, K: int, N: int, E: int, size: int) -> tuple[Work, ...]:
+    """x Vᵀ, the sparse M on it, x Wᵀ, and the sum in place with U; all r = min(N, K) singular vectors, E values."""
+    r = min(N, K)
+    x, t, y, pattern = size * M * K, size * M * r, size * M * N, 4 * (2 * E + r + 1)
+    return (
+        Work(x + size * r * K + t, 2.0 * M * K * r, size),
+        Work(2 * t + pattern, 2.0 * M * E, 4),
+        Work(x + size * N * K + y, 2.0 * M * N * K, size),
+        Work(2 * y + t + size * N * r, 2.0 * M * N * r, size),
+    )
+
+
 def multi_lora_forward(
     M: int, K: int, N: int, R: int, G: int, size: int, splits: int = 1, strategy: str = "library"
 ) -> tuple[Work, ...]:
@@ -157,7 +169,6 @@ def multi_lora_forward(
 
 __all__ = [
     "LAUNCH_SECONDS", "OWN_PRODUCT_EFFICIENCY", "Work", "block_sparse_weight_grad", "dora_weight_norm",
-    "launch_seconds", "lora_forward", "lora_forward_seconds", "lora_importance",
-    "magnitude_histogram", "merge_lora", "multi_lora_forward",
-    "seconds",
+    "launch_seconds", "lora_forward", "lora_forward_seconds", "lora_importance", "magnitude_histogram", "merge_lora",
+    "multi_lora_forward", "seconds", "svft_forward",
 ]  # fmt: skip

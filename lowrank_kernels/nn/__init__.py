@@ -8,6 +8,7 @@ from .embedding import DoRAEmbedding, LoRAEmbedding
 from .lamda import LaMDALinear
 from .lora import LoRALayer, LoRALinear
 from .multi_lora import MultiLoRALinear, use_adapters
+from .svft import SVFTLinear
 
 __all__ = [
     "BlockSparseLinear",
@@ -25,5 +26,6 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "MultiLoRALinear",
+    "SVFTLinear",
     "use_adapters",
 ]

@@ -17,6 +17,7 @@ from .magnitude import MagnitudeHistogram
 from .merge import MergeLoRA
 from .multi_lora import MultiLoRALinear, MultiLoRALinearBackward
 from .planning import Meta
+from .svft import SVFTLinear, SVFTLinearBackward
 
 Sizes = Mapping[str, int]
 _EVERYTHING = (True,) * 5
@@ -131,6 +132,20 @@ def _block_grad(s: Sizes, of: Callable[..., Meta]) -> BlockSparseWeightGrad:
     return BlockSparseWeightGrad(x, dy, index, s["size"], s["size"], x.dtype, "auto")
 
 
+def _svft(s: Sizes, of: Callable[..., Meta]) -> SVFTLinear:
+    r = min(s["N"], s["K"])
+    products = of(s["M"], s["K"]), of(s["N"], s["K"]), of(s["N"], r), of(r, s["K"])
+    m = of(s["E"], dtype=torch.float32), of(3 * s["E"] + 2 * r + 2, dtype=torch.int32)
+    return SVFTLinear._make((*products, *m, None, False, "auto"))
+
+
+def _svft_backward(s: Sizes, of: Callable[..., Meta]) -> SVFTLinearBackward:
+    _, *operands, _, _, backend = _svft(s, of)
+    dy: Any = of(s["M"], s["N"])
+    t: Any = of(s["M"], min(s["N"], s["K"]))
+    return SVFTLinearBackward._make((dy, *operands, t, (True,) * 3, backend))
+
+
 EXAMPLES = {
     "lora_linear": Example("M K N R", _lora, _lora_backward),
     "dora_linear": Example("M K N R", _dora, _dora_backward),
@@ -140,5 +155,6 @@ EXAMPLES = {
     "lora_importance": Example("K N R", _importance),
     "magnitude_histogram": Example("elements", _magnitude),
     "multi_lora_linear": Example("M K N R G", _multi, _multi_backward),
+    "svft_linear": Example("M K N E", _svft, _svft_backward),
     "block_sparse_weight_grad": Example("M K N blocks size", _block_grad),
 }

@@ -18,6 +18,7 @@ from .lora import lora_linear_backward_ref, lora_linear_ref
 from .magnitude import magnitude_histogram_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
+from .svft import svft_linear_backward_ref, svft_linear_ref, svft_matrix_ref
 
 __all__ = [
     "block_adamw_ref_",
@@ -42,5 +43,8 @@ __all__ = [
     "read_blocks_ref",
     "rotate_moments_ref",
     "round_stochastically_ref",
+    "svft_linear_backward_ref",
+    "svft_linear_ref",
+    "svft_matrix_ref",
     "write_blocks_ref_",
 ]

@@ -7,8 +7,6 @@ from anywhere: nothing in it is executed, and a model is changed only after ever
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
 import os
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapt
-from ..adapters.folder import FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
+from ..adapters.folder import FILE_DTYPES, few, fingerprint, inside, is_folder, read_header, read_json, write_aside
 from ..finite import all_finite
 from ..functional import write_blocks_
 from ..names import named_modules, submodule
@@ -36,15 +34,6 @@ FORMAT = "lowrank_kernels sparse delta 1"
 _MAX_CONFIG_BYTES = 8 << 20
 _ANY_BLOCK = 1024  # rows or columns of a block over a matrix of any size
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a matrix's values, row by row, as they lie in memory on the CPU."""
-    plain = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256()
-    if plain.numel():
-        digest.update((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
-    return digest.hexdigest()
 
 
 def save_delta(model: nn.Module, folder: str | os.PathLike[str]) -> Path:

@@ -451,6 +451,48 @@ def magnitude(d: Draw) -> Call:
     )
 
 
+def svft(d: Draw) -> Call:
+    m, k, n, dtype = d.tokens(), d.width(), d.width(), d.dtype()
+    i, j, of = d.rank(), d.rank(), d.any_dtype(dtype)
+    places = sorted(d.random.sample(range(i * j), d.random.randint(1, i * j)))
+    pattern = lk.svft_pattern(torch.tensor([[p // j for p in places], [p % j for p in places]]), i, j)
+    tensors = {
+        "x": _leading(d, d.laid_out(d.normal(m, k, of=dtype))),
+        "weight": d.laid_out(d.normal(n, k, of=dtype, scale=max(k, 1) ** -0.5)),
+        "u": d.laid_out(d.normal(n, i, of=of, scale=max(n, 1) ** -0.5)),
+        "vh": d.laid_out(d.normal(j, k, of=of, scale=max(k, 1) ** -0.5)),
+        "values": d.laid_out(d.normal(len(places), of=d.any_dtype(dtype))),
+    }
+    if d.chance(0.5):
+        tensors["bias"] = d.laid_out(d.normal(n, of=d.any_dtype(dtype)))
+    x, w, u = (_longest(tensors[name]) for name in ("x", "weight", "u"))
+    all_x, all_w, all_u = (_norm(tensors[name]) for name in ("x", "weight", "u"))
+    all_v, s, rows = _norm(tensors["vh"]), _norm(tensors["values"]), max(1, tensors["x"].numel())
+
+    def size(name: str, dy: float) -> float:
+        return {
+            "y": 2 * x * (w + all_v * s * u) + _largest(tensors.get("bias")),
+            "x": 2 * dy * (all_w + all_u * s * all_v),
+            "values": dy * all_u * all_x * all_v,
+            "bias": rows**0.5 * dy,
+        }[name]
+
+    def run(t: Tensors, backend: str) -> Tensor:
+        operands = (t[name] for name in ("x", "weight", "u", "vh", "values"))
+        return lk.svft_linear(*operands, pattern, t.get("bias"), backend=backend)
+
+    return Call(
+        f"svft_linear(I={i}, J={j}, E={len(places)})",
+        tensors,
+        run,
+        size,
+        dtype,
+        ("x", "values", "bias"),
+        tuned="svft_linear",
+        choices=({"backend": "reference"},),
+    )
+
+
 def merge(d: Draw) -> Call:
     k, n, r, dtype = d.width(), d.width(), d.rank(), d.dtype()
     tensors = {
@@ -490,5 +532,6 @@ FAMILIES: dict[str, tuple[int, Callable[[Draw], Call]]] = {
     "galore": (2, galore),
     "magnitude": (1, magnitude),
     "merge": (2, merge),
+    "svft": (2, svft),
 }
 """How often each is drawn, and by what."""

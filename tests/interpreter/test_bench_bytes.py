@@ -90,6 +90,14 @@ def test_a_galore_step_reads_g_and_writes_w(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_svft_moves_rows_as_wide_as_the_smaller_side(dtype):
+    shape, record = counted("svft_linear", dtype, E=200)
+    _, launches = OPS["svft_linear"].launches(TARGET, shape, dtype)
+    made = [launch for launch in record.launches if launch.name in ("linear", "svft_multiply_kernel", "addmm_")]
+    assert [launch.nbytes for launch in made] == [launches[i].nbytes for i in (0, 2, 1, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_in_parts(dtype):
     with tuned.forcing("block_sparse_weight_grad") as force:
         force({"splits": 2, "BLOCK_M": 16})

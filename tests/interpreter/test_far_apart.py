@@ -1,4 +1,4 @@
-"""Offsets beyond 2**31 in the kernels of DoRA, of merging and of many adapters: strides, not gigabytes."""
+"""Offsets beyond 2**31 in the kernels of DoRA, of merging, of SVFT and of many adapters: strides, not gigabytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowrank_kernels.kernels.importance import lora_importance
 from lowrank_kernels.kernels.importance_tiles import importance_tiles
 from lowrank_kernels.kernels.lora_tiles import lora_tiles
 from lowrank_kernels.kernels.merge import merge_lora_
+from lowrank_kernels.kernels.svft import svft_grad, svft_multiply
 from lowrank_kernels.kernels.target import TARGETS
 from tests.interpreter.test_lora import _far_apart, _in_place
 from tests.problems.lora import BF16, F32
@@ -61,6 +62,13 @@ def _galore(t: Tensors) -> tuple[Tensor, ...]:
     return tuple(w.clone(memory_format=torch.contiguous_format) for w in written)
 
 
+def _svft(t: Tensors) -> tuple[Tensor, ...]:
+    rows, columns, values = t["grad_y"], t["x"], torch.linspace(-1, 1, 24)
+    pattern = lk.svft_pattern(torch.arange(24).repeat(2, 1), 24, 40)
+    products = svft_multiply(columns, values, pattern, 24, False), svft_multiply(rows, values, pattern, 40, True)
+    return *products, svft_grad(rows, columns, pattern, 24)
+
+
 def _many(t: Tensors) -> tuple[Tensor]:
     stack = lk.LoRAStack.from_factors([(t["lora_a"], t["lora_b"], 0.5), (t["lora_a"] + 1, t["lora_b"], 0.25)])
     return (lk.multi_lora_linear(t["x"], t["weight"], stack, torch.tensor([0, 1, -1, 1]), backend="triton"),)
@@ -74,6 +82,7 @@ def _many(t: Tensors) -> tuple[Tensor]:
         (_merge, ("weight", "lora_a", "lora_b")),
         (_importance, ("weight", "lora_a", "lora_b")),
         (_galore, ("weight", "lora_b", "written")),
+        (_svft, ("x", "grad_y")),
         (_many, ("x", "weight")),
     ],
 )

@@ -46,7 +46,7 @@ ALLOWED = {
     "base_only": ({"adapt", "names", "nn"}, {"torch"}),
     "unload": ({"names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
     "adapters": (
-        {"names", "adapt", "config", "finite", "functional", "nn", "patterns", "report"},
+        {"names", "adapt", "config", "finite", "functional", "nn", "patterns", "report", "weights"},
         {"torch", "safetensors"},
     ),
     "smt": (
