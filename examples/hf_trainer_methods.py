@@ -23,7 +23,7 @@ from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups,
 from lowrank_kernels.prune import LoRAPrune
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -70,6 +70,9 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         GMT(model, optimizer, share=0.2, window=3)
         return optimizer
+    if method == "svft":
+        print(lk.adapt(model, lk.SVFTConfig(target_modules=TARGETS, pattern="banded", band=4)))
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     one_sided = {"train": "b", "init": "orthonormal"} if method == "rac-lora" else {}
     r = 1 if method == "xgblora" else 8
     kind = {"dora": lk.DoRAConfig, "lamda": lk.LaMDAConfig}.get(method, lk.LoRAConfig)

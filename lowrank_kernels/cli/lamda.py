@@ -28,7 +28,7 @@ FREEZING: arguments.OptionGroup = {
 }
 
 
-def between_singular_vectors(model: Any, args: argparse.Namespace, batches: Batches, start: Any) -> Prepared:
+def between_leading_vectors(model: Any, args: argparse.Namespace, batches: Batches, start: Any) -> Prepared:
     """LaMDA layers; a resumed run is given the ranks that were chosen."""
     config: Any = adapter_config(args, lk.LaMDAConfig)
     if args.spectral_ranks:

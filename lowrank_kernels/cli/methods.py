@@ -27,9 +27,10 @@ from .allocation import (
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .galore import PROJECTION, all_weights, galore
 from .gmt import MASKS, masked, whole_weights
-from .lamda import FREEZING, between_singular_vectors, freezing
+from .lamda import FREEZING, between_leading_vectors, freezing
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
+from .svft import PLACES, between_singular_vectors, write_svft
 
 METHODS = {
     "lora": Method(
@@ -127,7 +128,7 @@ METHODS = {
     ),
     "lamda": Method(
         "a small square matrix that trains between the leading singular vectors of W",
-        prepare=between_singular_vectors,
+        prepare=between_leading_vectors,
         ride=freezing,
         save=save_adapter,
         options=(FACTORS, FREEZING),
@@ -157,6 +158,13 @@ METHODS = {
         save=save_model,
         options=(MASKS,),
     ),
+    "svft": Method(
+        "a sparse matrix between the singular vectors of W",
+        prepare=between_singular_vectors,
+        learning_rate=1e-2,
+        save=write_svft,
+        options=(PLACES,),
+    ),
     "smt": Method(
         "the blocks of W with the largest gradients",
         prepare=selected_blocks,
@@ -171,7 +179,7 @@ METHODS = {
 def leaves_base(method: str) -> bool:
     """Whether the base model's weights stay as they are, so that they may be stored in few bits."""
     row = METHODS[method]
-    return not row.changes_base and any(group is FACTORS for group in row.options)
+    return not row.changes_base and any(group is FACTORS or group is PLACES for group in row.options)
 
 
 def _takers(group: arguments.OptionGroup) -> list[str]:

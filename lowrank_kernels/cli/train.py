@@ -86,7 +86,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output",
         type=arguments.output_folder,
-        help="folder for the trained adapter in PEFT's format, SMT's sparse delta, or the model",
+        help="folder for the trained adapter in PEFT's format, SMT's sparse delta, SVFT's M, or the model",
     )
     parser.add_argument(
         "--json",

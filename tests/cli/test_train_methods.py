@@ -23,6 +23,7 @@ from lowrank_kernels.cli.loop import Run
 from lowrank_kernels.cli.method import save_model
 from lowrank_kernels.cli.methods import METHODS, ignored_options
 from lowrank_kernels.cli.smt import BLOCKS, save_blocks
+from lowrank_kernels.cli.svft import PLACES, write_svft
 
 
 class Tokenizer:
@@ -84,9 +85,16 @@ SMALL = {
     "--projection-steps": "5",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
-WITH_LAYERS = [name for name, row in METHODS.items() if FACTORS in row.options or BLOCKS in row.options]
-LOADED = (save_adapter, save_from_start, save_blocks)
-"""What writes files that are loaded over the base."""
+WITH_LAYERS = [
+    name for name, row in METHODS.items() if any(group in row.options for group in (FACTORS, BLOCKS, PLACES))
+]
+LOADED = {
+    save_adapter: lk.load_adapter,
+    save_from_start: lk.load_adapter,
+    save_blocks: lk.smt.load_delta,
+    write_svft: lk.load_svft,
+}
+"""What writes files that are loaded over the base, and by what."""
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
 
 
@@ -176,8 +184,7 @@ def test_a_chain_writes_a_whole_model(runs: Runs) -> None:
 
 @by_method(*(name for name, row in METHODS.items() if row.save in LOADED))
 def test_what_a_run_writes_is_loaded_over_the_base(runs: Runs) -> None:
-    load = lk.smt.load_delta if METHODS[runs.method].save is save_blocks else lk.load_adapter
-    load(tiny_model(torch.float32), runs.folders[0])
+    LOADED[METHODS[runs.method].save](tiny_model(torch.float32), runs.folders[0])
 
 
 @pytest.mark.parametrize("more", [["--rounding", "stochastic"], ["--master"]])
