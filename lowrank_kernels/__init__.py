@@ -4,7 +4,7 @@ from . import allocate, chain, federated, init, integrations, nn, optim, prune, 
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, load_svft, save_adapter, save_lora_ga_adapter, save_svft
 from .base_only import base_only
-from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, SVFTConfig
+from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, SVFTConfig, VeLoRAConfig
 from .functional import (
     BatchPlan,
     block_sparse_linear,
@@ -22,6 +22,7 @@ from .functional import (
     stack_column_scale,
     svft_linear,
     svft_pattern,
+    velora_linear,
 )
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .quantize import dequantize_, quantize_
@@ -43,6 +44,7 @@ __all__ = [
     "Report",
     "SMTConfig",
     "SVFTConfig",
+    "VeLoRAConfig",
     "__version__",
     "adapt",
     "allocate",
@@ -83,5 +85,6 @@ __all__ = [
     "svft_linear",
     "svft_pattern",
     "unmerge_dora_",
+    "velora_linear",
     "weights",
 ]

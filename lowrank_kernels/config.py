@@ -21,6 +21,7 @@ from .nn.lamda import LaMDALinear
 from .nn.lora import LoRALayer, LoRALinear, check_lora_settings
 from .nn.multi_lora import MultiLoRALinear
 from .nn.svft import SVFTLinear, check_pattern, check_pattern_fits
+from .nn.velora import VeLoRALinear
 from .patterns import FilePattern
 
 ALL_LINEAR = "all-linear"
@@ -118,8 +119,8 @@ class LoRAConfig(AdapterConfig):
     ``LoRAConv1d``, ``LoRAConv2d`` and ``LoRAConv3d``; "all-linear" leaves them alone.
 
     Args:
-        r, alpha, dropout, rslora, lora_bias, gate, init, train, dtype: as for ``LoRALinear``. alpha may be 0, which
-            leaves the base as it is, or negative, as in PEFT.
+        r, alpha, dropout, rslora, lora_bias, gate, init, train, dtype, velora: as for ``LoRALinear``. alpha may be 0,
+            which leaves the base as it is, or negative, as in PEFT. Only linears take velora.
         rank_pattern, alpha_pattern: {regular expression: value}, for the modules whose path it matches, whole
             or after a dot; the first that matches wins. As in PEFT.
         modules_to_save: names of modules that train whole and are saved with the adapter, such as a new head; each
@@ -147,6 +148,7 @@ class LoRAConfig(AdapterConfig):
     init: str = "kaiming"
     train: str = "both"
     dtype: torch.dtype | None = None
+    velora: int | None = None
     modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -187,6 +189,8 @@ class LoRAConfig(AdapterConfig):
         alphas = [abs(alpha) for alpha in (self.alpha, *self.alpha_pattern.values()) if alpha] or [0.0]
         for r, alpha in ((min(ranks), max(alphas)), (max(ranks), min(alphas))):  # the largest scaling, and the smallest
             check_lora_settings(kind, r=r, alpha=alpha, dropout=0.0, rslora=self.rslora)
+        if self.velora is not None:
+            _check_velora(kind, self.velora)
         if self.init not in INITS:
             raise ValueError(f"{kind}: expected init to be one of {', '.join(INITS)}, got {self.init!r}")
 
@@ -207,10 +211,14 @@ class LoRAConfig(AdapterConfig):
     def why_not(self, module: nn.Module) -> str | None:
         if self.lora_bias and isinstance(module, nn.Embedding):
             return "lora_bias, which an embedding has no place for"
+        if self.velora is not None and self.layer_class(module) is not LoRALinear:
+            return "velora, which linears alone have"
         return self.layer_class(module).why_not(module)
 
     def layer(self, name: str, linear: nn.Module) -> LoRALayer:
-        return self.layer_class(linear)(linear, self.rank_of(name), alpha=self.alpha_of(name), **self._settings())
+        velora = {} if self.velora is None else {"velora": self.velora}
+        settings = self._settings() | velora
+        return self.layer_class(linear)(linear, self.rank_of(name), alpha=self.alpha_of(name), **settings)
 
     def _settings(self) -> dict[str, Any]:
         """Of every layer, beside its rank and alpha."""
@@ -219,6 +227,8 @@ class LoRAConfig(AdapterConfig):
 
     def check_fits(self, name: str, n: int, k: int) -> None:
         _check_rank(self.rank_of(name), name, n, k, "lower r, or give it a rank of its own in rank_pattern")
+        if self.velora is not None:
+            _check_divides(self.velora, name, k)
 
     def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[AdapterConfig, tuple[str, ...]]:
         """With a rank of min(N, K) where that is lower than ``r``; alpha stays."""
@@ -253,7 +263,7 @@ class DoRAConfig(LoRAConfig):
 
     Args:
         dropout_base, detach_norm: as for ``DoRALinear``.
-        (and those of :class:`LoRAConfig`, without ``lora_bias``)
+        (and those of :class:`LoRAConfig`, without ``lora_bias`` and ``velora``)
     """
 
     _switches: ClassVar[tuple[str, ...]] = ("rslora", "lora_bias", "gate", "dropout_base", "detach_norm")
@@ -272,6 +282,8 @@ class DoRAConfig(LoRAConfig):
         super().__post_init__()
         if self.lora_bias:
             raise ValueError("DoRAConfig: expected lora_bias to be False, got True")
+        if self.velora is not None:
+            raise ValueError(f"DoRAConfig: expected velora to be None, got {self.velora!r}; LoRAConfig has it")
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"dropout_base": self.dropout_base, "detach_norm": self.detach_norm}
@@ -422,6 +434,42 @@ class SVFTConfig(AdapterConfig):
         return []
 
 
+@dataclass(frozen=True, kw_only=True)
+class VeLoRAConfig(AdapterConfig):
+    """Linears become :class:`~lowrank_kernels.nn.VeLoRALinear`: all of W and their biases train, and z is saved of x.
+
+    For the factors of LoRA take ``LoRAConfig(velora=...)``.
+
+    Args:
+        velora: sub-tokens of a token, a divisor of each linear's K.
+        (and those of :class:`AdapterConfig`)
+    """
+
+    velora: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_velora("VeLoRAConfig", self.velora)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if not isinstance(module, nn.Linear):
+            return f"not a dense nn.Linear but a {type(module).__name__}, which does not train"
+        return super().why_not(module)
+
+    def layer(self, name: str, linear: nn.Linear) -> VeLoRALinear:
+        return VeLoRALinear(linear, self.velora)
+
+    def rank_of(self, name: str) -> int:
+        """0: all of W trains."""
+        return 0
+
+    def size_of(self, name: str) -> str:
+        return f"all of W, {self.velora} sub-tokens"
+
+    def check_fits(self, name: str, n: int, k: int) -> None:
+        _check_divides(self.velora, name, k)
+
+
 def names_match(wanted: str | Sequence[str], name: str) -> bool:
     """Whether a module's path is meant: a regular expression for all of it, or one of the names it is or ends in."""
     if isinstance(wanted, str):
@@ -462,6 +510,19 @@ def _check_rank(r: int, name: str, n: int, k: int, cure: str) -> None:
         raise ValueError(
             f"adapt: expected a rank of at most min(N, K) = {min(n, k)} for {name} of shape (N, K) = ({n}, {k}), "
             f"got {r}; {cure}"
+        )
+
+
+def _check_velora(kind: str, velora: int) -> None:
+    if isinstance(velora, bool) or not isinstance(velora, int) or velora < 1:
+        raise ValueError(f"{kind}: expected velora to be an integer of at least 1, got {velora!r}")
+
+
+def _check_divides(velora: int, name: str, k: int) -> None:
+    if k % velora:
+        raise ValueError(
+            f"adapt: expected velora, a number of sub-tokens, to divide K = {k} of {name}, got {velora}; take another "
+            f"divisor, or leave the module out by exclude_modules"
         )
 
 

@@ -30,7 +30,7 @@ class Family:
 
 
 FAMILIES = (
-    Family("lora", ops=("lora_linear",), beside=("frozen_linear",)),
+    Family("lora", ops=("lora_linear",), beside=("frozen_linear", "velora_linear")),
     Family(
         "dora",
         ops=("dora_linear", "dora_weight_norm"),

@@ -73,7 +73,16 @@ from .ops.multi_lora import (
     multi_lora_linear_directly,
     plan_multi_lora_linear,
 )
-from .ops.operands import backend_error, check_flag, count_error, raise_error, scaling_error, seed_tensor, vector_error
+from .ops.operands import (
+    backend_error,
+    check_flag,
+    count_error,
+    floats_error,
+    raise_error,
+    scaling_error,
+    seed_tensor,
+    vector_error,
+)
 from .ops.plain import (
     plain_block_sparse_linear,
     plain_block_sparse_weight_grad,
@@ -91,6 +100,7 @@ from .ops.svft import (
     plan_svft_linear,
     svft_pattern,
 )
+from .ops.velora import VeLoRALinear, call_velora_linear, check_velora_linear, unit_mean, velora_error
 from .stack import LoRAStack
 from .weights import FrozenWeight, Weight, dense, like, rows
 
@@ -113,6 +123,7 @@ def lora_linear(
     gate: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
+    velora_vector: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Frozen linear plus low-rank correction: y = x Wᵀ + bias + s (P ∘ gate) Bᵀ with P = drop(x) Aᵀ.
@@ -129,6 +140,10 @@ def lora_linear(
             by 1 / (1 - p). The base product never sees dropout. Pass 0 in evaluation.
         dropout_seed: int64 scalar (tensor or int). The mask is a function of (seed, row, column) and is never stored;
             every backend draws the same one. Without a seed one is drawn from torch's generator of x's device.
+        velora_vector: v (d,) or None, of any float dtype, d dividing K; rounded to x's, and a constant. For the
+            gradient of A, z (M, K / d) is saved in place of x: v times each sub-token, which is d elements of
+            drop(x). Backward takes x̂ = z ⊗ v for drop(x): dA = (s (Q ∘ gate)ᵀ z) ⊗ v, Q = dY B. All else is exact. v should have unit
+            length: one of length √c makes dA c times as large.
         backend: "auto", "reference", "cpu" (C++), "triton" or "cuda". A named one runs or raises.
 
     Returns:
@@ -136,14 +151,15 @@ def lora_linear(
 
     Accumulates in float32; with the Triton kernels the sum of both products is rounded once; where a library computes
     the base product (CPU, large products on a GPU) the correction is added to its rounded result. Deterministic run to
-    run. For backward, P (M, R) is saved where B or the gate is trained, and x where A is.
+    run. For backward, P (M, R) is saved where B or the gate is trained, and x, or z, where A is.
 
     Raises:
         ValueError: shapes or devices that do not fit, a weight that requires grad, a dropout probability outside
             [0, 1), a backend that is unknown or cannot run here.
         TypeError: dtypes that do not fit.
 
-    Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696.
+    Source: Hu et al., "LoRA", arXiv 2106.09685, eq. 3; the gate is that of SoRA, arXiv 2311.11696; z that of VeLoRA,
+    arXiv 2405.17991.
     """
     raise_error(scaling_error("lora_linear", scaling, getattr(x, "dtype", torch.float32)))
     if backend == "auto" and dropout_p == 0.0:
@@ -152,6 +168,8 @@ def lora_linear(
             return again
     weight = like(x, weight)
     call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, None, False, backend)
+    if velora_vector is not None:
+        call = _saving_z(call, velora_vector)
     if traced():
         raise_error(check_lora_linear(call))
         call, plan = _seeded(call, dropout_seed, "lora_linear"), None
@@ -168,10 +186,83 @@ def lora_linear(
     elif call.dropout_seed is None:
         call = _seeded(call, dropout_seed, "lora_linear")
     if torch.is_grad_enabled() and (lora_b.requires_grad or (gate is not None and gate.requires_grad)):
-        seed = call.dropout_seed  # with save_p; _replace would take four times as long
-        call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, True, backend)
+        seed, v = call.dropout_seed, call.velora_vector  # with save_p; _replace would take four times as long
+        call = LoRALinear(x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, True, backend, v)
     y: Tensor = call_lora_linear(call, plan, unseen=unseen)[0]
     return y
+
+
+def _saving_z(call: LoRALinear, velora_vector: Tensor) -> LoRALinear:
+    """The call with VeLoRA's vector, where a gradient of A is recorded."""
+    raise_error(velora_error("lora_linear", call.x, velora_vector))
+    if not (torch.is_grad_enabled() and isinstance(call.lora_a, Tensor) and call.lora_a.requires_grad):
+        return call
+    if transformed():
+        raise ValueError(
+            "lora_linear: expected no velora_vector inside torch.func transforms and forward-mode differentiation, "
+            "which would differentiate the exact formula; leave it out there"
+        )
+    return call._replace(velora_vector=velora_vector)
+
+
+def velora_linear(x: Tensor, weight: Tensor, velora_vector: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Trained linear that saves projections of x: y = x Wᵀ + bias; dW = dYᵀ x̂ = (dYᵀ z) ⊗ v, with x̂ = z ⊗ v.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 or float64; any strides, may be empty.
+        weight: W (N, K), x's dtype; may train.
+        velora_vector: v (d,), of any float dtype, d dividing K; rounded to x's, and a constant. Unit length makes x̂ the
+            projection of x.
+        bias: (N,) or None, of any float dtype.
+
+    Returns:
+        y (..., N) in x's dtype. dX = dY W and dbias are exact.
+
+    The products are PyTorch's, dYᵀ z is d times smaller than dYᵀ x, and x̂ is never made. For backward z (M, K / d) is
+    saved where W is trained, v, and W itself. z is made in a second reading of x.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a d that does not divide K, a vector that requires grad;
+            torch.func transforms, which would differentiate the exact formula.
+        TypeError: dtypes that do not fit.
+
+    Source: Miles et al., "VeLoRA", arXiv 2405.17991, section 3.
+    """
+    call = VeLoRALinear(x, weight, bias, velora_vector)
+    raise_error(check_velora_linear(call))
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return frozen_linear(x, weight, bias)
+    if transformed():
+        raise ValueError("velora_linear: expected no torch.func transform; take torch.nn.functional.linear there")
+    y: Tensor = call_velora_linear(call)[0]
+    return y
+
+
+@torch.no_grad()
+def velora_vector(x: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """v: the mean of the sub-tokens of x, ``length`` elements each, to unit length; 1 / √d everywhere where it is zero.
+
+    Args:
+        x: (..., K), of any float dtype; K a multiple of ``length``.
+        mask: of x's leading shape, or None: tokens whose entry is 0, such as padding, do not count.
+
+    Returns:
+        (length,) in float32, or float64 where x is. Zeros where there is no token, or the mean is not finite.
+
+    Raises:
+        ValueError, TypeError: sizes that do not fit.
+
+    Source: Miles et al., "VeLoRA", arXiv 2405.17991, section 3.2.
+    """
+    op = "velora_vector"
+    raise_error(floats_error(op, x=x) or count_error(op, "length", length, 1))
+    if x.dim() == 0 or x.shape[-1] % length:
+        raise ValueError(f"{op}: expected x of shape (..., K), K a multiple of length = {length}, got {tuple(x.shape)}")
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"{op}: expected mask of shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+        x = x[mask.bool()]
+    return unit_mean(x.reshape(-1, length))
 
 
 def fold_gate(lora_b: Tensor, gate: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

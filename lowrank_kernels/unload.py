@@ -20,6 +20,7 @@ from .nn.matrix import frozen_weight
 from .nn.multi_lora import MultiLoRALinear
 from .nn.sharded import is_dtensor, why_not_written
 from .nn.svft import SVFTLinear
+from .nn.velora import VeLoRALinear
 from .weights import ROUNDINGS, FrozenWeight
 
 _OP = "merge_and_unload"
@@ -30,7 +31,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None, requantize
     """Merge every adapted layer into its weight and put the linears back, in place.
 
     W ← W + s B A for LoRA, g ∘ (W + s B A) for DoRA, W with its blocks for SMT, W + U M Vᵀ for SVFT; in float32,
-    rounded once to W's dtype. What PEFT's method of this name does for a PeftModel.
+    rounded once to W's dtype; and W as it is for VeLoRALinear. What PEFT's method of this name does for a PeftModel.
 
     The result is the model as it was before :func:`lowrank_kernels.adapt`, with other weights: the same linears, under
     the same names, so that ``save_pretrained``, ``from_pretrained`` and every other tool take it. Parameters require a
@@ -111,7 +112,7 @@ def _prepared(
     layer: nn.Module, adapter: int | None, owners: dict[int, list[str]], requantize: str | None
 ) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
-    if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear, SVFTLinear)):
+    if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear, SVFTLinear, VeLoRALinear)):
         is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
         raise ValueError(f"expected layers of this package, got a {type(layer).__name__}{cure}")
@@ -131,6 +132,8 @@ def _prepared(
         raise ValueError(reason)
     if has_hooks(layer):
         raise ValueError("it carries hooks or a replaced forward; remove them first")
+    if isinstance(layer, VeLoRALinear):
+        return _nothing  # what it has learnt is in W
     changed: list[Any] = [base.weight]
     if isinstance(layer, LoRALayer) and layer.lora_bias is not None:
         changed.append(base.bias)

@@ -9,6 +9,7 @@ from .lamda import LaMDALinear
 from .lora import LoRALayer, LoRALinear
 from .multi_lora import MultiLoRALinear, use_adapters
 from .svft import SVFTLinear
+from .velora import Projecting, VeLoRALinear
 
 __all__ = [
     "BlockSparseLinear",
@@ -26,6 +27,8 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "MultiLoRALinear",
+    "Projecting",
     "SVFTLinear",
+    "VeLoRALinear",
     "use_adapters",
 ]

@@ -48,6 +48,8 @@ class DoRALayer(LoRALayer):
         kind = type(self).__name__
         if settings.get("lora_bias"):
             raise ValueError(f"{kind}: expected lora_bias to be False, got True; a bias of B's has no norm to share")
+        if settings.get("velora") is not None:
+            raise ValueError(f"{kind}: expected velora to be None, got {settings['velora']!r}; LoRALinear has it")
         check_flag(kind, "dropout_base", dropout_base)
         check_flag(kind, "detach_norm", detach_norm)
         super().__init__(base_layer, r, **settings)

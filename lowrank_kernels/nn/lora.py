@@ -22,6 +22,7 @@ from .coded import CodedLinear
 from .frozen import AroundBase, is_tracked_view, must_be_called, why_not_frozen, why_not_plain
 from .matrix import as_matrix, frozen_weight, is_conv1d, matrix_shape, write_matrix_
 from .sharded import is_dtensor, own_part, whole, why_not_written
+from .velora import Projecting
 
 logger = logging.getLogger("lowrank_kernels")
 TRAIN = {"both": (True, True), "a": (True, False), "b": (False, True)}
@@ -377,7 +378,7 @@ class LoRALayer(AroundBase):
         )
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(Projecting, LoRALayer):
     """y = x Wᵀ + bias + s ((drop(x) Aᵀ) ∘ gate) Bᵀ, with s = alpha / R, or alpha / sqrt(R) with ``rslora``.
 
     Parameters, named as in a file of PEFT's: ``base_layer.weight`` (N, K), ``base_layer.bias`` (N,), both the
@@ -397,6 +398,8 @@ class LoRALinear(LoRALayer):
         init: "kaiming" (PEFT's default), "gaussian", "orthonormal" or "zero"; see ``lowrank_kernels.init``.
         train: "both", or only "a" or "b"; the other factor is then sampled and frozen.
         dtype: of the factors; default float32, or float64 over a float64 weight.
+        velora: None, or the number of sub-tokens that a token of x is divided into, a divisor of K: for A's gradient,
+            one number of each is saved in place of x (VeLoRA, arXiv 2405.17991; see ``lk.nn.Projecting``).
 
     x (..., K) has W's dtype, or runs under autocast. Factors are rounded to x's dtype inside the product;
     their gradients have their own dtype. ``state_dict`` always describes the unmerged layer.
@@ -407,7 +410,7 @@ class LoRALinear(LoRALayer):
     Raises:
         TypeError: a base layer that cannot be wrapped, with the reason; a dtype that is not a float.
         ValueError: a rank below 1, an alpha that is not finite, a dropout outside [0, 1), an unknown
-            ``train``/``init``.
+            ``train``/``init``, a ``velora`` that does not divide K.
 
     Source: Hu et al., arXiv 2106.09685.
     """
@@ -416,6 +419,11 @@ class LoRALinear(LoRALayer):
     rests: bool = False
     """True: A and B take part in forward, and no gradient is made for them, though they require grad. Where the layer
     calls ``lora_A`` and ``lora_B``, one is made all the same."""
+
+    def __init__(self, base_layer: Any, r: int = 8, *, velora: int | None = None, **settings: Any) -> None:
+        super().__init__(base_layer, r, **settings)
+        if velora is not None:
+            self.make_velora_(velora)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **settings: Any) -> Any:
@@ -465,6 +473,7 @@ class LoRALinear(LoRALayer):
             scaling=self.scaling,
             gate=gate,
             dropout_p=self.dropout if self.training else 0.0,
+            velora_vector=None if self.velora is None else self.velora_vector_for(x),
         )
 
     def _call_submodules(self, x: Tensor) -> Tensor:

@@ -52,13 +52,13 @@ def _operands(s: Sizes, of: Callable[..., Meta]) -> tuple[Any, ...]:
 
 
 def _lora(s: Sizes, of: Callable[..., Meta]) -> LoRALinear:
-    return LoRALinear._make((*_operands(s, of), None, None, 1.0, 0.0, None, False, "auto"))
+    return LoRALinear._make((*_operands(s, of), None, None, 1.0, 0.0, None, False, "auto", None))
 
 
 def _lora_backward(s: Sizes, of: Callable[..., Meta]) -> LoRALinearBackward:
     x, *others = _operands(s, of)
     dy, p = of(s["M"], s["N"]), of(s["M"], s["R"])
-    return LoRALinearBackward._make((dy, x, *others, None, p, 1.0, 0.0, None, _EVERYTHING, "auto"))
+    return LoRALinearBackward._make((dy, x, *others, None, p, 1.0, 0.0, None, _EVERYTHING, "auto", None, None))
 
 
 def _dora(s: Sizes, of: Callable[..., Meta]) -> DoRALinear:

@@ -41,13 +41,15 @@ def kinds_of(record: Any) -> dict[str, str]:
 def schema_of(name: str, record: type, results: int) -> str:
     """The torch schema of an op whose arguments are the fields of a NamedTuple, in order, and which returns tensors.
 
+    A field with a default may be left out, and is None then.
+
     A ``Weight`` that is no dense tensor is carried by its parts: the first in the weight's place, the rest at the end.
     """
     arguments = []
     letters = iter("abcdefgh")
     for field, annotation in kinds_of(record).items():
         kind = f"Tensor({next(letters)}!)" if annotation == "Written" else _SCHEMA_TYPES[annotation]
-        arguments.append(f"{kind} {field}")
+        arguments.append(f"{kind} {field}" + "=None" * (field in record._field_defaults))  # type: ignore[attr-defined]
     if "Weight" in kinds_of(record).values():
         arguments += ["Tensor[]? weight_parts=None", "str weight_format=''"]
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
@@ -72,7 +74,7 @@ class _Carried:
 
     def call(self, *args: Any) -> Any:
         call = self.record(*args[: self.size])
-        if self.place is None or len(args) == self.size or not args[-1]:
+        if self.place is None or len(args) <= self.size or not args[-1]:
             return call
         return call._replace(weight=unpacked(args[-1], [call[self.place], *args[self.size]]))
 

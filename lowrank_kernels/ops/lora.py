@@ -14,6 +14,7 @@ from .. import tuned
 from ..cpp import cpp
 from ..kernels.target import Target
 from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
+from ..reference.velora import velora_reconstruct_ref
 from ..weights import (
     CodedWeight,
     Weight,
@@ -42,10 +43,12 @@ from .operands import (
     vector_error,
 )
 from .planning import LIBRARY, OWN, REMEMBERED, Choosing, Meta, Plan, Planner
+from .velora import dropped, project, reconstruct, velora_error
 
 
 class LoRALinear(NamedTuple):
-    """Arguments of the op; see :func:`lowrank_kernels.lora_linear`. ``save_p``: P is kept for the backward."""
+    """Arguments of the op; see :func:`lowrank_kernels.lora_linear`. ``save_p``: P is kept for the backward; with a
+    ``velora_vector``, z is kept in place of x."""
 
     x: Tensor
     weight: Weight
@@ -58,11 +61,13 @@ class LoRALinear(NamedTuple):
     dropout_seed: Tensor | None
     save_p: bool
     backend: str
+    velora_vector: Tensor | None = None
 
 
 class LoRALinearResults(NamedTuple):
     y: Tensor
     p: Tensor | None
+    z: Tensor | None
 
 
 class LoRALinearBackward(NamedTuple):
@@ -80,6 +85,8 @@ class LoRALinearBackward(NamedTuple):
     dropout_seed: Tensor | None
     needs: tuple[bool, ...]
     backend: str
+    z: Tensor | None = None
+    velora_vector: Tensor | None = None
 
 
 class LoRALinearGradients(NamedTuple):
@@ -113,6 +120,7 @@ def check_lora_linear(call: LoRALinear) -> Exception | None:
         factors_error(op, x, weight, call.lora_a, lora_b)
         or vector_error(op, "bias", "N", call.bias, weight.shape[0], x.device)
         or vector_error(op, "gate", "R", call.gate, lora_b.shape[1], x.device)
+        or velora_error(op, x, call.velora_vector)
         or frozen_error(op, x, weight)
         or number_error(op, "dropout_p", call.dropout_p, 0.0, 1.0)
         or backend_error(op, call.backend)
@@ -219,7 +227,9 @@ def _decide(call: Any, records: bool, target: Target | None) -> Plan:
 def _eager_is_right(call: Any) -> bool:
     """True where PyTorch's calls give the op's result: no dropout of ours, and no product that reads past rows."""
     x, weight, rank = call.x, call.weight, call.lora_a.shape[0]
-    if call.dropout_p > 0.0 or weight.empty or weight.format != "dense" or x.device.type not in ("cpu", "cuda"):
+    if call.dropout_p > 0.0 or call.velora_vector is not None:
+        return False
+    if weight.empty or weight.format != "dense" or x.device.type not in ("cpu", "cuda"):
         return False
     return not any(library_reads_past_rows(x.dtype, x.device.type, inner) for inner in (*weight.shape, rank))
 
@@ -265,7 +275,17 @@ def _forward(call: LoRALinear, plan: Plan | None) -> LoRALinearResults:
     else:
         run = _cpu_forward if plan.backend == "cpu" else _triton_forward
         y, p = run(call if plan.ready else _prepared(call), plan)
-    return LoRALinearResults(like_rows_of(call.x, y), p if call.save_p else None)
+    z = None if call.velora_vector is None else _projections(call, plan)
+    return LoRALinearResults(like_rows_of(call.x, y), p if call.save_p else None, z)
+
+
+def _projections(call: LoRALinear, plan: Plan) -> Tensor:
+    """z (M, K / d) of drop(x): what dA takes is what A was multiplied with."""
+    x, vector = as_rows(call.x), call.velora_vector
+    assert vector is not None
+    if call.dropout_p > 0.0:
+        x = dropped(x, call.dropout_p, call.dropout_seed, plan.backend)
+    return project(x, vector)
 
 
 def _prepared(call: LoRALinear) -> LoRALinear:
@@ -280,7 +300,7 @@ def _prepared(call: LoRALinear) -> LoRALinear:
 
 
 def _cpu_forward(call: LoRALinear, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, _ = call
+    x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, *_ = call
     if plan.base == OWN:
         if dropout_p == 0.0 and not save_p and isinstance(weight, Tensor):
             return cpp.lora_linear_inference(x, weight, lora_a, lora_b, bias, gate, scaling, None), None
@@ -295,7 +315,7 @@ def _cpu_forward(call: LoRALinear, plan: Plan) -> tuple[Tensor, Tensor | None]:
 def _triton_forward(call: LoRALinear, plan: Plan) -> tuple[Tensor, Tensor | None]:
     from ..kernels.lora import lora_linear_fwd
 
-    x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, _ = call
+    x, weight, lora_a, lora_b, bias, gate, scaling, dropout_p, seed, save_p, *_ = call
     return lora_linear_fwd(
         x, operand(weight), lora_a, lora_b, plan.tiles, scaling=scaling, store_p=save_p, bias=bias, gate=gate,
         dropout_p=dropout_p, dropout_seed=seed,
@@ -363,14 +383,20 @@ def lora_linear_eager(call: LoRALinear) -> Tensor:
 
 def _backward(call: LoRALinearBackward, plan: Plan | None) -> LoRALinearGradients:
     plan = plan or _plan_backward.known(call)
-    grad_y, _, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, _ = call
-    _, _, _, need_bias, need_gate = needs
+    grad_y, _, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, *_ = call
+    need_x, need_a, need_b, need_bias, need_gate = needs
+    by_z = need_a and call.z is not None
+    if by_z:  # dA is made of Q, which the others' gradients leave
+        needs = need_x, False, need_b, need_bias, need_gate or plan.backend != "reference"
+        call = call._replace(needs=needs)
     if plan.backend == "reference":
         grads: tuple[Tensor | None, ...] = lora_linear_backward_ref(
             as_rows(grad_y), call.x, dense(weight), lora_a, lora_b, p,
             scaling=scaling, gate=gate, dropout_p=dropout_p, dropout_seed=seed, needs=needs,
         )  # fmt: skip
         grad_x, grad_a, grad_b, grad_bias, grad_gate = grads
+        if by_z:
+            grad_a = _grad_a_by_z_ref(call)
     else:
         if not plan.ready:
             call = call._replace(
@@ -382,6 +408,8 @@ def _backward(call: LoRALinearBackward, plan: Plan | None) -> LoRALinearGradient
             )
         run = _cpu_backward if plan.backend == "cpu" else _triton_backward
         grad_x, grad_a, grad_b, q = run(call, plan)
+        if by_z:
+            grad_a = _grad_a_by_z(call, q, plan)
         grad_a, grad_b = gradient_of(lora_a, grad_a), gradient_of(lora_b, grad_b)
         grad_bias = call.grad_y.sum(0) if need_bias else None
         grad_gate = None
@@ -393,13 +421,36 @@ def _backward(call: LoRALinearBackward, plan: Plan | None) -> LoRALinearGradient
     return LoRALinearGradients(grad_x, grad_a, grad_b, grad_bias, grad_gate)
 
 
+def _grad_a_by_z(call: LoRALinearBackward, q: Tensor | None, plan: Plan) -> Tensor:
+    """dA = s (Q ∘ gate)ᵀ x̂ = (s (Q ∘ gate)ᵀ z) ⊗ v, in float32: x̂ is never made."""
+    z, vector = call.z, call.velora_vector
+    assert q is not None and z is not None and vector is not None
+    if plan.backend == "cpu":
+        small = cpp.lora_grad(z, q, call.gate, call.scaling, False, None, 0.0, torch.float32)
+    else:
+        from ..kernels.lora import lora_grad
+
+        small = lora_grad(z, q, False, torch.float32, plan.tiles, scaling=call.scaling, gate=call.gate)
+    return reconstruct(small, vector.to(z.dtype))
+
+
+def _grad_a_by_z_ref(call: LoRALinearBackward) -> Tensor | None:
+    grad_y, z, vector = as_rows(call.grad_y), call.z, call.velora_vector
+    assert z is not None and vector is not None
+    wide = torch.promote_types(z.dtype, torch.float32)
+    estimate = velora_reconstruct_ref(z.to(wide), vector.to(z.dtype))
+    operands = grad_y, estimate, dense(call.weight), call.lora_a, call.lora_b, None
+    needs = False, True, False, False, False
+    return lora_linear_backward_ref(*operands, scaling=call.scaling, gate=call.gate, needs=needs).lora_a
+
+
 def gradient_of(operand: Tensor, gradient: Tensor | None) -> Tensor | None:
     """A gradient in its operand's dtype: kernels give float32 for float64."""
     return gradient if gradient is None or gradient.dtype is operand.dtype else gradient.to(operand.dtype)
 
 
 def _cpu_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, ...]:
-    grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, _ = call
+    grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, *_ = call
     need_x, need_a, need_b, _, need_gate = needs
     q = grad_x = grad_a = grad_b = None
     if need_x and need_a and need_b and plan.base == OWN and plan.grad == OWN:
@@ -429,7 +480,7 @@ def _cpu_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, 
 def _triton_backward(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, ...]:
     from ..kernels.lora import lora_linear_bwd
 
-    grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, _ = call
+    grad_y, x, weight, lora_a, lora_b, gate, p, scaling, dropout_p, seed, needs, *_ = call
     return lora_linear_bwd(
         grad_y, x, operand(weight), lora_a, lora_b, p, plan.tiles, scaling=scaling, needs=needs[:3], gate=gate,
         dropout_p=dropout_p, dropout_seed=seed, need_q=needs[4],
@@ -499,7 +550,10 @@ def empty_factor(factor: Tensor) -> Tensor:
 def _forward_fake(call: LoRALinear) -> LoRALinearResults:
     x = call.x
     y = x.new_empty(*x.shape[:-1], call.weight.shape[0])
-    return LoRALinearResults(y, x.new_empty(rows_in(x), call.lora_a.shape[0]) if call.save_p else x.new_empty(0))
+    rows, vector = rows_in(x), call.velora_vector
+    p = x.new_empty(rows, call.lora_a.shape[0]) if call.save_p else x.new_empty(0)
+    z = x.new_empty(0) if vector is None else x.new_empty(rows, x.shape[-1] // vector.shape[0])
+    return LoRALinearResults(y, p, z)
 
 
 def _backward_fake(call: LoRALinearBackward) -> LoRALinearGradients:
@@ -521,7 +575,12 @@ def wanted(shapes: tuple[Tensor, ...], needs: tuple[bool, ...], like: Tensor) ->
 
 
 def _keep(call: LoRALinear, results: LoRALinearResults) -> dict[str, Any]:
-    return {"x": call.x if call.lora_a.requires_grad else None, "p": results.p if call.save_p else None}
+    by_z = call.velora_vector is not None
+    return {
+        "x": call.x if call.lora_a.requires_grad and not by_z else None,
+        "p": results.p if call.save_p else None,
+        "z": results.z if by_z else None,
+    }
 
 
 def cast_products(dtype: torch.dtype, call: Any) -> Any:

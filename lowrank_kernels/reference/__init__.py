@@ -19,6 +19,13 @@ from .magnitude import magnitude_histogram_ref
 from .merge import merge_lora_ref, round_stochastically_ref
 from .multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
 from .svft import svft_linear_backward_ref, svft_linear_ref, svft_matrix_ref
+from .velora import (
+    velora_linear_ref,
+    velora_project_ref,
+    velora_reconstruct_ref,
+    velora_vector_ref,
+    velora_weight_grad_ref,
+)
 
 __all__ = [
     "block_adamw_ref_",
@@ -46,5 +53,10 @@ __all__ = [
     "svft_linear_backward_ref",
     "svft_linear_ref",
     "svft_matrix_ref",
+    "velora_linear_ref",
+    "velora_project_ref",
+    "velora_reconstruct_ref",
+    "velora_vector_ref",
+    "velora_weight_grad_ref",
     "write_blocks_ref_",
 ]

@@ -61,6 +61,7 @@ IDS = [
     torch.zeros(M, 1, 1, dtype=torch.int64),
 ]
 BLOCK_SIZE = [None, 0, 8, 17, True, (16,), (16, 8), "16", 16.0]
+VELORA_VECTOR = [*_optional(4), torch.zeros(3), torch.zeros(0), torch.zeros(32), torch.zeros(4).requires_grad_()]
 WRONG_PAIR = [3, (torch.zeros(N),), (None, torch.zeros(N)), (torch.zeros(N), torch.zeros(N + 1)), "ab"]
 
 
@@ -91,11 +92,20 @@ def _linear() -> dict[str, Any]:
 
 # function, operands that fit, wrong values by argument, what an argument is called in the message where not by its name
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[str, list[Any]]]] = {
-    "lora_linear": (lk.lora_linear, _linear, {**LINEAR, "gate": _optional(R)}),
+    "lora_linear": (
+        lk.lora_linear,
+        _linear,
+        {**LINEAR, "gate": _optional(R), "velora_vector": VELORA_VECTOR},
+    ),
     "frozen_linear": (
         lk.frozen_linear,
         lambda: {"x": torch.zeros(M, K), "weight": torch.zeros(N, K)},
         {name: LINEAR[name] for name in ("x", "weight", "bias", "backend")},
+    ),
+    "velora_linear": (
+        lk.velora_linear,
+        lambda: {"x": torch.zeros(M, K), "weight": torch.zeros(N, K), "velora_vector": torch.ones(4)},
+        {**{name: LINEAR[name] for name in ("x", "weight", "bias")}, "velora_vector": [None, *VELORA_VECTOR]},
     ),
     "dora_linear": (
         lk.dora_linear,

@@ -66,6 +66,7 @@ def test_a_bias_may_have_another_dtype_than_x(problem: Problem, choice: tuned.Fi
 LINEARS = {
     "lora_linear": lambda x, w, a, b: lk.lora_linear(x, w, a, b),
     "frozen_linear": lambda x, w, a, b: lk.frozen_linear(x, w),
+    "velora_linear": lambda x, w, a, b: lk.velora_linear(x, w.clone().requires_grad_(), torch.full((4,), 0.5)),
     "dora_linear": lambda x, w, a, b: lk.dora_linear(x, w, a, b, torch.ones(32)),
     "block_sparse_linear": lambda x, w, a, b: lk.block_sparse_linear(
         x, w, torch.zeros(1, 16, 16), torch.zeros(1, 2, dtype=torch.int32)

@@ -25,6 +25,7 @@ def eager_lora_linear(
     *,
     scaling: float = 1.0,
     gate: Tensor | None = None,
+    velora_vector: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """What one would write with PyTorch alone: every step rounds to x's dtype."""
@@ -33,10 +34,22 @@ def eager_lora_linear(
         rows = x.reshape(-1, x.shape[-1])
         keep = dropout_keep_mask_ref(torch.tensor(SEED), *rows.shape, dropout_p).reshape(x.shape)
         dropped = torch.where(keep, x, 0) / (1.0 - dropout_p)
-    p = dropped @ lora_a.to(x.dtype).T
+    if velora_vector is None:
+        p = dropped @ lora_a.to(x.dtype).T
+    else:
+        p = eager_velora_linear(dropped, lora_a.to(x.dtype), velora_vector)
     if gate is not None:
         p = p * gate.to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias) + scaling * (p @ lora_b.to(x.dtype).T)
+
+
+def eager_velora_linear(x: Tensor, weight: Tensor, velora_vector: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, whose gradient of W is that of x̂ Wᵀ: the difference of W and a constant W is 0, and has one."""
+    v = velora_vector.to(x.dtype)
+    subtokens = x.detach().reshape(*x.shape[:-1], x.shape[-1] // len(v), len(v))
+    estimate = ((subtokens @ v)[..., None] * v).reshape(x.shape)
+    constant = weight.detach()
+    return torch.nn.functional.linear(x, constant, bias) + estimate @ (weight - constant).T
 
 
 def lora_tensors(
@@ -81,6 +94,23 @@ def lora_problem(name: str, tensors: dict[str, Tensor], *, dropout_p: float = 0.
     return Problem(f"lora: {name}", tensors, run, eager)
 
 
+def unit_vector(length: int) -> dict[str, Tensor]:
+    vector = torch.randn(length, generator=torch.Generator().manual_seed(1))
+    return {"velora_vector": vector / vector.norm()}
+
+
+def velora_problem(name: str, M: int, K: int, N: int, dtype: torch.dtype) -> Problem:
+    """A linear of which W trains: no backend is chosen."""
+    of_lora = lora_tensors(M, K, N, 1, dtype, bias=True)
+    tensors = {name: of_lora[name] for name in ("x", "weight", "bias")} | unit_vector(10)
+    tensors["weight"] = tensors["weight"].detach().requires_grad_()
+
+    def run(t: dict[str, Tensor], backend: str) -> Tensor:
+        return lk.velora_linear(**t)
+
+    return Problem(f"velora: {name}", tensors, run, lambda t: eager_velora_linear(**t))
+
+
 def _strided(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values: x as every other column of a wider tensor, the weight transposed, rows of A apart."""
 
@@ -110,6 +140,12 @@ def problems() -> Iterator[Problem]:
     yield lora_problem("bias, gate", lora_tensors(70, 136, 88, 7, BF16, F32, bias=True, gate=True))
     yield lora_problem("dropout", lora_tensors(70, 136, 88, 16, BF16, F32), dropout_p=0.1)
     yield lora_problem("dropout, bias, gate", lora_tensors(70, 90, 88, 33, F16, bias=True, gate=True), dropout_p=0.5)
+    yield lora_problem("velora", lora_tensors(70, 136, 88, 16, BF16, F32) | unit_vector(17), dropout_p=0.1)
+    yield lora_problem("velora, gate", lora_tensors(67, 130, 77, 5, F32, bias=True, gate=True) | unit_vector(13))
+    yield lora_problem("velora, one token", lora_tensors(1, 136, 88, 16, F16) | unit_vector(1))
+    yield lora_problem("velora, no token", lora_tensors(0, 136, 88, 16, F32) | unit_vector(136))
+    for dtype in (BF16, F32):
+        yield velora_problem(f"{dtype}", 70, 130, 88, dtype)
     yield lora_problem("few tokens", lora_tensors(5, 136, 88, 16, BF16, F32), dropout_p=0.1)
     yield lora_problem("one token", lora_tensors(1, 136, 88, 16, BF16))
     yield lora_problem("no token", lora_tensors(0, 136, 88, 16, BF16, bias=True, gate=True))
