@@ -142,8 +142,8 @@ def lora_linear(
             every backend draws the same one. Without a seed one is drawn from torch's generator of x's device.
         velora_vector: v (d,) or None, of any float dtype, d dividing K; rounded to x's, and a constant. For the
             gradient of A, z (M, K / d) is saved in place of x: v times each sub-token, which is d elements of
-            drop(x). Backward takes x̂ = z ⊗ v for drop(x): dA = (s (Q ∘ gate)ᵀ z) ⊗ v, Q = dY B. All else is exact. v should have unit
-            length: one of length √c makes dA c times as large.
+            drop(x). Backward takes x̂ = z ⊗ v for drop(x): dA = (s (Q ∘ gate)ᵀ z) ⊗ v, Q = dY B. All else is exact.
+            v should have unit length: one of length √c makes dA c times as large.
         backend: "auto", "reference", "cpu" (C++), "triton" or "cuda". A named one runs or raises.
 
     Returns:

@@ -25,10 +25,11 @@ from peft.tuners.lora.variants import (
     DoraConv3dVariant,
     DoraEmbeddingVariant,
     DoraLinearVariant,
+    VeloraLinearVariant,
 )
 from torch import Tensor, nn
 
-from ..functional import ScaleCache, dora_linear, lora_linear
+from ..functional import ScaleCache, dora_linear, lora_linear, velora_vector
 from ..nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d, dora_conv, is_patch, library_convolves, lora_conv
 from ..nn.dora import column_scale
 from ..nn.embedding import LoRAEmbedding, corrected
@@ -94,6 +95,9 @@ class _Accelerated:
 class _OverLinear(_Accelerated):
     """y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or with a DoRA adapter as one op.
 
+    An adapter with VeLoRA has z saved in x's dtype, by PEFT's vector of that adapter, which is made as PEFT makes it, but of
+    x before dropout.
+
     Numbers: factors are rounded to x's dtype inside the op, which accumulates in float32. PEFT casts x to the factors'
     dtype, multiplies there, and rounds the base product and then the sum to x's dtype.
     """
@@ -101,7 +105,8 @@ class _OverLinear(_Accelerated):
     ours, dora = LoRALinear, (DoraLinearVariant, DoraLinearLayer)
 
     def _on_ops(self: Any, x: Tensor, adapters: list[str]) -> Tensor:
-        if adapters[0] in self.lora_variant:
+        variant = type(self.lora_variant.get(adapters[0]))
+        if variant is DoraLinearVariant:
             return self._dora(x, adapters[0])
         base: Any = self.base_layer
         weight = frozen_weight(base)
@@ -118,7 +123,20 @@ class _OverLinear(_Accelerated):
         for _, b, s in factors:
             bias = add_bias(bias, b.bias, s, weight.dtype)
         p = self._dropout(adapters[0])
-        return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p)
+        compresses = variant is VeloraLinearVariant and self.training and torch.is_grad_enabled()
+        v = self._velora_vector(adapters[0], x) if compresses else None
+        return lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, gate=gate, dropout_p=p, velora_vector=v)
+
+    @torch.no_grad()
+    def _velora_vector(self: Any, name: str, x: Tensor) -> Tensor:
+        """√scale v, so that x̂ has PEFT's scale; v is made of this x where PEFT makes it."""
+        vectors, made, kind = self.lora_velora_embed, self.lora_velora_initialized, self.lora_velora_init_type[name]
+        if kind == "batch_average" or not made[name]:
+            old = vectors[name]
+            new = velora_vector(x, len(old))  # zeros without a finite mean, where PEFT's is NaN: the old one stays
+            vectors[name] = torch.where(new.any(), new, old.to(new)).to(old)
+            made[name] = made[name] or bool(vectors[name].any())
+        return vectors[name] * self.lora_velora_scale[name] ** 0.5
 
     def _dora(self: Any, x: Tensor, name: str) -> Tensor:
         base: Any = self.base_layer
@@ -255,7 +273,11 @@ def _why_not_layer(layer: Any) -> str | None:
 def _why_not_adapter(layer: Any, name: str) -> str | None:
     of_dora, magnitudes = _CLASSES[layer.pefts if isinstance(layer, _Accelerated) else type(layer)].dora
     variant = layer.lora_variant.get(name)
-    if variant is not None:
+    if type(variant) is VeloraLinearVariant:
+        groups, k = layer.lora_velora_num_groups[name], layer.in_features
+        if k % groups:
+            return f"adapter {name!r} has VeLoRA with {groups} groups, which do not divide K = {k}"
+    elif variant is not None:
         if type(variant) is not of_dora:
             return f"adapter {name!r} is a {type(variant).__name__}"
         magnitude = layer.lora_magnitude_vector[name]
@@ -287,7 +309,7 @@ def _pays_without_dora(base: Any) -> bool:
 
 
 def accelerate(peft_model: nn.Module) -> Report:
-    """Let PEFT's LoRA and DoRA layers run on this package's ops, in place.
+    """Let PEFT's LoRA, VeLoRA and DoRA layers run on this package's ops, in place.
 
     Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D, and every ``lora.Linear4bit`` and
     ``lora.Linear8bitLt`` over bitsandbytes' linears, that holds at least one LoRA or DoRA

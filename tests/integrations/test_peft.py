@@ -70,7 +70,7 @@ def test_outputs_and_gradients_are_pefts(llama, tokens, kind, training):
     ("settings", "reason"),
     [
         ({"alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}, "ALoraLinearVariant"),
-        ({"velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4)}, "VeloraLinearVariant"),
+        ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, "KasaLinearVariant"),
     ],
 )
 def test_variants_run_pefts_own_forward_and_are_listed(llama, tokens, settings, reason):
