@@ -23,7 +23,7 @@ from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups,
 from lowrank_kernels.prune import LoRAPrune
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -77,7 +77,8 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
     r = 1 if method == "xgblora" else 8
     kind = {"dora": lk.DoRAConfig, "lamda": lk.LaMDAConfig}.get(method, lk.LoRAConfig)
     gate = method in ("sora", "alora", "heterolora")
-    config = kind(r=r, alpha=2 * r, target_modules=TARGETS, gate=gate, **one_sided)
+    velora = 16 if method == "velora" else None  # sub-tokens of a token; the first batch makes the vectors
+    config = kind(r=r, alpha=2 * r, target_modules=TARGETS, gate=gate, velora=velora, **one_sided)
     batches = [{k: v[None] for k, v in data[i].items()} for i in range(16)]
     if method == "lora-ga":
         linears = lk.plan_adaptation(model, config).targets

@@ -31,6 +31,7 @@ from .lamda import FREEZING, between_leading_vectors, freezing
 from .method import Method, save_model
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 from .svft import PLACES, between_singular_vectors, write_svft
+from .velora import PROJECTIONS, projected, save_projected
 
 METHODS = {
     "lora": Method(
@@ -164,6 +165,12 @@ METHODS = {
         learning_rate=1e-2,
         save=write_svft,
         options=(PLACES,),
+    ),
+    "velora": Method(
+        "LoRA, or all weights, from one number of each sub-token in place of the saved activations",
+        prepare=projected,
+        save=save_projected,
+        options=(FACTORS, PROJECTIONS),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

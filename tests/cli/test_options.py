@@ -109,6 +109,8 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--prune-warmup": ("x", "-1"),
         "--prune-steps": INTEGERS,
         "--projection-rank": INTEGERS,
+        "--sub-tokens": INTEGERS,
+        "--velora-form": WORDS,
         "--projection-steps": INTEGERS,
         "--projection-scale": RATES,
         "--projection-moments": WORDS,

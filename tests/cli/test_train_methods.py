@@ -24,6 +24,7 @@ from lowrank_kernels.cli.method import save_model
 from lowrank_kernels.cli.methods import METHODS, ignored_options
 from lowrank_kernels.cli.smt import BLOCKS, save_blocks
 from lowrank_kernels.cli.svft import PLACES, write_svft
+from lowrank_kernels.cli.velora import save_projected
 
 
 class Tokenizer:
@@ -83,6 +84,7 @@ SMALL = {
     "--prune-warmup": "2",
     "--projection-rank": "4",
     "--projection-steps": "5",
+    "--sub-tokens": "8",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [
@@ -92,6 +94,7 @@ LOADED = {
     save_adapter: lk.load_adapter,
     save_from_start: lk.load_adapter,
     save_blocks: lk.smt.load_delta,
+    save_projected: lk.load_adapter,
     write_svft: lk.load_svft,
 }
 """What writes files that are loaded over the base, and by what."""
