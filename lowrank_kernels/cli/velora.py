@@ -35,8 +35,8 @@ def projected(model: Any, args: argparse.Namespace, batches: Batches, start: Any
         arguments.refuse_options(args.given, FACTORS, "is not an option of --velora-form dense")
         if "--learning-rate" not in args.given:
             raise ValueError(
-                f"--velora-form dense: expected --learning-rate, got none; {args.learning_rate:g}, the default, is one of "
-                f"factors, and too high for W: try 1e-4"
+                f"--velora-form dense: expected --learning-rate, got none; {args.learning_rate:g}, the default, is one "
+                f"of factors, and too high for W: try 1e-4"
             )
         config = lk.VeLoRAConfig(velora=args.sub_tokens, target_modules=TARGETS)
     else:

@@ -103,6 +103,22 @@ def adapt_before_ddp_keeps_the_ranks_together():
     lk.merge_and_unload(model)
 
 
+def ranks_of_ddp_share_the_vectors_of_velora():
+    for config in (lk.LoRAConfig(r=4, velora=1), lk.VeLoRAConfig(velora=1)):
+        model = build(config)
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        own, _ = batch()
+        for _ in range(2):  # each makes vectors of its own part; rank 0's come with the second forward
+            wrapper(own).square().sum().backward()
+        values = torch.cat(
+            [layer.velora_vector for layer in (model[0], model[2])]
+            + [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
+        everyones = [torch.zeros_like(values) for _ in range(2)]
+        dist.all_gather(everyones, values)
+        assert torch.equal(*everyones)
+
+
 # --------------------------------------------------------------------------------------------------------------- FSDP1
 
 
@@ -455,6 +471,7 @@ CHECKS = [
     riders_that_need_whole_factors_refuse_shards,
     adapt_refuses_a_model_that_ddp_holds,
     adapt_before_ddp_keeps_the_ranks_together,
+    ranks_of_ddp_share_the_vectors_of_velora,
     fsdp1_with_original_parameters_trains_and_merges,
     fsdp1_around_the_trained_linears_alone_trains_or_is_refused,
     fsdp2_around_whole_layers_trains_saves_and_merges,
