@@ -95,8 +95,8 @@ class _Accelerated:
 class _OverLinear(_Accelerated):
     """y = x Wᵀ + bias + Σ s_i (drop(x) A_iᵀ) B_iᵀ over the active adapters as one op, or with a DoRA adapter as one op.
 
-    With PEFT's VeLoRA, z is saved in x's dtype, by PEFT's vector of the adapter, which is made as PEFT makes it, but of x
-    before dropout.
+    With PEFT's VeLoRA, z is saved in x's dtype, by PEFT's vector of the adapter, which is made as PEFT makes it, but of
+    x before dropout.
 
     Numbers: factors are rounded to x's dtype inside the op, which accumulates in float32. PEFT casts x to the factors'
     dtype, multiplies there, and rounds the base product and then the sum to x's dtype.
