@@ -21,9 +21,10 @@ from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
 from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
 from lowrank_kernels.prune import LoRAPrune
+from lowrank_kernels.reversible import meft
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora", "meft")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -84,6 +85,8 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         linears = lk.plan_adaptation(model, config).targets
         gradients = estimate_gradients(model, batches, loss, linears)
     print(lk.adapt(model, config))
+    if method == "meft":
+        print(meft(model))
     if method == "lora-ga":
         lora_ga_(model, gradients)
     if method == "lora-plus":

@@ -1,6 +1,6 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import allocate, chain, federated, init, integrations, nn, optim, prune, serving, smt, weights
+from . import allocate, chain, federated, init, integrations, nn, optim, prune, reversible, serving, smt, weights
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, load_svft, save_adapter, save_lora_ga_adapter, save_svft
 from .base_only import base_only
@@ -76,6 +76,7 @@ __all__ = [
     "plan_batch",
     "prune",
     "quantize_",
+    "reversible",
     "save_adapter",
     "save_lora_ga_adapter",
     "save_svft",

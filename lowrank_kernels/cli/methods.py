@@ -29,6 +29,7 @@ from .galore import PROJECTION, all_weights, galore
 from .gmt import MASKS, masked, whole_weights
 from .lamda import FREEZING, between_leading_vectors, freezing
 from .method import Method, save_model
+from .reversible import REVERSIBLE, reversible, save_reversible
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 from .svft import PLACES, between_singular_vectors, write_svft
 from .velora import PROJECTIONS, projected, save_projected
@@ -171,6 +172,12 @@ METHODS = {
         prepare=projected,
         save=save_projected,
         options=(FACTORS, PROJECTIONS),
+    ),
+    "meft": Method(
+        "LoRA in reversible layers, whose activations are computed back from their outputs",
+        prepare=reversible,
+        save=save_reversible,
+        options=(FACTORS, REVERSIBLE),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

@@ -22,6 +22,7 @@ from lowrank_kernels.cli.factors import FACTORS, LINKS, save_adapter, save_from_
 from lowrank_kernels.cli.loop import Run
 from lowrank_kernels.cli.method import save_model
 from lowrank_kernels.cli.methods import METHODS, ignored_options
+from lowrank_kernels.cli.reversible import save_reversible
 from lowrank_kernels.cli.smt import BLOCKS, save_blocks
 from lowrank_kernels.cli.svft import PLACES, write_svft
 from lowrank_kernels.cli.velora import save_projected
@@ -90,14 +91,15 @@ WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [
     name for name, row in METHODS.items() if any(group in row.options for group in (FACTORS, BLOCKS, PLACES))
 ]
-LOADED = {
+LOADERS: dict[Any, Callable[..., Any]] = {
     save_adapter: lk.load_adapter,
     save_from_start: lk.load_adapter,
     save_blocks: lk.smt.load_delta,
     save_projected: lk.load_adapter,
     write_svft: lk.load_svft,
+    save_reversible: lk.reversible.load_meft,
 }
-"""What writes files that are loaded over the base, and by what."""
+"""What loads over the base what these write."""
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
 
 
@@ -185,9 +187,9 @@ def test_a_chain_writes_a_whole_model(runs: Runs) -> None:
     assert "model.safetensors" in files and "adapter_config.json" not in files
 
 
-@by_method(*(name for name, row in METHODS.items() if row.save in LOADED))
+@by_method(*(name for name, row in METHODS.items() if row.save in LOADERS))
 def test_what_a_run_writes_is_loaded_over_the_base(runs: Runs) -> None:
-    LOADED[METHODS[runs.method].save](tiny_model(torch.float32), runs.folders[0])
+    LOADERS[METHODS[runs.method].save](tiny_model(torch.float32), runs.folders[0])
 
 
 @pytest.mark.parametrize("more", [["--rounding", "stochastic"], ["--master"]])
@@ -201,7 +203,7 @@ def base_bytes(model: Any) -> dict[str, bytes]:
     return {
         name.replace(".base_layer.", "."): p.detach().numpy().tobytes()
         for name, p in model.named_parameters()
-        if ".base_layer." in name or not name.startswith(layers)
+        if ".base_layer." in name or not (name.startswith(layers) or ".meft." in name)
     }
 
 

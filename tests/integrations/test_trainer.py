@@ -25,13 +25,15 @@ def load_example() -> Any:
     return module
 
 
-@pytest.mark.parametrize("method", ["rac-lora", "xgblora", "lora-ga", "lora-rite", "galore", "svft", "velora", *RIDERS])
+@pytest.mark.parametrize(
+    "method", ["rac-lora", "xgblora", "lora-ga", "lora-rite", "galore", "svft", "velora", "meft", *RIDERS]
+)
 def test_the_example_learns(method: str) -> None:
     before, after = load_example().train(method, steps=12)
     assert after < before
 
 
-@pytest.mark.parametrize("method", ["rac-lora", "xgblora", "lora-rite", "galore", "svft", "velora", *RIDERS])
+@pytest.mark.parametrize("method", ["rac-lora", "xgblora", "lora-rite", "galore", "svft", "velora", "meft", *RIDERS])
 def test_trainer_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
     example = load_example()
 

@@ -1,0 +1,176 @@
+"""Trained parts beside a pretrained stack of layers, on disk: with what says over which base alone they are right.
+
+A folder has ``<kind>_config.json`` (settings, and a fingerprint of each layer of the base), ``<kind>.safetensors`` (the
+parts, by their names in the model), and where the model has LoRA layers PEFT's two files. It may come from anywhere:
+nothing in it is executed, and a model is changed only after the base and the settings have been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import config_of
+from .adapters import load_adapter, save_adapter
+from .adapters.folder import CONFIG_FILE, FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
+from .finite import all_finite
+from .layer_stack import find_stack
+from .names import named_parameters
+from .report import Report, count_parameters
+from .smt.delta import fingerprint
+
+
+def _format(kind: str) -> str:
+    return f"lowrank_kernels {kind} 1"
+
+
+def _own(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in named_parameters(model) if f".{kind}." in f".{name}"}
+
+
+def base_fingerprints(model: nn.Module, kind: str, op: str) -> dict[str, str]:
+    """SHA-256 of the weights of each layer, by its name, without what was trained beside them."""
+    stack = find_stack(model, op)
+    found = {}
+    for i, layer in enumerate(stack.layers.children()):
+        digest = hashlib.sha256()
+        for name, p in sorted((n.replace("base_layer.", ""), p) for n, p in named_parameters(layer)):
+            if ".lora_" not in name and f"{kind}." not in name:
+                digest.update(f"{name} {p.dtype} {tuple(p.shape)} {fingerprint(p)};".encode())
+        found[f"{stack.path}.{i}"] = digest.hexdigest()
+    return found
+
+
+def save_over_base(
+    model: nn.Module, folder: str | os.PathLike[str], kind: str, settings: dict[str, Any], op: str
+) -> Path:
+    """Write the parameters named ``kind``, the LoRA factors, and the settings. Files are written aside and renamed.
+
+    Raises:
+        ValueError: other parameters train too, which the folder has no place for; a value that is not finite. Nothing
+            is written then.
+        ImportError: safetensors is not installed.
+    """
+    from safetensors.torch import save_file
+
+    own = _own(model, kind)
+    ids = set(map(id, own.values()))
+    others = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids and ".lora_" not in n]
+    if others:
+        raise ValueError(
+            f"{op}: expected only LoRA factors and {kind} to train, got {few(others)}; save model.state_dict() instead"
+        )
+    broken = [name for name, p in own.items() if not all_finite(p)]
+    if broken:
+        raise ValueError(f"{op}: expected finite values, found NaN or Inf in {few(broken)}; nothing was written")
+    config = {"format": _format(kind), "settings": settings, "base": base_fingerprints(model, kind, op)}
+    folder = Path(folder)
+    if config_of(model) is not None:
+        with _frozen(own):  # or else the log would name them as left out
+            save_adapter(model, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in own.items()}
+    write_aside(folder / f"{kind}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=1) + "\n"
+    write_aside(folder / f"{kind}_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+@contextmanager
+def _frozen(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    trained = [p for p in parameters.values() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def load_over_base(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    kind: str,
+    change: Callable[[dict[str, Any]], Report],
+    op: str,
+    *,
+    trainable: bool,
+) -> Report:
+    """Put what :func:`save_over_base` wrote on a model: its LoRA layers, what ``change(settings)`` puts in, and values.
+
+    Returns:
+        The report of ``change``; its ``undo()`` takes off the LoRA layers too.
+
+    Raises:
+        ValueError: a file that is missing, broken, or of another format; another base than the one that was trained
+            over; settings or tensors that do not fit. The model is then as it was.
+    """
+    folder = Path(folder)
+    if not is_folder(folder):
+        raise ValueError(f"{op}: expected a folder, got {str(folder)!r:.500}")
+    config = read_json(inside(folder, f"{kind}_config.json", op), op)
+    settings, base = config.get("settings"), config.get("base")
+    if config.get("format") != _format(kind) or not isinstance(settings, dict) or not isinstance(base, dict):
+        raise ValueError(f"{op}: expected the format {_format(kind)!r} in {folder}, got {config.get('format')!r:.100}")
+    here = base_fingerprints(model, kind, op)
+    if here != base:
+        other = [name for name in here if here[name] != base.get(name)] or sorted(set(base) - set(here))
+        raise ValueError(f"{op}: expected the base that was trained over, got other weights or layers: {few(other)}")
+    undo: list[Callable[[], None]] = []
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore() -> None:
+        for p, trains in trained:
+            p.requires_grad_(trains)
+
+    undo.append(restore)
+    try:
+        if (folder / CONFIG_FILE).exists():
+            undo.append(load_adapter(model, folder, trainable=True).undo)
+        try:
+            report = change(settings)
+        except TypeError as error:  # a setting that there is not
+            raise ValueError(f"{op}: expected settings of {kind} in {folder}, got {error}") from None
+        undo.append(report.undo)
+        own = _own(model, kind)
+        tensors = _read(inside(folder, f"{kind}.safetensors", op), own, op)
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable and (".lora_" in name or name in own))
+    except BaseException:
+        while undo:
+            undo.pop()()
+        raise
+    trains, total = count_parameters(model)
+    return Report(report.title, report.replaced, report.skipped, trains, total, report.notes, _undo=undo)
+
+
+def _read(path: Path, own: dict[str, nn.Parameter], op: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    header = read_header(path, len(own), op)
+    if header.keys() != own.keys():
+        raise ValueError(f"{op}: expected the tensors {few(sorted(own))} in {path}, got {few(sorted(header))}")
+    for name, p in own.items():
+        if header[name].shape != tuple(p.shape) or header[name].dtype not in FILE_DTYPES:
+            raise ValueError(f"{op}: expected {name} of shape {tuple(p.shape)}, got {header[name]} in {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in own}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{op}: expected {path} to be a whole safetensors file: {error}") from None
+    broken = [name for name, t in tensors.items() if not all_finite(t)]
+    if broken:
+        raise ValueError(f"{op}: expected finite values, found NaN or Inf in {few(broken)} of {path}")
+    return tensors
