@@ -323,8 +323,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         turn, start = torch.zeros(len(s), len(s), dtype=s.dtype), 0
         ends = [i + 1 for i in range(len(s)) if i + 1 == len(s) or s[i] - s[i + 1] > 1e-9 * s[0]]
         for end in ends:  # an orthogonal matrix for each group of equal values; of one, a sign
-            q = torch.linalg.qr(torch.randn(end - start, end - start, generator=generator, dtype=s.dtype)).Q
-            turn[start:end, start:end] = -q if end - start == 1 else q
+            drawn = torch.randn(end - start, end - start, generator=generator, dtype=s.dtype)
+            turn[start:end, start:end] = drawn.sign() if end - start == 1 else torch.linalg.qr(drawn).Q
             start = end
         return torch.return_types.linalg_svd((u @ turn, s, turn.T @ vh))
 
