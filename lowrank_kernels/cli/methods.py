@@ -134,6 +134,7 @@ METHODS = {
         ride=freezing,
         save=save_adapter,
         options=(FACTORS, FREEZING),
+        learning_rate=1e-4,
         defaults={"rank": 32},
     ),
     "loraprune": Method(
