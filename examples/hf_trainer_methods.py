@@ -19,12 +19,13 @@ import lowrank_kernels as lk
 from lowrank_kernels.allocate import ALoRA, HeteroLoRA, LaMDA, SoRA, sora_groups
 from lowrank_kernels.chain import cola, rac_lora, xgblora
 from lowrank_kernels.init import estimate_gradients, lora_ga_
+from lowrank_kernels.losses import Density
 from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
 from lowrank_kernels.prune import LoRAPrune
 from lowrank_kernels.reversible import meft
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora", "meft")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora", "meft", "deft")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -108,6 +109,8 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
         HeteroLoRA(model, optimizer, batches[:2], loss, budget=0.5, warmup=max(1, steps // 4), every=max(1, steps // 4))
     if method == "lamda":
         LaMDA(model, optimizer, steps)
+    if method == "deft":
+        Density(model, alpha=0.1, eps=1e-2, into_loss=True)
     if method == "loraprune":
         LoRAPrune(model, optimizer, ratio=0.2, warmup=steps // 4, steps=max(1, steps // 2))
     return optimizer

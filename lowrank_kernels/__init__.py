@@ -1,6 +1,20 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
-from . import allocate, chain, federated, init, integrations, nn, optim, prune, reversible, serving, smt, weights
+from . import (
+    allocate,
+    chain,
+    federated,
+    init,
+    integrations,
+    losses,
+    nn,
+    optim,
+    prune,
+    reversible,
+    serving,
+    smt,
+    weights,
+)
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, load_svft, save_adapter, save_lora_ga_adapter, save_svft
 from .base_only import base_only
@@ -65,6 +79,7 @@ __all__ = [
     "load_svft",
     "lora_importance",
     "lora_linear",
+    "losses",
     "magnitude_histogram",
     "merge_and_unload",
     "merge_dora_",

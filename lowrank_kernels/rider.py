@@ -80,6 +80,10 @@ class Rider:
     def after_step(self) -> None:
         """Called after a step that was taken, and after ``restore``."""
 
+    def extra_loss(self) -> Tensor | None:
+        """What is added to the loss of the batch that the model has just seen; None: nothing. A training loop asks."""
+        return None
+
     def finish(self) -> None:
         """Bring the model into the form in which it is saved when training is over: merge, or cut, what is pending."""
 

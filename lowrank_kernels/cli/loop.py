@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..integrations.transformers import answer_loss
+from ..rider import Rider
 from .batches import Batch
 
 
@@ -37,6 +38,8 @@ class Run:
     make_optimizer: Callable[[Any, float], torch.optim.Optimizer] = adamw
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    rider: Rider | None = None
+    """What rides on the optimizer, and may add to the loss; ``losses`` are without that."""
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -53,7 +56,8 @@ class Run:
     def forward_backward(self, batch: Batch) -> float:
         self.model.train()
         loss = answer_loss(self.model, **batch)
-        loss.backward()
+        extra = None if self.rider is None else self.rider.extra_loss()
+        (loss if extra is None else loss + extra).backward()
         return float(loss.detach())
 
     def step(self, batch: Batch) -> float:

@@ -24,6 +24,7 @@ from .allocation import (
     save_cut,
     sora,
 )
+from .deft import DENSITY, deft
 from .factors import BOOSTING, FACTORS, GRADIENTS, LINKS, chained, from_gradients, layers, save_adapter, save_from_start
 from .galore import PROJECTION, all_weights, galore
 from .gmt import MASKS, masked, whole_weights
@@ -179,6 +180,13 @@ METHODS = {
         prepare=reversible,
         save=save_reversible,
         options=(FACTORS, REVERSIBLE),
+    ),
+    "deft": Method(
+        "LoRA with a term in the loss that empties the MLPs' activations",
+        prepare=layers(),
+        ride=deft,
+        save=save_adapter,
+        options=(FACTORS, DENSITY, VALIDATION),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

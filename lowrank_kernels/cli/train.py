@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     training = Run(
         args.method, model, args.learning_rate, args.steps, lambda model, lr: method.optimizer(model, lr, args)
     )
-    rider = method.ride and method.ride(model, training.optimizer, args, validation)
+    rider = training.rider = method.ride(model, training.optimizer, args, validation) if method.ride else None
     chain = rider if isinstance(rider, Chain) else None
     stream = batches(tokenizer, examples, args.batch_size, args.seed, args.device)
     if checkpoint is None:

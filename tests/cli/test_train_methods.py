@@ -86,6 +86,7 @@ SMALL = {
     "--projection-rank": "4",
     "--projection-steps": "5",
     "--sub-tokens": "8",
+    "--density-every": "4",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [

@@ -34,6 +34,7 @@ ALLOWED = {
     "init": ({"names", "finite", "gradients", "nn", "functional", "merge"}, {"torch"}),
     "nn": ({"finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
     "rider": (set(), {"torch"}),
+    "losses": ({"config", "names", "patterns"}, {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge", "rider"}, {"torch"}),
     "federated": ({"merge"}, {"torch"}),
     "optim": ({"finite", "functional", "names", "nn", "rider"}, {"torch"}),
