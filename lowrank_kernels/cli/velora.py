@@ -36,7 +36,7 @@ def projected(model: Any, args: argparse.Namespace, batches: Batches, start: Any
         if "--learning-rate" not in args.given:
             raise ValueError(
                 f"--velora-form dense: expected --learning-rate, got none; {args.learning_rate:g}, the default, is one "
-                f"of factors, and too high for W: try 1e-4"
+                f"of factors, and too high for W: try 3e-4"
             )
         config = lk.VeLoRAConfig(velora=args.sub_tokens, target_modules=TARGETS)
     else:
