@@ -9,6 +9,7 @@ prunes, rides on the optimizer, and its state is in the optimizer's, so `resume_
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 
 import torch
@@ -23,9 +24,10 @@ from lowrank_kernels.losses import Density
 from lowrank_kernels.optim import GMT, GaLore, LoRAPro, LoRARITE, factor_groups, galore_groups, lora_plus
 from lowrank_kernels.prune import LoRAPrune
 from lowrank_kernels.reversible import meft
+from lowrank_kernels.side import SHERLConfig, late_targets, sherl
 
 METHODS = ("lora", "dora", "rac-lora", "cola", "xgblora", "lora-ga", "lora-plus", "lora-pro", "lora-rite", "sora")
-METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora", "meft", "deft")
+METHODS += ("alora", "heterolora", "lamda", "loraprune", "galore", "gmt", "svft", "velora", "meft", "deft", "sherl")
 CHAINS = {"rac-lora": rac_lora, "cola": cola, "xgblora": xgblora}
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -85,7 +87,12 @@ def setup(model: nn.Module, method: str, data: Sequences, steps: int) -> torch.o
     if method == "lora-ga":
         linears = lk.plan_adaptation(model, config).targets
         gradients = estimate_gradients(model, batches, loss, linears)
+    if method == "sherl":
+        late = SHERLConfig(late_layers=1, width=16)
+        config = dataclasses.replace(config, target_modules=late_targets(model, late, TARGETS))
     print(lk.adapt(model, config))
+    if method == "sherl":
+        print(sherl(model, late))
     if method == "meft":
         print(meft(model))
     if method == "lora-ga":

@@ -12,6 +12,7 @@ from . import (
     prune,
     reversible,
     serving,
+    side,
     smt,
     weights,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "save_lora_ga_adapter",
     "save_svft",
     "serving",
+    "side",
     "smt",
     "stack_column_scale",
     "svft_linear",

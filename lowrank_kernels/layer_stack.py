@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,6 +30,38 @@ class LayerStack(NamedTuple):
     owner: nn.Module
     key: str
     layers: nn.ModuleList
+
+    def replace(self, stack: WholeStack, part: str) -> Callable[[], None]:
+        """Put another stack in its place. Returns what puts this one back, without a module ``part`` in its layers."""
+        self.owner._modules[self.key] = stack
+
+        def undo() -> None:
+            self.layers.training = stack.training
+            self.owner._modules[self.key] = self.layers
+            for layer in self.layers.children():
+                layer._modules.pop(part, None)
+
+        return undo
+
+
+class WholeStack(nn.ModuleList):
+    """A stack that is called as one module, in the place of the model's list of layers and with their names.
+
+    The model, which iterates over the list to call what is in it, finds one module there, the stack: ``list(stack)`` is
+    ``[stack]``, while ``stack[i]`` is layer i and ``stack.children()`` are the layers.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__(layers.children())
+        self.training = layers.training
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self,) if isinstance(index, slice) else super().__getitem__(index)
+
+    __repr__ = nn.Module.__repr__
 
 
 def find_stack(model: nn.Module, op: str) -> LayerStack:

@@ -31,6 +31,7 @@ from .gmt import MASKS, masked, whole_weights
 from .lamda import FREEZING, between_leading_vectors, freezing
 from .method import Method, save_model
 from .reversible import REVERSIBLE, reversible, save_reversible
+from .side import SIDE_PATH, save_side_path, side_path
 from .smt import BLOCK_BUDGET, BLOCKS, save_blocks, selected_blocks
 from .svft import PLACES, between_singular_vectors, write_svft
 from .velora import PROJECTIONS, projected, save_projected
@@ -187,6 +188,12 @@ METHODS = {
         ride=deft,
         save=save_adapter,
         options=(FACTORS, DENSITY, VALIDATION),
+    ),
+    "sherl": Method(
+        "LoRA in the last layers, and a side path from the frozen ones below, which have no backward",
+        prepare=side_path,
+        save=save_side_path,
+        options=(FACTORS, SIDE_PATH),
     ),
     "smt": Method(
         "the blocks of W with the largest gradients",

@@ -110,16 +110,10 @@ def meft(model: nn.Module, config: MEFTConfig | None = None) -> Report:
         for layer, adapter in zip(layers, adapters, strict=True):
             layer.meft = adapter.train(layer.training)
     assert config.lam is not None and config.beta is not None
-    found.owner._modules[found.key] = ReversibleStack(
+    stack = ReversibleStack(
         found.layers, halves, config.lam, config.beta, config.variant != 3, config.keep_every, config.check
     )
-
-    def undo() -> None:
-        found.layers.train(found.owner._modules[found.key].training)  # type: ignore[union-attr]
-        found.owner._modules[found.key] = found.layers
-        for layer in layers:
-            layer._modules.pop("meft", None)
-
+    undo = found.replace(stack, "meft")
     rank = 0 if config.variant == 3 else config.adapter_size
     size = "attention and MLP" if config.variant == 3 else f"adapter of {rank}"
     replaced = tuple(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..layer_stack import filled_cache, is_cache, without_caches
+from ..layer_stack import WholeStack, filled_cache, is_cache, without_caches
 from ..nn.sharded import is_dtensor
 from .halves import Call, Half, Halves
 
 
-class ReversibleStack(nn.ModuleList):
+class ReversibleStack(WholeStack):
     """Layers as one reversible function of hidden states h:
 
         x1 = x2 = h;  for each layer: y1 = λ x1 + F(x2),  y2 = β x2 + G(y1);  (x1, x2) = (y2, y1) or (y1, y2)
@@ -25,10 +25,6 @@ class ReversibleStack(nn.ModuleList):
     The inverse of a layer is x2 = (y2 − G(y1)) / β, x1 = (y1 − F(x2)) / λ. Where a gradient is needed, the inputs of
     every ``keep_every``-th layer are kept, and the output of the last; inputs in between are computed back in backward,
     from above. Each layer runs once more there, with the random numbers and under the autocast of its forward.
-
-    It stands in the place of the model's list of layers, and has them under the same names. The model, which iterates
-    over the list to call what is in it, finds one module there, the stack: ``list(stack) == [stack]``, while
-    ``stack[i]`` is layer i.
 
     The halves are of h's dtype, of float32 over half precision. Gradients go to h, to tensors among the other arguments
     and to parameters of the layers, whichever require one; a second derivative is refused. Under ``model.train()`` with
@@ -56,20 +52,11 @@ class ReversibleStack(nn.ModuleList):
         keep_every: int,
         check: float | None = None,
     ) -> None:
-        super().__init__(layers.children())
+        super().__init__(layers)
         self.halves, self.lam, self.beta, self.switch = halves, lam, beta, switch
         self.keep_every, self.check = keep_every, check
         self.largest_error = 0.0
         self.recompute = True
-        self.train(layers.training)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self,) if isinstance(index, slice) else super().__getitem__(index)
-
-    __repr__ = nn.Module.__repr__
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and self._may_recompute(args, kwargs):

@@ -128,6 +128,8 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--meft-beta": ("x", "", "nan", "inf", "0", "-0.0"),
         "--keep-every": INTEGERS,
         "--adapter-size": INTEGERS,
+        "--late-layers": INTEGERS,
+        "--side-width": INTEGERS,
         "--gradient-batches": INTEGERS,
         "--budget": (*RATES, "1.5"),
         "--block-size": (*INTEGERS, "8", "24"),

@@ -23,6 +23,7 @@ from lowrank_kernels.cli.loop import Run
 from lowrank_kernels.cli.method import save_model
 from lowrank_kernels.cli.methods import METHODS, ignored_options
 from lowrank_kernels.cli.reversible import save_reversible
+from lowrank_kernels.cli.side import save_side_path
 from lowrank_kernels.cli.smt import BLOCKS, save_blocks
 from lowrank_kernels.cli.svft import PLACES, write_svft
 from lowrank_kernels.cli.velora import save_projected
@@ -87,6 +88,8 @@ SMALL = {
     "--projection-steps": "5",
     "--sub-tokens": "8",
     "--density-every": "4",
+    "--late-layers": "1",
+    "--side-width": "8",
 }
 WITH_RANK = [name for name, row in METHODS.items() if FACTORS in row.options]
 WITH_LAYERS = [
@@ -99,6 +102,7 @@ LOADERS: dict[Any, Callable[..., Any]] = {
     save_projected: lk.load_adapter,
     write_svft: lk.load_svft,
     save_reversible: lk.reversible.load_meft,
+    save_side_path: lk.side.load_sherl,
 }
 """What loads over the base what these write."""
 RATES = {"lora-pro": "0.3", "lora-rite": "5e-3"}
@@ -204,7 +208,7 @@ def base_bytes(model: Any) -> dict[str, bytes]:
     return {
         name.replace(".base_layer.", "."): p.detach().numpy().tobytes()
         for name, p in model.named_parameters()
-        if ".base_layer." in name or not (name.startswith(layers) or ".meft." in name)
+        if ".base_layer." in name or not (name.startswith(layers) or ".meft." in name or ".sherl." in name)
     }
 
 
@@ -232,12 +236,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, str]]] = 
     "rank over the matrix size": (
         lambda: tiny_model(torch.float32),
         ("--rank", "40"),
-        {"": "min(N, K) = 32 for model.layers.0.self_attn.q_proj of shape (N, K) = (32, 32), got 40; lower r"},
+        {
+            "": "min(N, K) = 32 for model.layers.0.self_attn.q_proj of shape (N, K) = (32, 32), got 40; lower r",
+            "sherl": "min(N, K) = 32 for model.layers.1.self_attn.q_proj of shape (N, K) = (32, 32), got 40; lower r",
+        },
     ),
     "no targets": (
         without_targets,
         (),
-        {"": "replaces nothing in this GPT2LMHeadModel; its linears: transformer.h.*.attn.c_attn, "},
+        {
+            "": "replaces nothing in this GPT2LMHeadModel; its linears: transformer.h.*.attn.c_attn, ",
+            "sherl": "expected modules of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj in ",
+        },
     ),
     "quantised": (quantised, (), {"": "q_proj (quantised (Linear, weight of torch.int8))"}),
     "a loss that is not finite": (

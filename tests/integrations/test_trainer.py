@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 RESUMED = ("rac-lora", "xgblora", "lora-rite", "sora", "alora", "heterolora", "lamda", "loraprune", "galore", "gmt")
-RESUMED += ("svft", "velora", "meft", "deft")
+RESUMED += ("svft", "velora", "meft", "deft", "sherl")
 ROOT = Path(__file__).resolve().parents[2]
 
 
