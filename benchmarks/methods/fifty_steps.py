@@ -2,7 +2,7 @@
 
     python benchmarks/methods/fifty_steps.py [--methods NAME ...] [--seeds 0 1 2]
 
-The docstring task, batches of 2 functions, 48 held out, float32, each method at its own default rate, which its page
+The docstring task, batches of 2 functions, 24 held out, float32, each method at its own default rate, which its page
 says how it was found. Rows go to `benchmarks/results/methods/fifty_steps.csv` as they come; what is there is not run
 again.
 """
@@ -54,7 +54,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run.json"
                 command = ["train", "--method", method, "--seed", str(seed), "--steps", str(args.steps)]
-                command += ["--batch-size", "2", "--held-out", "48", "--json", str(out), *METHODS[method]]
+                command += ["--batch-size", "2", "--held-out", "24", "--json", str(out), *METHODS[method]]
                 code = "import sys; from lowrank_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
                 subprocess.run([sys.executable, "-c", code, *command], check=True)
                 result = json.loads(out.read_text())
