@@ -146,7 +146,8 @@ def check_svft_linear(call: SVFTLinear) -> Exception | None:
 def _decide(call: Any, records: bool, target: Target | None) -> Plan:
     x, weight = call.x, call.weight
     c = Choosing("svft_linear", x, target)
-    c.backend(call.backend, *c.settled("svft_linear", tuned.product_sizes(x.shape, weight.shape)))
+    sizes = tuned.product_sizes(x.shape, weight.shape) | {"E": call.values.shape[0]}
+    c.backend(call.backend, *c.settled("svft_linear", sizes))
     if x.empty or weight.empty:
         c.take("backend", "reference", "rule: nothing to multiply")
     return c.done()

@@ -22,7 +22,7 @@ from lowrank_kernels.bench.run import read_csv
 from lowrank_kernels.cli import main
 
 CPU = torch.device("cpu")
-SMALL = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32}
+SMALL = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32, "E": 100}
 
 
 def problem(op: str, dtype: torch.dtype = torch.float32, training: bool = False) -> Problem:

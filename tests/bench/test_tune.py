@@ -146,7 +146,7 @@ def test_a_wrong_candidate_is_refused_and_a_slow_one_is_not_chosen(clock):
 @pytest.mark.parametrize("op", list(tunables("cpu")))
 def test_every_candidate_of_every_op_is_right_here(op):
     tunable = tunables("cpu")[op]
-    sizes = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32}
+    sizes = {"M": 9, "K": 64, "N": 96, "R": 4, "G": 3, "blocks": 3, "size": 32, "E": 100}
     shape = {name: sizes[name] for name in shapes(tunable, "cpu")[0]}
     for dtype in (torch.float32, torch.bfloat16):
         assert not settle(tunable, Problem(shape, dtype, tunable.training), 0.0, CPU).refused
@@ -535,7 +535,7 @@ def test_tiles_of_blocks_follow_the_table():
 
 def tuned_plan(tunable, fields):
     """The plan of a call of a tunable op on an H100, where these fields are forced."""
-    sizes = {"M": 512, "K": 4096, "N": 4096, "R": 8, "G": 4, "blocks": 41, "size": 64}
+    sizes = {"M": 512, "K": 4096, "N": 4096, "R": 8, "G": 4, "blocks": 41, "size": 64, "E": 8192}
     op, backward = tunable.op.removesuffix("_backward"), tunable.op.endswith("_backward")
     call = EXAMPLES[op].call(sizes, torch.bfloat16, torch.device("cuda"), backward=backward)
     with tuned.forcing(tunable.op) as force:

@@ -79,5 +79,5 @@ BENCHES = (
     ),
 )
 
-_TUNABLE = (Tunable("svft_linear", "svft_linear", PRODUCT, (REFERENCE,)),)
+_TUNABLE = (Tunable("svft_linear", "svft_linear", (*PRODUCT, "E"), (REFERENCE,)),)
 TUNABLES = {"cpu": _TUNABLE, "cuda": _TUNABLE}
