@@ -166,7 +166,7 @@ METHODS = {
     "svft": Method(
         "a sparse matrix between the singular vectors of W",
         prepare=between_singular_vectors,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         save=write_svft,
         options=(PLACES,),
     ),
