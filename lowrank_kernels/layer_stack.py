@@ -70,7 +70,7 @@ def find_stack(model: nn.Module, op: str) -> LayerStack:
     Raises:
         TypeError: not a module.
         ValueError: a model in DistributedDataParallel's or another's hands; no config; no such list, or several, as an
-            encoder and a decoder are; layers of several kinds by ``config.layer_types``.
+            encoder and a decoder are.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -96,9 +96,6 @@ def find_stack(model: nn.Module, op: str) -> LayerStack:
             f"{op}: expected one list of {number} layers of one class in this {kind}, found {names}; its layers are "
             f"not recognised"
         )
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    if len(kinds) > 1:
-        raise ValueError(f"{op}: expected layers that are all called alike, got a {kind} with {', '.join(kinds)}")
     return found[0]
 
 
@@ -156,7 +153,10 @@ def record_calls(model: nn.Module, stack: LayerStack, op: str) -> list[Call]:
             f"before it returned; it does not, so that its layers are not recognised"
         )
     if not all(_same(calls[0][1], call) for _, call in calls):
-        raise ValueError(f"{op}: expected layers that get the same arguments, got a {type(model).__name__}")
+        raise ValueError(
+            f"{op}: expected layers that get the same arguments, got a {type(model).__name__} whose layers do not, as "
+            f"where some attend within a window"
+        )
     return [call for _, call in calls]
 
 

@@ -211,7 +211,7 @@ def test_nothing_is_saved_of_the_early_layers_but_their_outputs() -> None:
             for layer in model.model.layers[:early]:
                 layer.mlp = type(layer.mlp)(tf.LlamaConfig(**{**SIZES, "intermediate_size": intermediate}))
             stack = with_side_path(model)
-            hidden = torch.randn(2, 12, 16)
+            hidden = torch.randn(2, 12, 16, requires_grad=True)
             rotary = model.model.rotary_emb(hidden, torch.arange(12)[None])
             saved = saved_tensors(lambda: stack(hidden, position_embeddings=rotary))  # noqa: B023
             own = {p.untyped_storage().data_ptr() for p in model.parameters()}
