@@ -84,13 +84,17 @@ class Run:
 
     def state(self, base: bool) -> dict[str, Any]:
         """Everything that the next step depends on: what trained at the start, all that layers have beside the modules
-        they wrap, and with ``base`` those modules' weights too."""
+        they wrap, and with ``base`` those modules' weights too. What a layer makes of W (``made_of_weight``) is left
+        out."""
         trained = set(map(id, self.parameters))
-        layers = tuple(f"{name}." for name, module in self.model.named_modules() if hasattr(module, "base_layer"))
+        adapted = {name: module for name, module in self.model.named_modules() if hasattr(module, "base_layer")}
+        layers = tuple(f"{name}." for name in adapted)
+        made = {f"{name}.{own}" for name, module in adapted.items() for own in getattr(module, "made_of_weight", ())}
 
         def is_kept(name: str, t: torch.Tensor) -> bool:
             wrapped = ".base_layer." in name
-            return id(t) in trained or (base and wrapped) or (name.startswith(layers) and not wrapped)
+            own = name.startswith(layers) and not wrapped and name not in made
+            return id(t) in trained or (base and wrapped) or own
 
         tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
         kept = {name: t.detach().clone() for name, t in tensors if is_kept(name, t)}

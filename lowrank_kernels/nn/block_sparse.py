@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class BlockSparseLinear(AroundBase):
     """
 
     original_blocks: Tensor
+    made_of_weight: ClassVar = ("original_blocks",)
+    """Buffers that a layer over the same W has already."""
 
     def __init__(
         self,

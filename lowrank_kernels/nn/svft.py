@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class SVFTLinear(AroundBase):
     Source: Lingam et al., arXiv 2405.19597.
     """
 
+    made_of_weight: ClassVar = ("u", "vh", "sigma")
+    """Buffers that a layer over the same W has already."""
     u: Tensor
     vh: Tensor
     sigma: Tensor
