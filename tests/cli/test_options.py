@@ -110,7 +110,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--prune-steps": INTEGERS,
         "--projection-rank": INTEGERS,
         "--sub-tokens": INTEGERS,
-        "--density-alpha": RATES,
+        "--density-alpha": NUMBERS,
         "--density-eps": RATES,
         "--density-every": INTEGERS,
         "--velora-form": WORDS,
