@@ -131,15 +131,16 @@ class _Reversible(torch.autograd.Function):
         given = tensors[: len(tensors) - len(plan.trained)]
         call = plan.call(given, hidden.dtype)
         kept = [hidden]
+        draws = any(module.training for module in stack.modules())
         x1 = x2 = _wide(hidden)
         with _autocast(ctx.autocast):
             for i, layer in enumerate(stack.children()):
                 if i and i % stack.keep_every == 0:
                     kept += [x1, x2]
                 f, g = stack.halves(layer, call)
-                for_f = _random(hidden.device) if stack.training else None
+                for_f = _random(hidden.device) if draws else None
                 y1 = stack.lam * x1 + f(x2)
-                for_g = _random(hidden.device) if stack.training else None
+                for_g = _random(hidden.device) if draws else None
                 y2 = stack.beta * x2 + g(y1)
                 ctx.random.append((for_f, for_g))
                 x1, x2 = (y2, y1) if stack.switch else (y1, y2)

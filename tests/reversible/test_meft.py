@@ -187,6 +187,23 @@ def test_only_what_trains_gets_a_gradient() -> None:
     assert all(".1." not in name and ("lora_" in name or "meft" in name) for name in gradients(model, stack, True))
 
 
+def test_parameters_that_layers_share_get_the_sum() -> None:
+    model = llama()
+    stack = reversible(model)
+    stack[1].meft.down = stack[0].meft.down
+    stack[2].mlp = stack[0].mlp
+    assert difference(gradients(model, stack, True), gradients(model, stack, False)) < 1e-9
+
+
+def test_dropout_of_single_layers_in_training() -> None:
+    model = llama(attention_dropout=0.3)
+    stack = reversible(model, keep_every=3)
+    model.eval()
+    stack[1].train()
+    model.config.use_cache = False
+    assert difference(gradients(model, stack, True), gradients(model, stack, False)) < 1e-9
+
+
 def test_frozen_layers_run_without_a_graph() -> None:
     model = llama()
     stack = reversible(model)
