@@ -17,7 +17,7 @@ constexpr const char* kOp = "magnitude_counts";
 Tensor magnitude_counts(const Tensor& values, int64_t bits, int64_t shift, int64_t leading) {
   const lrk::Matrix m = lrk::matrix(kOp, "values", values);
   STD_TORCH_CHECK(m.rows == 1, kOp, ": expected one row of values");
-  STD_TORCH_CHECK(bits > 0 && bits <= 16 && shift >= 0 && bits + shift <= 31, kOp,
+  STD_TORCH_CHECK(bits > 0 && bits < 16 && shift >= 0 && bits + shift <= 31, kOp,
                   ": expected a digit of 31 bits");
   Tensor counts = lrk::empty({int64_t{1} << bits}, ScalarType::Long);
   lrk::magnitude_histogram(lrk::runtime(), m, static_cast<int>(bits), static_cast<int>(shift),

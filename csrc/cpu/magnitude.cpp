@@ -7,15 +7,17 @@ namespace {
 
 constexpr int64_t kLeast = int64_t{1} << 16;  // elements of a task
 constexpr int64_t kTasks = 64;                // at most
-constexpr int64_t kStaged = 1024;            // at a time, of a dtype that is no float32
+constexpr int64_t kStaged = 1024;             // at a time, of a dtype that is no float32
 constexpr int kCopies = 4;  // of the counts: equal values that follow one another are not added to
                             // the same one
 
-// Elements `begin` to `end` of the row, into kCopies times 2^bits counts.
+// Elements `begin` to `end` of the row, into kCopies times 2^bits + 1 counts. The last of each copy
+// is of elements that do not count.
 void count(const KernelTable& kernels, const Matrix& values, int64_t begin, int64_t end, int bits,
            int shift, uint32_t leading, uint32_t* counts) {
   float staged[kStaged];
-  const uint32_t mask = (uint32_t{1} << bits) - 1;
+  uint16_t digits[kStaged];
+  const uint32_t size = uint32_t{1} << bits, mask = size - 1;
   const int high = shift + bits;
   for (int64_t at = begin; at < end; at += kStaged) {
     const int64_t n = std::min(kStaged, end - at);
@@ -28,9 +30,10 @@ void count(const KernelTable& kernels, const Matrix& values, int64_t begin, int6
       uint32_t magnitude;
       std::memcpy(&magnitude, x + i, sizeof(magnitude));
       magnitude &= 0x7FFFFFFFu;
-      uint32_t* copy = counts + ((i & (kCopies - 1)) << bits);
-      copy[(magnitude >> shift) & mask] += magnitude >> high == leading;
+      const uint32_t digit = (magnitude >> shift) & mask;
+      digits[i] = static_cast<uint16_t>(magnitude >> high == leading ? digit : size);
     }
+    for (int64_t i = 0; i < n; ++i) ++counts[(i % kCopies) * (size + 1) + digits[i]];
   }
 }
 
@@ -47,16 +50,16 @@ void magnitude_histogram(const Runtime& runtime, const Matrix& values, int bits,
   uint32_t* partial = at<uint32_t>(call.base(), partial_at);
   run(runtime, tasks, tasks > 1, [&](int64_t begin, int64_t end) {
     Layout layout;
-    const size_t copies_at = layout.add<uint32_t>(kCopies * size);
+    const size_t copies_at = layout.add<uint32_t>(kCopies * (size + 1));
     TaskScratch scratch(layout.bytes());
     uint32_t* copies = at<uint32_t>(scratch.base(), copies_at);
     for (int64_t task = begin; task < end; ++task) {
-      std::fill_n(copies, kCopies * size, 0u);
+      std::fill_n(copies, kCopies * (size + 1), 0u);
       count(runtime.kernels, values, task * length, std::min(values.cols, (task + 1) * length),
             bits, shift, leading, copies);
       for (int64_t d = 0; d < size; ++d) {
         uint32_t sum = 0;
-        for (int c = 0; c < kCopies; ++c) sum += copies[c * size + d];
+        for (int c = 0; c < kCopies; ++c) sum += copies[c * (size + 1) + d];
         partial[task * size + d] = sum;
       }
     }
