@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -273,20 +269,16 @@ def test_dora_down_grad(m, n, r, dtype, keep_grad_u):
     assert_as_exact_as_eager(grad_b, 0.7 * (eager_u.T @ p), 0.7 * (exact_u.T @ p.double()), what="grad_b")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_on_a_lower_instruction_set(isa):
-    """The same checks in a process that may use less of the processor."""
-    script = (
-        "import torch, tests.ops.test_cpu_fused as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    t.check(9, 70, 45, 7, dtype, bias=True, gate=True); t.check(5, 70, 45, 7, dtype, bias=True, gate=True)\n"
-        "    t.test_grad_x(5, 131, 300, 7, dtype, 0.3, True)\n"
-        "    t.check(33, 64, 96, 16, dtype, scale=True)\n"
-        "    t.test_dora_up(True, 33, 130, 7, dtype); t.test_dora_scale_grad(40, 75, dtype)\n"
-        "    t.test_grad_x(70, 131, 45, 7, dtype, 0.3, True); t.test_dora_down_grad(70, 131, 7, dtype, True)\n"
-    )
-    environment = {**os.environ, "LRK_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_core_a_call_of_each_kind(dtype):
+    check(9, 70, 45, 7, dtype, bias=True, gate=True)
+    check(5, 70, 45, 7, dtype, bias=True, gate=True)
+    test_grad_x(5, 131, 300, 7, dtype, 0.3, True)
+    check(33, 64, 96, 16, dtype, scale=True)
+    test_dora_up(True, 33, 130, 7, dtype)
+    test_dora_scale_grad(40, 75, dtype)
+    test_grad_x(70, 131, 45, 7, dtype, 0.3, True)
+    test_dora_down_grad(70, 131, 7, dtype, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

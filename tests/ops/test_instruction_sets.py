@@ -16,12 +16,16 @@ from lowrank_kernels import _extension
 
 TESTS = Path(__file__).resolve().parents[1]
 CORE = {
+    "ops/test_block_sparse.py": "core or (adamw_is_torchs and cpu)",
+    "ops/test_cpu_fused.py": "core",
     "ops/test_cpu_kernels.py": "core",
     "ops/test_dora.py": "core",
+    "ops/test_every_family.py": "as_exact_as_eager and cpu and (multi_lora or frozen)",
     "ops/test_galore.py": "core and cpu",
     "ops/test_importance.py": "core and cpu",
     "ops/test_magnitude.py": "core and cpu",
     "ops/test_merge.py": "core and cpu",
+    "ops/test_svft.py": "core and cpu",
     "weights/test_coded.py": "decodes or roundings or dense_results or as_exact",
     "weights/test_stored.py": "decodes or as_exact",
 }

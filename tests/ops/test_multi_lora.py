@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -123,29 +119,6 @@ def test_the_same_as_each_adapter_alone():
         op = lk.lora_linear if magnitude is None else lk.dora_linear
         alone = op(x[ids == i], weight, *args, scaling=scaling, backend="reference")
         torch.testing.assert_close(y[ids == i], alone, rtol=1e-6, atol=1e-6)  # scalings are float32
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The C++ kernels of a lesser processor, against the reference, in a process of their own."""
-    script = (
-        "import torch, lowrank_kernels as lk; from lowrank_kernels import _extension;"
-        "from tests.problems import differentiate, leaves; from tests.problems.multi_lora import problems;"
-        f"assert _extension.cpu_isa() == {isa!r}, _extension.cpu_isa();"
-        "from tests.tolerance import assert_as_exact_as_eager as check\n"
-        "for p in list(problems())[::4]:\n"
-        "    y, grads = differentiate(lambda t: p.run(t, 'cpu'), leaves(p.tensors))\n"
-        "    e, eager = differentiate(p.eager, leaves(p.tensors))\n"
-        "    o, oracle = differentiate(lambda t: p.run(t, 'reference'), leaves(p.tensors, torch.float64))\n"
-        "    check(y, e, o)\n"
-        "    for n in grads: check(grads[n], eager[n], oracle[n], factor=3.0, what=p.name + n)\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "LRK_CPU_ISA": isa}, capture_output=True, text=True
-    )
-    if "AssertionError: avx" in found.stderr or "AssertionError: generic" in found.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert found.returncode == 0, found.stderr
 
 
 # ------------------------------------------------------------------------------------------------- citizen of torch

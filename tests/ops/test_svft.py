@@ -1,13 +1,11 @@
 """SVFT's linear: gradients at the places of M alone, what is kept, layouts, threads; every backend.
 
-LRK_CPU_ISA is read once per process, so the lower levels run the `core` tests of this file in subprocesses.
+tests/ops/test_instruction_sets.py runs the `core` tests of this file on the lower instruction sets too.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -200,19 +198,3 @@ def test_the_extension_reads_nothing_outside_of_its_operands() -> None:
             broken[place] = value
             with pytest.raises(RuntimeError, match="expected a pattern whose"):
                 lk.svft_linear(**{**t, "pattern": broken}, backend="cpu")
-
-
-@pytest.mark.skipif(not _extension.has_op("svft_multiply"), reason="the compiled extension")
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_the_instruction_sets_below_the_best(level: str) -> None:
-    levels = ["generic", "avx2", "avx512", "amx"]
-    best = _extension.cpu_isa()
-    if levels.index(level) >= levels.index(best):
-        pytest.skip(f"this process runs on {best}")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "core and cpu", "-p", "no:cacheprovider", __file__],
-        env=dict(os.environ, LRK_CPU_ISA=level),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
