@@ -57,7 +57,7 @@ def arguments_of(method: str, words: tuple[str, ...]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--learning-rate", type=float)
     add_method_arguments(parser)
-    args = parser.parse_args([word for word in words if word != "--warmup-steps" and words])
+    args = parser.parse_args(words)
     args.given = {word for word in words if word.startswith("--")}
     args.seed, args.steps, args.batch_size, args.device = 0, 100, 2, torch.device("cpu")
     for name, value in METHODS[method].defaults.items():
