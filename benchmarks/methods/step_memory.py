@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "full": (),
     "full, linears and vectors": (),
     "lora": (),
-    "smt": ("--warmup-steps", "0"),
+    "smt": ("--warmup-steps", "1"),
     "galore": (),
     "galore, per layer": (),
     "gmt": (),
