@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,15 @@ def density(o: Tensor, mask: Tensor | None = None, *, eps: float = EPS) -> Tenso
         is exact, and 0 at tokens that do not count, whatever they hold.
 
     Raises:
+        TypeError: no floats, or no dimension of elements.
         ValueError: a mask of another size, an ε that is not above 0 and finite.
 
     Source: Runwal et al., "From PEFT to DEFT", arXiv 2402.01911, section 3; the authors' code takes ε = 1e-7.
     """
     _check_positive("density", "eps", eps)
+    if not isinstance(o, Tensor) or not o.is_floating_point() or o.dim() == 0:
+        got = f"{o.dtype} of shape {tuple(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
+        raise TypeError(f"density: expected o to be floats (..., F), got {got}")
     if mask is not None and mask.numel() != o.shape[:-1].numel():
         raise ValueError(
             f"density: expected a mask of one entry a token, o's leading shape {tuple(o.shape[:-1])}, got "
@@ -95,12 +100,14 @@ class Density:
         into_loss: add the term to the ``loss`` of what the model returns, for trainers that take it from there. Whoever
             accumulates gradients of several batches and divides elsewhere divides α too.
 
-    With activation checkpointing (``use_reentrant=False``) the recomputed hooks do not count again.
+    With activation checkpointing (``use_reentrant=False``) the recomputed hooks do not count again. A copy of the
+    model, by ``copy.deepcopy`` or ``torch.save``, has a ``Density`` of its own.
 
     Raises:
+        TypeError: no module; ``modules`` that are neither names nor a regular expression.
         ValueError: nothing that matches; α below 0, ε not above 0, not finite. In a forward: reentrant checkpointing,
-            in which the term would have no gradient; activations that the mask does not fit. ``term()``: no forward
-            before it.
+            in which the term would have no gradient; activations that the mask does not fit; with ``into_loss``, a
+            model that returns no ``loss``. ``term()``: no forward before it.
 
     ``remove()`` takes the hooks away.
 
@@ -140,6 +147,9 @@ class Density:
             )
         return self.alpha * torch.stack(self._terms).mean()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_terms": None, "_open": False, "_mask": None}  # the last batch's are of another graph
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         while self._handles:
@@ -169,7 +179,12 @@ class Density:
 
     def _end_into_loss(self, model: nn.Module, args: Any, output: Any) -> Any:
         self._open = False
-        if self._terms and getattr(output, "loss", None) is not None:
+        if self._terms and output is not None:  # None: the forward raised
+            if getattr(output, "loss", None) is None:
+                raise ValueError(
+                    f"Density: expected the model to return a loss to add the term to, got a {type(output).__name__} "
+                    f"without one; give it labels and return_dict=True, or add term() to the loss yourself"
+                )
             output.loss = output.loss + self()
         return output
 
@@ -215,8 +230,11 @@ def density_report(
         modules, of: as for :class:`Density`.
 
     Raises:
-        ValueError: nothing that matches, or no token.
+        TypeError: as :class:`Density`.
+        ValueError: nothing that matches, or no token; a threshold that is below 0 or not finite.
     """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 <= threshold < math.inf:
+        raise ValueError(f"density_report: expected threshold to be a finite number of at least 0, got {threshold!r}")
     layers = activations(model, modules, of)
     above = dict.fromkeys(layers, 0)
     total = dict.fromkeys(layers, 0)
@@ -254,8 +272,13 @@ def activations(
     """The modules whose activations count, by path.
 
     Raises:
+        TypeError: no module; ``modules`` that are neither names nor a regular expression.
         ValueError: none; an ``of`` that is neither "output" nor "input"; what is no regular expression.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Density: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(modules, Sequence) or not all(isinstance(name, str) for name in modules):
+        raise TypeError(f"Density: expected modules to be names or a regular expression, got {modules!r}")
     if of not in ("output", "input"):
         raise ValueError(f"Density: expected of to be 'output' or 'input', got {of!r}")
     wanted = FilePattern(modules) if isinstance(modules, str) else tuple(modules)
@@ -271,8 +294,17 @@ def activations(
 def _watch(layers: Mapping[str, nn.Module], of: str, see: Callable[[str, Tensor], None]) -> list[Any]:
     """Hooks that call ``see(path, o)`` at each call of the modules."""
     if of == "output":
-        return [m.register_forward_hook(lambda _, args, o, name=name: see(name, o)) for name, m in layers.items()]
-    return [m.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, m in layers.items()]
+        return [m.register_forward_hook(partial(_see_output, see, name)) for name, m in layers.items()]
+    return [m.register_forward_pre_hook(partial(_see_input, see, name)) for name, m in layers.items()]
+
+
+# Functions of the module, not closures, so that a model is copied and pickled with hooks on its own Density.
+def _see_output(see: Callable[[str, Tensor], None], name: str, module: nn.Module, args: Any, o: Tensor) -> None:
+    see(name, o)
+
+
+def _see_input(see: Callable[[str, Tensor], None], name: str, module: nn.Module, args: Any) -> None:
+    see(name, args[0])
 
 
 def _attention_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -317,3 +318,62 @@ def test_a_copy_of_the_model_has_its_own_hooks() -> None:
     kept = term()
     copied(IDS.flip(0))
     assert torch.equal(term(), kept)
+
+
+def _saved(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("of", ["output", "input"])
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, _saved])
+def test_a_copy_after_a_forward_trains_with_the_term_of_its_own(copied_by: Callable[[Any], Any], of: str) -> None:
+    model = PlainOutput()
+    term = Density(model, eps=EPS, into_loss=True, modules=["act_fn"] if of == "output" else ["down"], of=of)
+    model(IDS, attention_mask=MASK)
+    kept, copied = term(), copied_by(model)
+    plain = Quiet()
+    torch.testing.assert_close(copied(IDS, attention_mask=MASK).loss, plain(IDS).loss + expected_term(plain))
+    assert torch.equal(term(), kept)
+
+
+class PlainOutput(Quiet):
+    """Picklable; may return a tuple, or no loss, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__(_call)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, returns: str = "loss") -> Any:
+        output = super().forward(ids)
+        return {"loss": output, "tuple": (output.loss, output.last), "no loss": SimpleNamespace(loss=None)}[returns]
+
+
+def _call(block: nn.Module, x: Tensor) -> Any:
+    return block(x)
+
+
+@pytest.mark.parametrize("returns", ["tuple", "no loss"])
+def test_a_model_that_returns_no_loss_to_add_to_is_refused(returns: str) -> None:
+    model = PlainOutput()
+    Density(model, eps=EPS, into_loss=True)
+    with pytest.raises(ValueError, match="expected the model to return a loss to add the term to"):
+        model(IDS, returns=returns)
+    with torch.no_grad():
+        model(IDS, returns=returns)
+    model.eval()(IDS, returns=returns)
+
+
+def test_wrong_kinds_are_named() -> None:
+    with pytest.raises(TypeError, match="expected o to be floats"):
+        density(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="expected o to be floats"):
+        density(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"Density: expected model to be .*, got NoneType"):
+        Density(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Density: expected modules to be names or a regular expression, got 3"):
+        Density(Quiet(), modules=3)  # type: ignore[arg-type]
+    for threshold in (-1.0, float("nan"), True):
+        with pytest.raises(ValueError, match="density_report: expected threshold"):
+            density_report(Quiet(), [0], lambda m, _: m(IDS), threshold=threshold)
