@@ -1,8 +1,9 @@
 """Trained parts beside a pretrained stack of layers, on disk: with what says over which base alone they are right.
 
-A folder has ``<kind>_config.json`` (settings, and a fingerprint of each layer of the base), ``<kind>.safetensors`` (the
-parts, by their names in the model), and where the model has LoRA layers PEFT's two files. It may come from anywhere:
-nothing in it is executed, and a model is changed only after the base and the settings have been checked.
+A folder has ``<kind>_config.json`` (settings, and fingerprints of each layer of the base and of all else in it),
+``<kind>.safetensors`` (the parts, by their names in the model), and where the model has LoRA layers PEFT's two files.
+It may come from anywhere: nothing in it is executed, and a model is changed only after the base and the settings have
+been checked.
 """
 
 from __future__ import annotations
@@ -37,15 +38,19 @@ def _own(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprints(model: nn.Module, kind: str, op: str) -> dict[str, str]:
-    """SHA-256 of the weights of each layer, by its name, without what was trained beside them."""
+    """SHA-256 of the weights of each layer, by its name, and of all outside of the layers, without what was trained
+    beside them."""
     stack = find_stack(model, op)
+    parts = {f"{stack.path}.{i}": dict(named_parameters(layer)) for i, layer in enumerate(stack.layers.children())}
+    in_layers = {id(p) for part in parts.values() for p in part.values()}
+    rest = {name: p for name, p in named_parameters(model) if id(p) not in in_layers}
     found = {}
-    for i, layer in enumerate(stack.layers.children()):
+    for part, parameters in (*parts.items(), (f"all but {stack.path}", rest)):
         digest = hashlib.sha256()
-        for name, p in sorted((n.replace("base_layer.", ""), p) for n, p in named_parameters(layer)):
+        for name, p in sorted((n.replace("base_layer.", ""), p) for n, p in parameters.items()):
             if ".lora_" not in name and f"{kind}." not in name:
                 digest.update(f"{name} {p.dtype} {tuple(p.shape)} {fingerprint(p)};".encode())
-        found[f"{stack.path}.{i}"] = digest.hexdigest()
+        found[part] = digest.hexdigest()
     return found
 
 

@@ -45,7 +45,7 @@ class MEFTConfig:
     check: float | None = None
 
     def __post_init__(self) -> None:
-        if self.variant not in (1, 2, 3):
+        if isinstance(self.variant, bool) or not isinstance(self.variant, int) or self.variant not in SCALES:
             raise ValueError(f"MEFTConfig: expected variant 1, 2 or 3, got {self.variant!r}")
         for name, default in zip(("lam", "beta"), SCALES[self.variant], strict=True):
             if getattr(self, name) is None:
@@ -57,7 +57,8 @@ class MEFTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"MEFTConfig: expected {name} to be an integer of at least 1, got {value!r}")
-        if self.check is not None and not (isinstance(self.check, (int, float)) and 0 < self.check < math.inf):
+        is_number = isinstance(self.check, (int, float)) and not isinstance(self.check, bool)
+        if self.check is not None and not (is_number and 0 < self.check < math.inf):
             raise ValueError(f"MEFTConfig: expected check to be None or a positive number, got {self.check!r}")
 
 
@@ -70,7 +71,8 @@ class MEFTAdapter(nn.Module):
         self.up = nn.Parameter(torch.zeros(width, size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, self.down).relu(), self.up).to(x.dtype)
+        of_down = nn.functional.linear(x.to(self.down.dtype), self.down)  # the model may have been cast since
+        return nn.functional.linear(of_down.relu(), self.up).to(x.dtype)
 
 
 def meft(model: nn.Module, config: MEFTConfig | None = None) -> Report:

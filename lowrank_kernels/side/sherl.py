@@ -12,6 +12,7 @@ from torch.nn.functional import linear, normalize
 
 from ..layer_stack import WholeStack, find_stack, first, record_calls
 from ..names import named_modules
+from ..nn.frozen import AroundBase
 from ..report import Replaced, Report, count_parameters
 
 TEMPERATURE = 0.1
@@ -134,7 +135,8 @@ def sherl(model: nn.Module, config: SHERLConfig | None = None) -> Report:
     Raises:
         TypeError: not a module, or not a SHERLConfig.
         ValueError: a model whose layers are not recognised, or that has a side path; layers that are not called alike,
-            one after another; no early layer; LoRA layers in an early one. The model is then as it was.
+            one after another; no early layer; LoRA or another method's layers in an early one. The model is then as it
+            was.
     """
     config = SHERLConfig() if config is None else config
     if not isinstance(config, SHERLConfig):
@@ -148,11 +150,12 @@ def sherl(model: nn.Module, config: SHERLConfig | None = None) -> Report:
         raise ValueError(
             f"sherl: expected late_layers to leave one or more of {len(layers)} layers below, got {config.late_layers}"
         )
-    adapted = [name for name, _ in found.layers[:number].named_parameters() if ".lora_" in name]
+    adapted = [name for name, m in found.layers[:number].named_modules() if isinstance(m, AroundBase)]
+    adapted += [name for name, _ in found.layers[:number].named_parameters() if ".lora_" in name]  # PEFT's
     if adapted:
         raise ValueError(
-            f"sherl: expected no LoRA layers below the last {config.late_layers} layers, where no gradient comes, got "
-            f"{found.path}.{adapted[0]}; adapt the modules of lk.side.late_targets alone"
+            f"sherl: expected no adapted layers below the last {config.late_layers} layers, where no gradient comes, "
+            f"got {found.path}.{adapted[0]}; adapt the modules of lk.side.late_targets alone"
         )
     hidden = record_calls(model, found, "sherl")[0].hidden
     width = hidden.shape[-1]
@@ -182,8 +185,11 @@ def late_targets(model: nn.Module, config: SHERLConfig, names: tuple[str, ...]) 
     """Paths of the modules of these names in the late layers, for ``LoRAConfig(target_modules=...)``.
 
     Raises:
+        TypeError: one word in place of names.
         ValueError: none, or layers that are not recognised.
     """
+    if isinstance(names, str):
+        raise TypeError(f"sherl: expected names to be a tuple of names, got {names!r}; write ({names!r},)")
     stack = find_stack(model, "sherl")
     start = len(stack.layers) - config.late_layers
     found = tuple(

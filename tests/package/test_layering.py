@@ -58,7 +58,7 @@ ALLOWED = {
     "layer_stack": ({"names"}, {"torch"}),
     "over_base": ({"adapt", "adapters", "finite", "layer_stack", "names", "report", "smt"}, {"torch", "safetensors"}),
     "reversible": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
-    "side": ({"layer_stack", "names", "over_base", "report"}, {"torch"}),
+    "side": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "prune": ({"functional", "names", "nn", "rider", "unload"}, {"torch"}),
     "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
     "bench": (None, {"torch", "matplotlib"}),

@@ -255,6 +255,18 @@ def test_a_bfloat16_base_has_halves_and_adapters_of_float32() -> None:
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("variant", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_cast_afterwards_trains_on(variant: int, dtype: torch.dtype) -> None:
+    model = llama(dtype=torch.float32)
+    reversible(model, variant=variant, adapter_size=4)
+    model.to(dtype)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    adapter = model.model.layers[0].meft
+    assert loss.isfinite() and adapter.up.grad.dtype == dtype and adapter.up.grad.any()
+
+
 def test_inside_of_a_checkpoint() -> None:
     model = llama(attention_dropout=0.1)
     stack = reversible(model)
@@ -481,11 +493,14 @@ def test_granite_and_opt_are_taken_whole() -> None:
     ("settings", "words"),
     [
         ({"variant": 4}, "expected variant 1, 2 or 3, got 4"),
+        ({"variant": True}, "expected variant 1, 2 or 3, got True"),
+        ({"variant": 2.0}, r"expected variant 1, 2 or 3, got 2\.0"),
         ({"lam": 0.0}, "expected lam to be finite and not 0"),
         ({"beta": 0}, "expected beta to be finite and not 0"),
         ({"beta": float("nan")}, "expected beta to be finite and not 0"),
         ({"keep_every": 0}, "expected keep_every to be an integer of at least 1"),
         ({"adapter_size": 1.5}, "expected adapter_size to be an integer of at least 1"),
+        ({"check": True}, "expected check to be None or a positive number, got True"),
         ({"check": 0.0}, "expected check to be None or a positive number"),
     ],
 )
@@ -531,13 +546,22 @@ def test_what_is_saved_is_loaded_over_the_base(variant: int, tmp_path: Path) -> 
     assert theirs == ours
 
 
-def test_another_base_is_refused(trained: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ("model.layers.1.mlp.up_proj", "model.layers.1"),
+        ("model.embed_tokens", "all but model.layers"),
+        ("model.norm", "all but model.layers"),
+        ("lm_head", "all but model.layers"),
+    ],
+)
+def test_another_base_is_refused(changed: str, part: str, trained: Any, tmp_path: Path) -> None:
     save_meft(trained, tmp_path)
     other = llama(dtype=torch.float32)
     with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+        other.get_submodule(changed).weight[-1] += 1e-3
     names = set(other.state_dict())
-    with pytest.raises(ValueError, match=r"expected the base that was trained over, got other .*: model\.layers\.1"):
+    with pytest.raises(ValueError, match=rf"expected the base that was trained over, got other .*: {part}"):
         load_meft(other, tmp_path)
     assert set(other.state_dict()) == names
 

@@ -335,11 +335,13 @@ def test_the_targets_of_the_late_layers() -> None:
     assert names == tuple(f"model.layers.{i}.{n}" for i in (3, 4) for n in ("self_attn.q_proj", "mlp.down_proj"))
     with pytest.raises(ValueError, match="expected modules of x"):
         late_targets(llama(), SHERLConfig(2), ("x",))
+    with pytest.raises(TypeError, match="expected names to be a tuple of names, got 'q_proj'"):
+        late_targets(llama(), SHERLConfig(2), "q_proj")  # type: ignore[arg-type]
 
 
-def adapted_everywhere() -> Any:
+def adapted_everywhere(config: Any = None) -> Any:
     model = llama()
-    lk.adapt(model, lk.LoRAConfig(r=2))
+    lk.adapt(model, config or lk.LoRAConfig(r=2))
     return model
 
 
@@ -354,7 +356,10 @@ def twice() -> Any:
     [
         (lambda: nn.Linear(4, 4), "got a Linear, whose layers are not recognised"),
         (lambda: llama(2), "leave one or more of 2 layers below, got 2"),
-        (adapted_everywhere, r"expected no LoRA layers below the last 2 layers.*model\.layers\.0"),
+        (adapted_everywhere, r"expected no adapted layers below the last 2 layers.*model\.layers\.0"),
+        (lambda: adapted_everywhere(lk.LaMDAConfig(r=2)), r"expected no adapted layers.*model\.layers\.0"),
+        (lambda: adapted_everywhere(lk.SVFTConfig()), r"expected no adapted layers.*model\.layers\.0"),
+        (lambda: adapted_everywhere(lk.VeLoRAConfig(velora=2)), r"expected no adapted layers.*model\.layers\.0"),
         (twice, "has a side path already"),
     ],
 )
@@ -408,5 +413,10 @@ def test_another_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected the base that was trained over, got other .*: model\.layers\.0"):
         load_sherl(other, tmp_path)
     assert set(other.state_dict()) == names
+    other = llama()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"expected the base that was trained over, got other .*: all but model\.lay"):
+        load_sherl(other, tmp_path)
     with pytest.raises(ValueError, match=r"expected a model that lk\.side\.sherl made"):
         save_sherl(other, tmp_path)
