@@ -26,7 +26,7 @@ from .finite import all_finite
 from .layer_stack import find_stack
 from .names import named_parameters
 from .report import Report, count_parameters
-from .smt.delta import fingerprint
+from .weights.fingerprint import fingerprint
 
 
 def _format(kind: str) -> str:

@@ -5,8 +5,6 @@ A folder may come from anywhere: nothing in it is executed, and sizes are looked
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
 import os
@@ -48,15 +46,6 @@ def inside(folder: Path, name: str, op: str = "load_adapter") -> Path:
     if not any(real.is_relative_to(root) for root in roots):
         raise ValueError(f"{op}: expected {path} to be in its folder, got a link to {real}")
     return real
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a matrix's values, row by row, as they lie in memory on the CPU."""
-    plain = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256()
-    if plain.numel():
-        digest.update((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
-    return digest.hexdigest()
 
 
 def is_folder(path: Path) -> bool:

@@ -27,7 +27,8 @@ from ..nn.sharded import is_dtensor
 from ..nn.svft import SVFTLinear
 from ..report import Report, count_parameters
 from ..weights import dense
-from .folder import FILE_DTYPES, few, fingerprint, inside, is_folder, read_header, read_json, write_aside
+from ..weights.fingerprint import fingerprint
+from .folder import FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
 
 CONFIG_FILE = "svft_config.json"
 WEIGHTS_FILE = "svft.safetensors"
@@ -72,7 +73,8 @@ def save_svft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write M's values and places, and what fixes the singular vectors that it lies between.
 
     Per module E + 2 E numbers and two for each vector that is used; of vectors whose singular values are within 1e-6 of
-    the largest from each other or from 0, the vectors themselves: all of them for a weight such as 0 or the identity.
+    the largest from each other or from 0, the vectors themselves: all of them for a weight such as 0 or the identity,
+    and for one that was changed after its SVD was made, as a cast of the model does.
     Files are written aside and renamed.
 
     Returns:

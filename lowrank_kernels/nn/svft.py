@@ -13,6 +13,7 @@ from ..finite import all_finite
 from ..functional import svft_linear, svft_pattern
 from ..merge import merge_lora_
 from ..weights import FrozenWeight, dense
+from ..weights.fingerprint import fingerprint
 from .base_only import runs_base_alone
 from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
 from .matrix import frozen_weight
@@ -144,6 +145,7 @@ class SVFTLinear(AroundBase):
         (rows, row), (columns, column) = (torch.unique(side, return_inverse=True) for side in position.T)
         self._position, self._rows, self._columns = position.to(torch.int32), rows, columns
         self._pattern = self._placed = svft_pattern(torch.stack([row, column]), len(rows), len(columns))
+        self._svd_of = fingerprint(dense(weight))
         self._merged: Tensor | None = None
         self.weight_shared_with: tuple[str, ...] = ()
 
@@ -269,12 +271,15 @@ class SVFTLinear(AroundBase):
 
         For U's columns ("u_") and V's ("vh_"): ``pivot``, the place of the largest element of each, and ``value``, that
         element, which give the sign back; and, where singular values are so close that the vectors are not determined
-        (:data:`GAP`), ``kept``, which these are, and ``vectors``, the vectors themselves.
+        (:data:`GAP`), ``kept``, which these are, and ``vectors``, the vectors themselves: all of them where W is not
+        what it was when its SVD was made, since the model was cast or W changed.
         """
         sigma = self.sigma.double()
         gaps = torch.cat([sigma, sigma.new_zeros(1)]).diff().abs()  # to the next; the last, to the null space
         close = gaps <= GAP * sigma[:1]
         close[1:] |= close[:-1].clone()
+        if fingerprint(dense(frozen_weight(self.base_layer))) != self._svd_of:
+            close[:] = True
         found: dict[str, Tensor] = {}
         for side, lines, used in self._sides():
             pivot = lines.abs().argmax(1)

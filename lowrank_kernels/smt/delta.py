@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapt
-from ..adapters.folder import FILE_DTYPES, few, fingerprint, inside, is_folder, read_header, read_json, write_aside
+from ..adapters.folder import FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
 from ..finite import all_finite
 from ..functional import write_blocks_
 from ..names import named_modules, submodule
 from ..nn.block_sparse import BlockSparseLinear
 from ..nn.sharded import whole
 from ..report import Report, count_parameters
+from ..weights.fingerprint import fingerprint
 from .config import SMTConfig
 from .selection import BlockSelection
 

@@ -377,6 +377,22 @@ def test_a_file_is_right_where_the_svd_comes_out_otherwise(
     assert torch.equal(other[0].weight, make().to(dtype)[0].weight)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F64], ids=str)
+def test_a_file_of_a_model_that_was_cast_is_right(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its singular vectors are of the weight before, and those of the weight that is saved are others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    base = copy.deepcopy(model).to(dtype)
+    lk.adapt(model, lk.SVFTConfig(pattern="banded", band=3))
+    nn.init.normal_(model[0].values)  # type: ignore[union-attr, arg-type]
+    model.to(dtype)
+    lk.save_svft(model, tmp_path)
+    lk.load_svft(base, tmp_path)
+    assert torch.equal(base[0].u, model[0].u) and torch.equal(base[0].vh, model[0].vh)
+    x = torch.randn(5, 64).to(dtype)
+    assert torch.equal(base(x), model(x))
+
+
 def test_vectors_are_written_only_where_singular_values_do_not_determine_them() -> None:
     for make, kept in ((ordinary, [0, 0]), (repeated, [3, 5]), (nothing, [9, 9])):
         model = make()

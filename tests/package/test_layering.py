@@ -51,12 +51,15 @@ ALLOWED = {
         {"torch", "safetensors"},
     ),
     "smt": (
-        {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report"},
+        {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report", "weights"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
     "allocate": ({"adapt", "config", "names", "nn", "rider"}, {"torch", "tqdm"}),
     "layer_stack": ({"names"}, {"torch"}),
-    "over_base": ({"adapt", "adapters", "finite", "layer_stack", "names", "report", "smt"}, {"torch", "safetensors"}),
+    "over_base": (
+        {"adapt", "adapters", "finite", "layer_stack", "names", "report", "weights"},
+        {"torch", "safetensors"},
+    ),
     "reversible": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "side": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "prune": ({"functional", "names", "nn", "rider", "unload"}, {"torch"}),
