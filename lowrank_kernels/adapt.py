@@ -71,7 +71,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
 
     The layers share the weights of the modules they replace; outputs do not change. What trains afterwards is
     what the layers train, the biases that ``config.bias`` names, copies of the modules that
-    ``config.modules_to_save`` names, and what already trained in layers that were adapted before. Everything is checked
+    ``config.modules_to_save`` names, and what already trained in layers that were adapted before, and in parts of MEFT
+    and SHERL beside them. Everything is checked
     before anything is changed; if a layer cannot be made, the model is put back and the error goes on.
 
     Args:
@@ -311,10 +312,19 @@ def _replace(
     biases = {id(p) for p in _trained_biases(model, config, plan)}
     values = [(m, key, p.detach().clone()) for m, key, p in places if id(p) in biases]
     undo.append(lambda: _restore_values(values))
-    adapted = [m for m in model.modules() if hasattr(m, "base_layer") or _CONFIG_ATTRIBUTE in vars(m)]
+    adapted = [
+        m
+        for m in model.modules()
+        if hasattr(m, "base_layer") or _CONFIG_ATTRIBUTE in vars(m) or getattr(m, "stands_beside_layers", False)
+    ]
     kept = {id(p) for m in adapted for p in m.parameters() if p.requires_grad}
     owners = weight_owners(model)
-    layers = {name: config.layer(name, linear) for name, linear in plan.targets.items()}
+    layers = {}
+    for name, linear in plan.targets.items():
+        try:
+            layers[name] = config.layer(name, linear)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapt: {name}: {error}") from None
 
     replacement = {id(linear): layers[name] for name, linear in plan.targets.items()}
     for parent in list(model.modules()):

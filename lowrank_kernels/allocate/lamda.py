@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapt import plan_adaptation
 from ..config import LaMDAConfig
+from ..finite import all_finite
 from ..names import named_modules
 from ..nn.lamda import LaMDALinear
 from ..nn.matrix import frozen_weight
@@ -67,8 +69,8 @@ class LaMDA(Rider):
 
     def columns(self, layer: LaMDALinear) -> int:
         """How many columns of the layer's B are constants in the next step."""
-        over = self.share * self.steps
-        return layer.r if self.steps_taken >= over else min(layer.r, int(layer.r * self.steps_taken / over))
+        over = Fraction(str(self.share)) * self.steps  # 0.55 · 100 is more than 55 in floats, and a step late
+        return layer.r if self.steps_taken >= over else int(layer.r * self.steps_taken / over)
 
     def _freeze(self) -> None:
         for layer in self.layers.values():
@@ -118,7 +120,8 @@ def spectral_ranks(model: nn.Module, config: LaMDAConfig, budget: int | None = N
         The config with ``rank_pattern`` and ``alpha_pattern`` of every module.
 
     Raises:
-        ValueError: a budget of less than one rank a module, or of more than there are; weights that are not finite.
+        ValueError: a budget of less than one rank a module, or of more than there are; weights that are not finite, or
+            on the meta device.
 
     Source: Azizi, Kundu and Pedram, "LaMDA", arXiv 2406.12832. Of its section on LaMDA++ the abstract's words alone
     could be read: the maximum above is ours.
@@ -128,10 +131,12 @@ def spectral_ranks(model: nn.Module, config: LaMDAConfig, budget: int | None = N
     for path, module in plan.targets.items():
         weight: Any = frozen_weight(module)
         dense = weight if isinstance(weight, Tensor) else weight.dense()
+        if dense.is_meta:
+            raise ValueError(f"spectral_ranks: expected weights at hand, got {path} on the meta device; load it first")
+        if not all_finite(dense):
+            raise ValueError(f"spectral_ranks: expected finite weights, got NaN or Inf in {path}")
         energy = torch.linalg.svdvals(dense.to(torch.promote_types(dense.dtype, torch.float32))).square()
         total = float(energy.sum())
-        if not 0.0 <= total < float("inf"):
-            raise ValueError(f"spectral_ranks: expected finite weights, got NaN or Inf in {path}")
         spectra[path] = (energy / total if total else energy)[: 4 * config.r].cpu()
     budget = sum(config.rank_of(path) for path in spectra) if budget is None else budget
     check_integer("spectral_ranks", "budget", budget, len(spectra))

@@ -65,6 +65,8 @@ class MEFTConfig:
 class MEFTAdapter(nn.Module):
     """y = ReLU(x Dᵀ) Uᵀ, with ``down`` D (R, H) drawn from N(0, 0.02²) and ``up`` U (H, R) of zeros."""
 
+    stands_beside_layers = True
+
     def __init__(self, width: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.randn(size, width, dtype=dtype, device=device) * 0.02)

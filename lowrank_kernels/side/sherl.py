@@ -46,6 +46,8 @@ class SideFeature(nn.Module):
     ``down`` D (R, K), ``mix`` E and ``gate`` F (R, R), each drawn as an ``nn.Linear`` draws its weight.
     """
 
+    stands_beside_layers = True
+
     def __init__(self, inputs: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.down = _drawn(width, inputs, dtype, device)
@@ -68,6 +70,8 @@ class SideMerge(nn.Module):
     ``score`` w (R,), drawn as an ``nn.Linear`` draws it; ``out`` O (K, R) of zeros and ``g`` a scalar of 1, so that at
     the start h' = h_last: tanh(10) is 1 in float32.
     """
+
+    stands_beside_layers = True
 
     def __init__(self, inputs: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

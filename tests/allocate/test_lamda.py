@@ -111,6 +111,16 @@ def test_columns_are_frozen_on_schedule_and_keep_their_bits(optimizer):
     assert layer.lamda_B not in stepped.state
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.55, 100), (0.07, 100), (0.1, 30), (0.29, 100), (0.3, 1000)])
+def test_the_schedule_is_exact_where_floats_are_not(share, steps):
+    model = make()
+    rider = LaMDA(model, _adamw(model), steps, share=share)
+    over = round(share * steps)
+    for t in range(over + 2):
+        rider.steps_taken = t
+        assert rider.columns(model[0]) == min(R, R * t // over), t
+
+
 @pytest.mark.parametrize("at", [3, 9])
 def test_resumes_bit_for_bit(at):
     def run(model, optimizer, steps):
@@ -253,6 +263,10 @@ def test_ugly_inputs():
         (lambda: spectral_ranks(nn.Linear(4, 4), lk.LaMDAConfig(r=2)), "replaces nothing"),
         (lambda: spectral_ranks(nn.Sequential(nn.Linear(4, 4)), lk.LaMDAConfig(r=2), 0), "at least 1"),
         (lambda: spectral_ranks(nn.Sequential(nn.Linear(4, 4)), lk.LaMDAConfig(r=2), 5), "budget of at most 4"),
+        (lambda: spectral_ranks(_of(torch.nan), lk.LaMDAConfig(r=2)), "finite weights, got NaN or Inf in 0"),
+        (lambda: spectral_ranks(_of(1.0).to("meta"), lk.LaMDAConfig(r=2)), "weights at hand, got 0 on the meta device"),
+        (lambda: lk.adapt(_of(torch.nan), lk.LaMDAConfig(r=2)), "adapt: 0: leading_svd: expected a finite weight"),
+        (lambda: lk.adapt(_of(torch.inf), lk.SVFTConfig()), "adapt: 0: SVFTLinear: expected a finite weight"),
         (lambda: leading_svd(torch.full((3, 3), torch.nan), 1), "finite weight"),
         (lambda: make()[0].change_ranks_([0]), "A and B alone"),
         (lambda: SoRA(make(), _adamw(make()), 0.1), "expected layers with a gate"),
@@ -267,3 +281,9 @@ def test_what_is_refused(make_it_wrong, message):
 
 def _adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def _of(value):
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.constant_(model[0].weight, value)
+    return model

@@ -54,7 +54,7 @@ ALLOWED = {
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report", "weights"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
-    "allocate": ({"adapt", "config", "names", "nn", "rider"}, {"torch", "tqdm"}),
+    "allocate": ({"adapt", "config", "finite", "names", "nn", "rider"}, {"torch", "tqdm"}),
     "layer_stack": ({"names"}, {"torch"}),
     "over_base": (
         {"adapt", "adapters", "finite", "layer_stack", "names", "report", "weights"},

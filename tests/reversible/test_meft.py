@@ -509,6 +509,14 @@ def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None
         MEFTConfig(**settings)
 
 
+def test_adapting_afterwards_leaves_the_adapters_training() -> None:
+    model = llama()
+    meft(model)
+    lk.adapt(model, lk.LoRAConfig(r=2))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name or ".meft." in name}
+
+
 def test_things_that_are_no_model_and_no_config() -> None:
     with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module"):
         meft("model")  # type: ignore[arg-type]

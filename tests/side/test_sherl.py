@@ -372,6 +372,16 @@ def test_what_is_refused_is_left_as_it_was(make: Callable[[], Any], words: str) 
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
+def test_adapting_afterwards_leaves_the_side_path_training() -> None:
+    model = llama()
+    report = sherl(model, SHERLConfig(2, 4))
+    adapted = lk.adapt(model, lk.LoRAConfig(r=2, target_modules=late_targets(model, SHERLConfig(2), ("q_proj",))))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name or ".sherl." in name}
+    adapted.undo()
+    report.undo()
+
+
 def test_settings_that_are_refused() -> None:
     with pytest.raises(ValueError, match="expected late_layers to be an integer of at least 1, got 0"):
         SHERLConfig(late_layers=0)
