@@ -40,7 +40,7 @@ def largest(tensors: Iterable[Tensor], count: int, *, exact: bool = True) -> Thr
     precision), nothing is sorted, and counts are integers: the result is exact, and the same in any order.
 
     Args:
-        tensors: float32, bfloat16 or float16, on one device.
+        tensors: of any float dtypes and devices.
         count: from 1 to the elements there are.
         exact: False stops after the first histogram, one read: at the edge nearest to the count, so that more or fewer
             are chosen, but always one. A sixteenth of a power of two lies between edges.
@@ -49,8 +49,12 @@ def largest(tensors: Iterable[Tensor], count: int, *, exact: bool = True) -> Thr
     leading, left, seen = 0, count, 0
     used = max(_USED_BITS.get(t.dtype, 31) for t in tensors)
     for digit, bits in enumerate(_DIGIT_BITS):
-        counts = torch.stack([magnitude_histogram(t, digit=digit, leading=leading) for t in tensors]).sum(0)
-        above = counts.flip(0).cumsum(0).tolist()  # how many are at least so large, from the largest on
+        counts: dict[torch.device, Tensor] = {}
+        for t in tensors:
+            found = magnitude_histogram(t, digit=digit, leading=leading)
+            counts[t.device] = counts[t.device] + found if t.device in counts else found
+        every = torch.stack([c.cpu() for c in counts.values()]).sum(0)
+        above = every.flip(0).cumsum(0).tolist()  # how many are at least so large, from the largest on
         at = next(i for i, n in enumerate(above) if n >= left)
         higher = above[at - 1] if at else 0
         value, inside = len(above) - 1 - at, above[at] - higher
