@@ -105,9 +105,10 @@ class Density:
 
     Raises:
         TypeError: no module; ``modules`` that are neither names nor a regular expression.
-        ValueError: nothing that matches; α below 0, ε not above 0, not finite. In a forward: reentrant checkpointing,
-            in which the term would have no gradient; activations that the mask does not fit; with ``into_loss``, a
-            model that returns no ``loss``. ``term()``: no forward before it.
+        ValueError: nothing that matches; α below 0, ε not above 0, not finite. In a forward: modules that are called
+            without gradients, by reentrant checkpointing, MEFT or SHERL, so that the term has none; activations that
+            the mask does not fit; with ``into_loss``, a model that returns no ``loss``. ``term()``: no forward before
+            it.
 
     ``remove()`` takes the hooks away.
 
@@ -168,8 +169,9 @@ class Density:
             return
         if not torch.is_grad_enabled():
             raise ValueError(
-                f"Density: expected {name} to record gradients, got reentrant activation checkpointing, in which the "
-                f"term would have none; checkpoint with use_reentrant=False"
+                f"Density: expected {name} to record gradients, got a call without, as in reentrant activation "
+                f"checkpointing, in which the term would have none; checkpoint with use_reentrant=False, and leave out "
+                f"of modules what is in MEFT's layers or SHERL's early ones"
             )
         assert self._terms is not None
         self._terms.append(density(o, _fitting(name, o, self._mask), eps=self.eps))

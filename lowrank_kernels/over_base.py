@@ -1,6 +1,7 @@
 """Trained parts beside a pretrained stack of layers, on disk: with what says over which base alone they are right.
 
-A folder has ``<kind>_config.json`` (settings, and fingerprints of each layer of the base and of all else in it),
+A folder has ``<kind>_config.json`` (settings, fingerprints of each layer of the base and of all else in it, and the
+SHA-256 of the factors' file, so that one that an earlier save left there is not taken for one of these),
 ``<kind>.safetensors`` (the parts, by their names in the model), and where the model has LoRA layers PEFT's two files.
 It may come from anywhere: nothing in it is executed, and a model is changed only after the base and the settings have
 been checked.
@@ -21,16 +22,16 @@ from torch import Tensor, nn
 
 from .adapt import config_of
 from .adapters import load_adapter, save_adapter
-from .adapters.folder import CONFIG_FILE, FILE_DTYPES, few, inside, is_folder, read_header, read_json, write_aside
+from .adapters.folder import FILE_DTYPES, WEIGHTS_FILE, few, inside, is_folder, read_header, read_json, write_aside
 from .finite import all_finite
 from .layer_stack import find_stack
-from .names import named_parameters
+from .names import named_modules, named_parameters
 from .report import Report, count_parameters
 from .weights.fingerprint import fingerprint
 
 
 def _format(kind: str) -> str:
-    return f"lowrank_kernels {kind} 1"
+    return f"lowrank_kernels {kind} 2"
 
 
 def _own(model: nn.Module, kind: str) -> dict[str, nn.Parameter]:
@@ -60,8 +61,8 @@ def save_over_base(
     """Write the parameters named ``kind``, the LoRA factors, and the settings. Files are written aside and renamed.
 
     Raises:
-        ValueError: other parameters train too, which the folder has no place for; a value that is not finite. Nothing
-            is written then.
+        ValueError: other parameters train too, which the folder has no place for; layers that are merged, over which
+            the base is another; a value that is not finite. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     from safetensors.torch import save_file
@@ -73,20 +74,29 @@ def save_over_base(
         raise ValueError(
             f"{op}: expected only LoRA factors and {kind} to train, got {few(others)}; save model.state_dict() instead"
         )
+    merged = [name for name, m in named_modules(model) if hasattr(m, "base_layer") and getattr(m, "merged", False)]
+    if merged:
+        raise ValueError(f"{op}: expected unmerged layers, got merged ones, {few(merged)}; call unmerge_() of each")
     broken = [name for name, p in own.items() if not all_finite(p)]
     if broken:
         raise ValueError(f"{op}: expected finite values, found NaN or Inf in {few(broken)}; nothing was written")
-    config = {"format": _format(kind), "settings": settings, "base": base_fingerprints(model, kind, op)}
+    config: dict[str, Any] = {"format": _format(kind), "settings": settings, "adapter": None}
+    config["base"] = base_fingerprints(model, kind, op)
     folder = Path(folder)
     if config_of(model) is not None:
         with _frozen(own):  # or else the log would name them as left out
             save_adapter(model, folder)
+        config["adapter"] = _sha256(folder / WEIGHTS_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in own.items()}
     write_aside(folder / f"{kind}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=1) + "\n"
     write_aside(folder / f"{kind}_config.json", lambda path: path.write_text(text, encoding="utf-8"))
     return folder
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -124,12 +134,16 @@ def load_over_base(
         raise ValueError(f"{op}: expected a folder, got {str(folder)!r:.500}")
     config = read_json(inside(folder, f"{kind}_config.json", op), op)
     settings, base = config.get("settings"), config.get("base")
-    if config.get("format") != _format(kind) or not isinstance(settings, dict) or not isinstance(base, dict):
+    adapter = config.get("adapter")
+    whole = isinstance(settings, dict) and isinstance(base, dict) and isinstance(adapter, (str, type(None)))
+    if config.get("format") != _format(kind) or not whole:
         raise ValueError(f"{op}: expected the format {_format(kind)!r} in {folder}, got {config.get('format')!r:.100}")
     here = base_fingerprints(model, kind, op)
     if here != base:
         other = [name for name in here if here[name] != base.get(name)] or sorted(set(base) - set(here))
         raise ValueError(f"{op}: expected the base that was trained over, got other weights or layers: {few(other)}")
+    if adapter is not None and _sha256(inside(folder, WEIGHTS_FILE, op)) != adapter:
+        raise ValueError(f"{op}: expected the {WEIGHTS_FILE} that was saved with {kind} in {folder}, got another one")
     undo: list[Callable[[], None]] = []
     trained = [(p, p.requires_grad) for p in model.parameters()]
 
@@ -139,7 +153,7 @@ def load_over_base(
 
     undo.append(restore)
     try:
-        if (folder / CONFIG_FILE).exists():
+        if adapter is not None:
             undo.append(load_adapter(model, folder, trainable=True).undo)
         try:
             report = change(settings)

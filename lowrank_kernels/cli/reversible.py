@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from .method import Batches, Prepared
 
 def scale(text: str) -> float:
     """A finite number other than 0."""
-    value = arguments.number(-float("inf"))(text)
-    if value == 0:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value == 0 or not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a finite number other than 0, got {text!r:.300}")
     return value
 
@@ -36,12 +40,18 @@ REVERSIBLE: arguments.OptionGroup = {
         "default": 2,
         "help": "{methods}: inputs of every so many layers are kept, the others computed back (default 2)",
     },
-    "--adapter-size": {"type": arguments.count, "default": 16, "help": "{methods}: width of the adapters (default 16)"},
+    "--adapter-size": {
+        "type": arguments.count,
+        "default": 16,
+        "help": "{methods}: width of the adapters of --meft 1 and 2 (default 16)",
+    },
 }
 
 
 def reversible(model: Any, args: argparse.Namespace, batches: Batches, start: Any) -> Prepared:
     """LoRA layers, in a stack that is made reversible. A model that it refuses is put back."""
+    if args.meft == 3:
+        arguments.refuse_options(args.given, ("--adapter-size",), "is not an option of --meft 3, which has no adapters")
     config = MEFTConfig(
         variant=args.meft,
         lam=args.meft_lambda,

@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
                 state = training.state(base=method.changes_base)
                 write_checkpoint(args, {"held_out_before": before, "start": prepared.start, "run": state})
     if last < args.steps:
-        print(f"stopped after step {last} of {args.steps}")
+        print(f"stopped after step {len(training.losses)} of {args.steps}")
         return 0
     after = held_out_loss(model, tokenizer, held_out, args.batch_size, args.device)
     result = {

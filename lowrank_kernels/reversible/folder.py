@@ -17,8 +17,8 @@ def save_meft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write MEFT's adapters and settings, the LoRA factors where there are any, and a fingerprint of the base.
 
     Raises:
-        ValueError: a model that :func:`meft` did not make; other parameters that train; values that are not finite.
-            Nothing is written then.
+        ValueError: a model that :func:`meft` did not make; other parameters that train; merged layers; values that are
+            not finite. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     return save_over_base(model, folder, "meft", asdict(config_of_meft(model, "save_meft")), "save_meft")

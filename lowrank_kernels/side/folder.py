@@ -17,8 +17,8 @@ def save_sherl(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the side path, the LoRA factors where there are any, and a fingerprint of the base.
 
     Raises:
-        ValueError: a model that :func:`sherl` did not make; other parameters that train; values that are not finite.
-            Nothing is written then.
+        ValueError: a model that :func:`sherl` did not make; other parameters that train; merged layers; values that are
+            not finite. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     return save_over_base(model, folder, "sherl", asdict(config_of_sherl(model, "save_sherl")), "save_sherl")

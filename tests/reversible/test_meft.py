@@ -624,6 +624,32 @@ def test_damaged_files_are_refused_and_leave_the_model(
     assert set(other.state_dict()) == names and all(p.requires_grad for p in other.parameters())
 
 
+def test_factors_that_an_earlier_save_left_in_the_folder_are_not_taken(trained: Any, tmp_path: Path) -> None:
+    save_meft(trained, tmp_path)
+    model = llama(dtype=torch.float32).requires_grad_(False)
+    reversible(model, lora=False)
+    save_meft(model.eval(), tmp_path)
+    other = llama(dtype=torch.float32).eval()
+    load_meft(other, tmp_path)
+    assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    save_meft(trained, tmp_path)
+    with torch.no_grad():
+        trained.model.layers[0].self_attn.q_proj.lora_A.weight.add_(1)
+    lk.save_adapter(trained, tmp_path)
+    with pytest.raises(ValueError, match=r"expected the adapter_model\.safetensors that was saved with meft"):
+        load_meft(llama(dtype=torch.float32), tmp_path)
+
+
+def test_merged_layers_are_not_saved(trained: Any, tmp_path: Path) -> None:
+    layer = trained.model.layers[1].self_attn.q_proj
+    layer.merge_()
+    with pytest.raises(ValueError, match=r"expected unmerged layers, got merged ones, model\.layers\.1.*unmerge_"):
+        save_meft(trained, tmp_path)
+    assert not list(tmp_path.iterdir())
+    layer.unmerge_()
+    save_meft(trained, tmp_path)
+
+
 def test_what_cannot_be_saved(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a model that lk\.reversible\.meft made"):
         save_meft(llama(), tmp_path)
