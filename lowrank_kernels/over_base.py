@@ -135,8 +135,8 @@ def load_over_base(
     config = read_json(inside(folder, f"{kind}_config.json", op), op)
     settings, base = config.get("settings"), config.get("base")
     adapter = config.get("adapter")
-    whole = isinstance(settings, dict) and isinstance(base, dict) and isinstance(adapter, (str, type(None)))
-    if config.get("format") != _format(kind) or not whole:
+    is_ours = config.get("format") == _format(kind) and isinstance(adapter, (str, type(None)))
+    if not is_ours or not isinstance(settings, dict) or not isinstance(base, dict):
         raise ValueError(f"{op}: expected the format {_format(kind)!r} in {folder}, got {config.get('format')!r:.100}")
     here = base_fingerprints(model, kind, op)
     if here != base:

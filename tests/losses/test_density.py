@@ -187,7 +187,7 @@ def test_two_checkpointed_batches_before_one_backward_keep_their_masks() -> None
 def test_reentrant_checkpointing_is_refused() -> None:
     model = Quiet(lambda block, x: checkpoint(block, x, use_reentrant=True))
     Density(model)
-    with pytest.raises(ValueError, match="got reentrant activation checkpointing, in which the term would have none"):
+    with pytest.raises(ValueError, match="as in reentrant activation checkpointing, in which the term would have none"):
         model(IDS)
 
 
