@@ -28,7 +28,8 @@ class LaMDA(Rider):
 
     Args:
         model: adapted with :class:`~lowrank_kernels.LaMDAConfig`.
-        optimizer: the one that steps B and S.
+        optimizer: the one that steps B and S. Layers of which it steps neither are left alone, and a B that it does not
+            step is a constant from the start.
         steps: T, the optimizer steps of the whole run.
         share: η, over which share of them B is frozen; 0: from the start, 1: over the whole run.
 
@@ -38,9 +39,9 @@ class LaMDA(Rider):
     Resumes bit for bit with the model's and the optimizer's states.
 
     Raises:
-        TypeError, ValueError: no LaMDALinear in the model; a model in DistributedDataParallel, which expects a gradient
-            of every parameter that had one at first; ``steps`` below 1, ``share`` outside [0, 1]; and as
-            :class:`~lowrank_kernels.rider.Rider`.
+        TypeError, ValueError: no LaMDALinear in the model, or none that the optimizer steps; a model in
+            DistributedDataParallel, which expects a gradient of every parameter that had one at first; ``steps`` below
+            1, ``share`` outside [0, 1]; and as :class:`~lowrank_kernels.rider.Rider`.
 
     Source: Azizi, Kundu and Pedram, "LaMDA", arXiv 2406.12832, section 3.
     """
@@ -59,9 +60,13 @@ class LaMDA(Rider):
         check_integer("LaMDA", "steps", steps, 1)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
             raise ValueError(f"LaMDA: expected share to be a number from 0 to 1, got {share!r}")
-        self.layers = {path: m for path, m in named_modules(model) if isinstance(m, LaMDALinear)}
-        if not self.layers:
+        layers = {path: m for path, m in named_modules(model) if isinstance(m, LaMDALinear)}
+        if not layers:
             raise ValueError("LaMDA: expected a model with LaMDALinear layers, got none; adapt it with LaMDAConfig")
+        self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.layers = {p: m for p, m in layers.items() if {id(m.lamda_B), id(m.lamda_S)} & self._stepped}
+        if not self.layers:
+            raise ValueError("LaMDA: expected an optimizer of this model's B and S, got one that steps none of them")
         self.steps, self.share, self.steps_taken = steps, share, 0
         self._kept: list[tuple[Tensor, Tensor]] = []
         if not self.attach():
@@ -74,7 +79,7 @@ class LaMDA(Rider):
 
     def _freeze(self) -> None:
         for layer in self.layers.values():
-            layer.frozen_columns = self.columns(layer)
+            layer.frozen_columns = self.columns(layer) if id(layer.lamda_B) in self._stepped else layer.r
             trains = layer.frozen_columns < layer.r
             layer.lamda_B.requires_grad_(trains)
             if not trains:

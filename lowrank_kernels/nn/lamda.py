@@ -109,6 +109,16 @@ class LaMDALinear(LoRALayer):
         dropout = self.dropout if self.training else 0.0
         return lora_linear(x, weight, *self.factors(), base.bias, scaling=self.scaling, dropout_p=dropout)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LaMDALinear:
+        """As of any module; after a cast, B₀ S₀ is what leaves the correction as it was. Rounded by itself, it would
+        not cancel B S where the layer starts."""
+        b, s, start = self.lamda_B.detach(), self.lamda_S.detach(), self.lamda_start
+        super()._apply(fn, recurse)
+        if self.lamda_B.dtype != b.dtype and not self.lamda_B.is_meta:
+            with torch.no_grad():
+                self.lamda_start.copy_(self.lamda_B @ self.lamda_S - (b @ s - start).to(self.lamda_start))
+        return self
+
     def _correct(self, x: Tensor) -> Tensor:
         a, b = self.factors()
         return self.scaling * linear(linear(x.to(a.dtype), a), b)

@@ -118,7 +118,8 @@ class GMT(Rider):
 
     Raises:
         TypeError, ValueError: an optimizer that steps none of the model's parameters, or others; shards; numbers out of
-            range; and as :class:`~lowrank_kernels.rider.Rider`. At a step: sparse gradients.
+            range; and as :class:`~lowrank_kernels.rider.Rider`. At a step: sparse gradients; an optimizer that steps
+            other parameters by now.
 
     Source: Li et al., "Gradient-Mask Tuning" (later "Enhancing Large Language Model Performance with Gradient-Based
     Parameter Selection"), arXiv 2406.15330.
@@ -155,7 +156,7 @@ class GMT(Rider):
                 own.setdefault(id(p), (name, p))
         if not stepped or own.keys() != stepped:
             raise ValueError("GMT: expected an optimizer of the model's own parameters, got one with others, or none")
-        self.parameters = dict(own.values())
+        self.parameters, self._stepped = dict(own.values()), stepped
         for name, p in self.parameters.items():
             if is_dtensor(p):
                 raise ValueError(f"GMT: expected whole parameters, got a shard in {name}")
@@ -183,6 +184,11 @@ class GMT(Rider):
     def before_step(self) -> None:
         if self.share == 1.0:
             return
+        if {id(p) for group in self.optimizer.param_groups for p in group["params"]} != self._stepped:
+            raise ValueError(
+                "GMT: expected the optimizer's parameters to be those that it had when GMT was made, got others, which "
+                "would not be masked; call detach(), and make GMT anew"
+            )
         grads = {}
         for name, p in self.parameters.items():
             if p.grad is not None and p.numel():

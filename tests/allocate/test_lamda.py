@@ -53,6 +53,21 @@ def test_starts_as_the_base_whose_weight_stays(dtype):
         assert not layer.factors()[1].any()
 
 
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_the_start_at_the_base_and_the_correction_as_it_was(before, after):
+    torch.manual_seed(0)
+    layer = lk.nn.LaMDALinear.from_linear(nn.Linear(64, 64).to(before), 16, dtype=before)
+    twin = copy.deepcopy(layer)
+    layer.to(after)
+    assert not layer.factors()[1].any() and layer.lamda_start.dtype == after
+    moved(twin)
+    correction = twin.factors()[1].double()
+    twin.to(after)
+    loosest = max(torch.finfo(before).eps, torch.finfo(after).eps)
+    torch.testing.assert_close(twin.factors()[1].double(), correction, rtol=0, atol=4 * loosest)
+
+
 def test_is_the_papers_form_over_a_residual_weight():
     """y = x (W - s B₀ S₀ A)ᵀ + s B S A x, in float64, and the gradients of B and S; A gets none."""
     torch.manual_seed(0)
@@ -119,6 +134,23 @@ def test_the_schedule_is_exact_where_floats_are_not(share, steps):
     for t in range(over + 2):
         rider.steps_taken = t
         assert rider.columns(model[0]) == min(R, R * t // over), t
+
+
+def test_what_the_optimizer_does_not_step_stays_frozen():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    lk.adapt(model, lk.LaMDAConfig(r=R))
+    model[0].requires_grad_(False)
+    model[1].lamda_B.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    LaMDA(model, optimizer, 20)
+    for _ in range(2):
+        model(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == {"1.lamda_S", "2.lamda_B", "2.lamda_S"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == moved
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("at", [3, 9])
@@ -258,6 +290,7 @@ def test_ugly_inputs():
         (lambda: lk.LaMDAConfig(gate=True), "expected gate to be left out"),
         (lambda: lk.LaMDAConfig(lora_bias=True), "expected lora_bias to be left out"),
         (lambda: LaMDA(nn.Linear(2, 2), _adamw(nn.Linear(2, 2)), 5), "LaMDALinear layers, got none"),
+        (lambda: LaMDA(make(), _adamw(make()), 5), "expected an optimizer of this model's B and S"),
         (lambda: LaMDA(make(), _adamw(make()), 0), "steps to be an integer of at least 1"),
         (lambda: LaMDA(make(), _adamw(make()), 5, share=1.5), "share to be a number from 0 to 1"),
         (lambda: spectral_ranks(nn.Linear(4, 4), lk.LaMDAConfig(r=2)), "replaces nothing"),

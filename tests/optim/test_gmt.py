@@ -251,3 +251,19 @@ def test_optimizers_of_other_parameters_and_sparse_gradients_are_refused():
     with pytest.raises(ValueError, match="expected dense gradients"):
         optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+def test_parameters_that_the_optimizer_got_later_are_told():
+    model = make()
+    first, *others = model.parameters()
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    rider = GMT(model, optimizer)
+    optimizer.add_param_group({"params": others})
+    backward(model, 0)
+    before = values(model)
+    with pytest.raises(ValueError, match="expected the optimizer's parameters to be those that it had"):
+        optimizer.step()
+    assert not any(m.any() for m in moved(model, before).values())
+    rider.detach()
+    GMT(model, optimizer)
+    optimizer.step()
