@@ -80,14 +80,19 @@ class SideMerge(nn.Module):
         self.g = nn.Parameter(torch.ones((), dtype=dtype, device=device))
 
     def forward(self, features: Tensor, last: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            z = self._mixed(features.to(torch.promote_types(features.dtype, torch.float32)))
+        merged = linear(z.relu().to(self.out.dtype), self.out) + (self.g / TEMPERATURE).tanh() * last.to(self.out.dtype)
+        return merged.to(last.dtype)
+
+    def _mixed(self, features: Tensor) -> Tensor:
+        """Σ_j weight_j u_j + u_deep, in float32 or wider: what keeps zeros from dividing is 0 in float16."""
         shallow, deep = features[..., :-1, :], features[..., -1, :]
         units = normalize(shallow, dim=-1)
         redundancy = (units @ units.mT).relu().sum(-1).clamp(min=0.5)  # below 1 for a zero u_j alone
-        amounts = linear(shallow * deep[..., None, :], self.score).relu() / redundancy
+        amounts = linear(shallow * deep[..., None, :], self.score.to(features.dtype)).relu() / redundancy
         weights = normalize(amounts, p=1.0, dim=-1)
-        z = (weights[..., None] * shallow).sum(-2) + deep
-        merged = linear(z.relu(), self.out) + (self.g / TEMPERATURE).tanh() * last.to(self.out.dtype)
-        return merged.to(last.dtype)
+        return (weights[..., None] * shallow).sum(-2) + deep
 
 
 def _drawn(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -273,6 +273,22 @@ def test_under_autocast_gradients_are_near() -> None:
     assert (grads[0] - grads[1]).norm() < 0.1 * grads[1].norm()
 
 
+@pytest.mark.parametrize("how", ["cast", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_divides_by_no_zero(dtype: torch.dtype, how: str) -> None:
+    """Many of the weights' sums are zero, and what is added to a divisor would be too, in float16."""
+    model = llama().float()
+    sherl(model, SHERLConfig(2, 4))
+    if how == "cast":
+        model.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite()
+    for name, p in model.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), name
+
+
 def test_late_layers_may_be_checkpointed() -> None:
     grads = []
     for on in (False, True):
