@@ -40,6 +40,12 @@ def test_the_term_and_its_gradient_are_the_formulas(eps: float) -> None:
     torch.testing.assert_close(*grads)
 
 
+def test_a_small_eps_has_no_nan() -> None:
+    o = torch.tensor([[0.0, 1e-3, 2.0]], requires_grad=True)
+    (grad,) = torch.autograd.grad(density(o, eps=1e-30), o)
+    assert grad.isfinite().all() and grad[0, 0] == 0
+
+
 def test_at_the_root_of_eps_an_element_counts_half() -> None:
     assert density(torch.full((1, 4), 0.1), eps=0.01).item() == pytest.approx(0.5)
     assert density(torch.full((1, 4), 10**-3.5)).item() == pytest.approx(0.5)  # ε = 1e-7, added to o² as it is
