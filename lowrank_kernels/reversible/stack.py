@@ -24,7 +24,8 @@ class ReversibleStack(WholeStack):
 
     The inverse of a layer is x2 = (y2 − G(y1)) / β, x1 = (y1 − F(x2)) / λ. Where a gradient is needed, the inputs of
     every ``keep_every``-th layer are kept, and the output of the last; inputs in between are computed back in backward,
-    from above. Each layer runs once more there, with the random numbers and under the autocast of its forward.
+    from above. Each layer runs once more there, with the random numbers, under the autocast and in the training or
+    evaluation mode of its forward.
 
     The halves are of h's dtype, of float32 over half precision. Gradients go to h, to tensors among the other arguments
     and to parameters of the layers, whichever require one; a second derivative is refused. Under ``model.train()`` with
@@ -128,6 +129,8 @@ class _Reversible(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, hidden: Tensor, *tensors: Tensor) -> Tensor:
         stack = plan.stack
         ctx.plan, ctx.random, ctx.autocast = plan, [], _autocast_of(hidden.device)
+        ctx.modes = [(module, module.training) for module in stack.modules()]
+        draws = any(training for _, training in ctx.modes)
         given = tensors[: len(tensors) - len(plan.trained)]
         call = plan.call(given, hidden.dtype)
         kept = [hidden]
@@ -178,7 +181,7 @@ class _Reversible(torch.autograd.Function):
 
         after = (kept.pop(-2), kept.pop()) if _keeps_output(stack) else None
         d1 = d2 = _wide(grad) / 2
-        with _forked(hidden.device), _autocast(ctx.autocast), torch.enable_grad():
+        with _forked(hidden.device), _autocast(ctx.autocast), _in_modes(ctx.modes), torch.enable_grad():
             for i, layer in reversed(list(enumerate(stack.children()))):
                 f, g = stack.halves(layer, call)
                 for_f, for_g = ctx.random[i]
@@ -239,6 +242,19 @@ def _forked(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 def _autocast_of(device: torch.device) -> dict[str, tuple[bool, torch.dtype]]:
     return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}}
+
+
+@contextlib.contextmanager
+def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Each module in training or evaluation, as it was; afterwards as it is now."""
+    now = [(module, module.training) for module, _ in modes]
+    for module, training in modes:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, training in now:
+            module.training = training
 
 
 @contextlib.contextmanager

@@ -105,6 +105,29 @@ def test_random_numbers_go_on_where_forward_left_them() -> None:
     assert torch.equal(torch.rand(3), after)
 
 
+@pytest.mark.parametrize("lora_alone", [False, True])
+def test_gradients_are_those_of_the_forward_whatever_the_modes(lora_alone: bool) -> None:
+    """Dropout of LoRA in a model in evaluation, and a model that is evaluated between forward and backward."""
+    model = llama(attention_dropout=0.3)
+    lk.adapt(model, lk.LoRAConfig(r=2, dropout=0.5, dtype=model.dtype))
+    stack = reversible(model, lora=False)
+    found = []
+    for stack.recompute in (True, False):
+        model.train(not lora_alone)
+        for module in model.modules():
+            if isinstance(module, lk.nn.LoRALinear):
+                module.train()
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        model.eval()
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], msg=name)
+
+
 @pytest.mark.parametrize("variant", [1, 2, 3])
 def test_the_output_is_the_formula(variant: int) -> None:
     model = llama()
