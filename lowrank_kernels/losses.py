@@ -76,10 +76,8 @@ class _Density(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (o,) = ctx.saved_tensors
         wide = o.to(grad.dtype)
-        sums = wide.square() + ctx.eps
-        slope = (
-            (wide / sums) * (ctx.eps / sums) * (grad * 2.0 / ctx.count)
-        )  # ε² by itself is 0 in float32 from 1e-23 on
+        sums = wide.square() + ctx.eps  # not squared: ε² is 0 in float32 from 1e-23 on
+        slope = (wide / sums) * (ctx.eps / sums) * (grad * 2.0 / ctx.count)
         if ctx.mask is not None:
             slope = torch.where(ctx.mask, slope, 0.0)
         return slope.to(o.dtype), None, None
