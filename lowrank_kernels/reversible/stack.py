@@ -130,6 +130,7 @@ class _Reversible(torch.autograd.Function):
         stack = plan.stack
         ctx.plan, ctx.random, ctx.autocast = plan, [], _autocast_of(hidden.device)
         ctx.modes = [(module, module.training) for module in stack.modules()]
+        ctx.versions = [p._version for p in plan.trained]
         draws = any(training for _, training in ctx.modes)
         given = tensors[: len(tensors) - len(plan.trained)]
         call = plan.call(given, hidden.dtype)
@@ -158,6 +159,11 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         stack, lam, beta = plan.stack, plan.stack.lam, plan.stack.beta
+        if [p._version for p in plan.trained] != ctx.versions:
+            raise ValueError(
+                "reversible: expected the layers' parameters as they were in forward, to compute back from them, got "
+                "changed ones; call backward before optimizer.step()"
+            )
         saved = ctx.saved_tensors
         hidden, *kept = saved[: ctx.number]
         # Leaves of graphs of single halves, which take the gradients of tensors among the arguments.

@@ -105,6 +105,17 @@ def test_random_numbers_go_on_where_forward_left_them() -> None:
     assert torch.equal(torch.rand(3), after)
 
 
+def test_a_step_between_forward_and_backward_is_told() -> None:
+    model = llama()
+    reversible(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    first, second = (model(input_ids=ids, labels=ids).loss for ids in (IDS, IDS.flip(0)))
+    first.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="expected the layers' parameters as they were in forward"):
+        second.backward()
+
+
 @pytest.mark.parametrize("lora_alone", [False, True])
 def test_gradients_are_those_of_the_forward_whatever_the_modes(lora_alone: bool) -> None:
     """Dropout of LoRA in a model in evaluation, and a model that is evaluated between forward and backward."""
