@@ -99,6 +99,15 @@ def find_stack(model: nn.Module, op: str) -> LayerStack:
     return found[0]
 
 
+def check_plain(stack: LayerStack, op: str) -> None:
+    """Raise ValueError for a stack that another method has put in already."""
+    if isinstance(stack.layers, WholeStack):
+        raise ValueError(
+            f"{op}: expected the model's own layers, got a {type(stack.layers).__name__} in their place; call undo() "
+            f"on its report first"
+        )
+
+
 def first(output: Any) -> Tensor:
     """The hidden states that a layer returns, alone or first of several."""
     found: Tensor = output[0] if isinstance(output, tuple) else output

@@ -61,14 +61,20 @@ def save_over_base(
     """Write the parameters named ``kind``, the LoRA factors, and the settings. Files are written aside and renamed.
 
     Raises:
-        ValueError: other parameters train too, which the folder has no place for; layers that are merged, over which
-            the base is another; a value that is not finite. Nothing is written then.
+        ValueError: other parameters train too, or LoRA factors of PEFT's are there, which the folder has no place for;
+            layers that are merged, over which the base is another; a value that is not finite. Nothing is written then.
         ImportError: safetensors is not installed.
     """
     from safetensors.torch import save_file
 
     own = _own(model, kind)
     ids = set(map(id, own.values()))
+    adapted = config_of(model) is not None
+    theirs = [n for n, _ in named_parameters(model) if ".lora_" in n and not adapted]
+    if theirs:
+        raise ValueError(
+            f"{op}: expected LoRA factors of lk.adapt, got others, {few(theirs)}; save model.state_dict() instead"
+        )
     others = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in ids and ".lora_" not in n]
     if others:
         raise ValueError(
@@ -83,7 +89,7 @@ def save_over_base(
     config: dict[str, Any] = {"format": _format(kind), "settings": settings, "adapter": None}
     config["base"] = base_fingerprints(model, kind, op)
     folder = Path(folder)
-    if config_of(model) is not None:
+    if adapted:
         with _frozen(own):  # or else the log would name them as left out
             save_adapter(model, folder)
         config["adapter"] = _sha256(folder / WEIGHTS_FILE)

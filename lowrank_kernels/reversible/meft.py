@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer_stack import Call as LayerCall
-from ..layer_stack import find_stack, in_evaluation, record_calls, without_caches
+from ..layer_stack import check_plain, find_stack, in_evaluation, record_calls, without_caches
 from ..names import named_modules
 from ..report import Replaced, Report, count_parameters
 from .halves import Call, adapter_then_layer, attention_then_mlp, layer_then_adapter
@@ -100,6 +100,7 @@ def meft(model: nn.Module, config: MEFTConfig | None = None) -> Report:
     if isinstance(model, nn.Module) and any(isinstance(m, ReversibleStack) for _, m in named_modules(model)):
         raise ValueError("meft: this model is reversible already; call undo() on its report first")
     found = find_stack(model, "meft")
+    check_plain(found, "meft")
     calls = record_calls(model, found, "meft")
     layers = list(found.layers.children())
     halves, hidden = HALVES[config.variant], calls[0].hidden

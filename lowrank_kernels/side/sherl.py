@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from ..layer_stack import WholeStack, find_stack, first, record_calls
+from ..layer_stack import WholeStack, check_plain, find_stack, first, record_calls
 from ..names import named_modules
 from ..nn.frozen import AroundBase
 from ..report import Replaced, Report, count_parameters
@@ -153,6 +153,7 @@ def sherl(model: nn.Module, config: SHERLConfig | None = None) -> Report:
     if isinstance(model, nn.Module) and any(isinstance(m, SideStack) for _, m in named_modules(model)):
         raise ValueError("sherl: this model has a side path already; call undo() on its report first")
     found = find_stack(model, "sherl")
+    check_plain(found, "sherl")
     layers = list(found.layers.children())
     number = len(layers) - config.late_layers
     if number < 1:

@@ -684,6 +684,25 @@ def test_merged_layers_are_not_saved(trained: Any, tmp_path: Path) -> None:
     save_meft(trained, tmp_path)
 
 
+def test_factors_of_pefts_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = llama(dtype=torch.float32)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    meft(model)
+    for trains in (True, False):
+        model.requires_grad_(trains)
+        with pytest.raises(ValueError, match=r"expected LoRA factors of lk\.adapt, got others, model\.layers\.0"):
+            save_meft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_side_path_is_not_made_reversible() -> None:
+    model = llama()
+    lk.side.sherl(model, lk.side.SHERLConfig(1, 4))
+    with pytest.raises(ValueError, match="expected the model's own layers, got a SideStack in their place; call undo"):
+        meft(model)
+
+
 def test_what_cannot_be_saved(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a model that lk\.reversible\.meft made"):
         save_meft(llama(), tmp_path)

@@ -367,6 +367,12 @@ def twice() -> Any:
     return model
 
 
+def reversible() -> Any:
+    model = llama()
+    lk.reversible.meft(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -377,6 +383,7 @@ def twice() -> Any:
         (lambda: adapted_everywhere(lk.SVFTConfig()), r"expected no adapted layers.*model\.layers\.0"),
         (lambda: adapted_everywhere(lk.VeLoRAConfig(velora=2)), r"expected no adapted layers.*model\.layers\.0"),
         (twice, "has a side path already"),
+        (reversible, "expected the model's own layers, got a ReversibleStack in their place; call undo"),
     ],
 )
 def test_what_is_refused_is_left_as_it_was(make: Callable[[], Any], words: str) -> None:
