@@ -135,7 +135,6 @@ class _Reversible(torch.autograd.Function):
         given = tensors[: len(tensors) - len(plan.trained)]
         call = plan.call(given, hidden.dtype)
         kept = [hidden]
-        draws = any(module.training for module in stack.modules())
         x1 = x2 = _wide(hidden)
         with _autocast(ctx.autocast):
             for i, layer in enumerate(stack.children()):
