@@ -41,6 +41,7 @@ CHECKED = {
     "G": (1, 5, 64),
     "blocks": (3, 7, 41),
     "size": (64, 16, 128),
+    "E": (100, 8192, 65536),
 }
 """The sizes of three problems: one token, odd widths, a large one."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,7 @@ def problems(op: str, dry: bool) -> Iterator[Problem]:
         sizes = {name: values[i] for name, values in CHECKED.items()}
         if dry:
             sizes |= {"K": min(sizes["K"], 192), "N": min(sizes["N"], 160), "M": min(sizes["M"], 70), "size": 16}
+            sizes["E"] = min(sizes["E"], 400)
         elif op == "block_sparse_weight_grad":
             sizes |= {"K": 4096, "N": 2048}  # plain's gathering wants whole blocks
         if op == "block_sparse_weight_grad" and dry:

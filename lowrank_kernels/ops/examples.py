@@ -99,7 +99,7 @@ def _galore(s: Sizes, of: Callable[..., Meta]) -> GaLoreAdam:
 
 
 def _magnitude(s: Sizes, of: Callable[..., Meta]) -> MagnitudeHistogram:
-    values: Any = of(s["elements"])
+    values: Any = of(s["N"], s["K"])
     return MagnitudeHistogram(values, 0, 0, "auto")
 
 
@@ -153,7 +153,7 @@ EXAMPLES = {
     "merge_lora_": Example("K N R", _merge),
     "galore_adam_": Example("K N R", _galore),
     "lora_importance": Example("K N R", _importance),
-    "magnitude_histogram": Example("elements", _magnitude),
+    "magnitude_histogram": Example("K N", _magnitude),
     "multi_lora_linear": Example("M K N R G", _multi, _multi_backward),
     "svft_linear": Example("M K N E", _svft, _svft_backward),
     "block_sparse_weight_grad": Example("M K N blocks size", _block_grad),

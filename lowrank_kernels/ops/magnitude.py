@@ -44,7 +44,8 @@ def check_magnitude_histogram(call: MagnitudeHistogram) -> Exception | None:
 
 def _decide(call: Any, records: bool, target: Target | None) -> Plan:
     c = Choosing("magnitude_histogram", call.values, target)
-    settled = c.settled("magnitude_histogram", {"elements": prod(call.values.shape)})
+    *rows, columns = call.values.shape or (1,)
+    settled = c.settled("magnitude_histogram", {"K": columns, "N": prod(rows)})
     backend = c.backend(call.backend, *settled)
     if call.values.empty:
         c.take("backend", "reference", "rule: nothing to count")

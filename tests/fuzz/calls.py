@@ -447,7 +447,7 @@ def magnitude(d: Draw) -> Call:
         {"values": values},
         lambda t, backend: lk.magnitude_histogram(t["values"], digit=digit, leading=leading, backend=backend).float(),
         lambda name, dy: 1e-3,  # counts are exact
-        F32,
+        F64 if dtype == F64 else F32,
     )
 
 
