@@ -439,15 +439,16 @@ def galore(d: Draw) -> Call:
 
 def magnitude(d: Draw) -> Call:
     dtype = d.dtype()
+    of = F64 if dtype == F64 else F32
     values = d.laid_out(d.normal(d.width(), d.width(), of=dtype))
     digit = d.one_of(0, 1, 2)
     leading = d.one_of(*((0,), (2016, 2032, 0), (2016 << 10, 2032 << 10))[digit])
     return Call(
         f"magnitude_histogram(digit={digit}, leading={leading})",
         {"values": values},
-        lambda t, backend: lk.magnitude_histogram(t["values"], digit=digit, leading=leading, backend=backend).float(),
+        lambda t, backend: lk.magnitude_histogram(t["values"], digit=digit, leading=leading, backend=backend).to(of),
         lambda name, dy: 1e-3,  # counts are exact
-        F64 if dtype == F64 else F32,
+        of,
     )
 
 
