@@ -21,19 +21,17 @@ $(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: venv
 	$(BIN)/lrk demo
 
-# Two suites at once, about as long as each other; the second, which interprets and compiles the GPU kernels and then runs
-# the rest, says what it found at its end. Threads that wait leave the core to the other suite.
-REST := tests/package tests/serving tests/integrations
-
+# Two suites at once, about as long as each other; the second, which interprets and compiles the GPU kernels, says what it
+# found at its end. Threads that wait leave the core to the other suite.
 test: venv
 	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 test-run test-kernels
 
 test-run:
-	$(BIN)/python -m pytest tests $(addprefix --ignore=,tests/interpreter tests/proof $(REST))
+	$(BIN)/python -m pytest tests --ignore tests/interpreter --ignore tests/proof
 
 test-kernels:
 	@{ TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter; interpreted=$$?; \
-	  $(BIN)/python -m pytest tests/proof $(REST); compiled=$$?; } > $(VENV)/kernels.log 2>&1; \
+	  $(BIN)/python -m pytest tests/proof; compiled=$$?; } > $(VENV)/kernels.log 2>&1; \
 	  cat $(VENV)/kernels.log; exit $$((interpreted | compiled))
 
 # What proves over a larger grid what `make test` proves; then a million random calls against float64, of which a miss

@@ -397,7 +397,7 @@ def test_a_dora_file_has_pefts_keys_in_both_directions(llama, tmp_path):
 def test_a_config_that_is_not_of_the_layers_method_is_refused(tmp_path):
     for layer, config in ((DoRALinear, LoRAConfig), (LoRALinear, DoRAConfig)):
         model = nn.Sequential(layer(nn.Linear(6, 6), 3))
-        with pytest.raises(ValueError, match=r"gate, dora\) = \(3, 16.0, .*got"):
+        with pytest.raises(ValueError, match=r"gate, dora, lamda\) = \(3, 16.0, .*got"):
             save_adapter(model, tmp_path, config=config(r=3, target_modules=("0",)))
     save_adapter(model, tmp_path, config=LoRAConfig(r=3, target_modules=("0",)))
 
