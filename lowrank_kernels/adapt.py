@@ -72,8 +72,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     The layers share the weights of the modules they replace; outputs do not change. What trains afterwards is
     what the layers train, the biases that ``config.bias`` names, copies of the modules that
     ``config.modules_to_save`` names, and what already trained in layers that were adapted before, and in parts of MEFT
-    and SHERL beside them. Everything is checked
-    before anything is changed; if a layer cannot be made, the model is put back and the error goes on.
+    and SHERL beside them. Everything is checked before anything is changed; if a layer cannot be made, the model is put
+    back and the error goes on.
 
     Args:
         model: any module that has linears below it.

@@ -294,14 +294,15 @@ class LaMDAConfig(LoRAConfig):
     """Linears become :class:`~lowrank_kernels.nn.LaMDALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) (B S - B₀ S₀)ᵀ.
 
     Args:
-        (those of :class:`LoRAConfig`, without ``lora_bias``, ``gate``, ``init`` and ``train``)
+        (those of :class:`LoRAConfig`, without ``lora_bias``, ``gate``, ``init``, ``train`` and ``velora``)
     """
 
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {nn.Module: LaMDALinear}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, only in (("lora_bias", False), ("gate", False), ("init", "kaiming"), ("train", "both")):
+        defaults = {"lora_bias": False, "gate": False, "init": "kaiming", "train": "both", "velora": None}
+        for option, only in defaults.items():
             if getattr(self, option) != only:
                 raise ValueError(f"LaMDAConfig: expected {option} to be left out, got {getattr(self, option)!r}")
 

@@ -289,6 +289,7 @@ def test_ugly_inputs():
         (lambda: lk.nn.LaMDALinear.from_linear(nn.Linear(4, 4), 5), "at most min"),
         (lambda: lk.LaMDAConfig(gate=True), "expected gate to be left out"),
         (lambda: lk.LaMDAConfig(lora_bias=True), "expected lora_bias to be left out"),
+        (lambda: lk.LaMDAConfig(velora=4), "expected velora to be left out"),
         (lambda: LaMDA(nn.Linear(2, 2), _adamw(nn.Linear(2, 2)), 5), "LaMDALinear layers, got none"),
         (lambda: LaMDA(make(), _adamw(make()), 5), "expected an optimizer of this model's B and S"),
         (lambda: LaMDA(make(), _adamw(make()), 0), "steps to be an integer of at least 1"),
