@@ -19,6 +19,7 @@ from . import (
 from .adapt import adapt, plan_adaptation
 from .adapters import load_adapter, load_svft, save_adapter, save_lora_ga_adapter, save_svft
 from .base_only import base_only
+from .blocks import LoRAPart, mlp_lora, qkv_lora
 from .config import AdapterConfig, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, SVFTConfig, VeLoRAConfig
 from .functional import (
     BatchPlan,
@@ -39,6 +40,7 @@ from .functional import (
     svft_pattern,
     velora_linear,
 )
+from .fuse import fuse
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
 from .quantize import dequantize_, quantize_
 from .report import Report
@@ -54,6 +56,7 @@ __all__ = [
     "DoRAConfig",
     "LaMDAConfig",
     "LoRAConfig",
+    "LoRAPart",
     "LoRAStack",
     "MultiLoRAConfig",
     "Report",
@@ -73,6 +76,7 @@ __all__ = [
     "dora_weight_norm",
     "federated",
     "frozen_linear",
+    "fuse",
     "galore_adam_",
     "init",
     "integrations",
@@ -85,12 +89,14 @@ __all__ = [
     "merge_and_unload",
     "merge_dora_",
     "merge_lora_",
+    "mlp_lora",
     "multi_lora_linear",
     "nn",
     "optim",
     "plan_adaptation",
     "plan_batch",
     "prune",
+    "qkv_lora",
     "quantize_",
     "reversible",
     "save_adapter",

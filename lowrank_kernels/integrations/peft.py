@@ -29,7 +29,9 @@ from peft.tuners.lora.variants import (
 )
 from torch import Tensor, nn
 
+from ..blocks import LoRAPart
 from ..functional import ScaleCache, dora_linear, lora_linear, velora_vector
+from ..fuse import fuse, unfuse
 from ..nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d, dora_conv, is_patch, library_convolves, lora_conv
 from ..nn.dora import column_scale
 from ..nn.embedding import LoRAEmbedding, corrected
@@ -104,6 +106,25 @@ class _OverLinear(_Accelerated):
 
     ours, dora = LoRALinear, (DoraLinearVariant, DoraLinearLayer)
 
+    def as_part(self: Any, x: Tensor) -> tuple[LoRAPart, float] | None:
+        """(the layer as a part of a block, its dropout) for this x, as things stand now; None where it has to be
+        called: it has not one active adapter that the op takes, or one with VeLoRA, or DoRA in evaluation, with dropout
+        or at B = 0 (see ``_dora``)."""
+        adapters = self._adapters_for_op()
+        if len(adapters) != 1:
+            return None
+        (name,), base = adapters, self.base_layer
+        weight, variant, p = frozen_weight(base), type(self.lora_variant.get(name)), self._dropout(name)
+        a, b, scaling = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
+        if variant is DoraLinearVariant:
+            if not self.training or p > 0.0 or self._starts_as_base(x, b.weight):
+                return None
+            magnitude: Any = self.lora_magnitude_vector[name].weight
+            return LoRAPart(weight, a, b.weight, base.bias, magnitude, scaling=scaling), p
+        if variant is VeloraLinearVariant:
+            return None
+        return LoRAPart(weight, a, b.weight, add_bias(base.bias, b.bias, scaling, weight.dtype), scaling=scaling), p
+
     def _on_ops(self: Any, x: Tensor, adapters: list[str]) -> Tensor:
         variant = type(self.lora_variant.get(adapters[0]))
         if variant is DoraLinearVariant:
@@ -146,10 +167,7 @@ class _OverLinear(_Accelerated):
         if not self.training and not compiling:
             cache = self.__dict__.setdefault(_CACHES, {}).setdefault(name, ScaleCache())
         scaling, weight = self.scaling[name], frozen_weight(base)
-        shows_bits = x.is_cpu and x.dtype == torch.float32 and torch.is_grad_enabled() and not compiling
-        if shows_bits and x.shape[:-1].numel() <= _FEW_ROWS and not b.detach().any():
-            # PEFT promises that a new adapter (B = 0) changes nothing: its sum starts with the base's own output. The
-            # op's product of few rows differs from that in the last bits.
+        if self._starts_as_base(x, b):
             dropped = self.lora_dropout[name](x)
             scale = column_scale(weight, a, b, m, scaling=scaling, detach_norm=True)
             y = base(x)
@@ -169,6 +187,14 @@ class _OverLinear(_Accelerated):
             dropout_p=self._dropout(name) if self.training else 0.0,
             dropout_base=True,
         )
+
+    @staticmethod
+    def _starts_as_base(x: Tensor, b: Tensor) -> bool:
+        """Whether a new DoRA adapter (B = 0) would show: PEFT promises that it changes nothing, for its sum starts with
+        the base's own output, and the op's product of few rows differs from that in the last bits."""
+        shows_bits = x.is_cpu and x.dtype == torch.float32 and torch.is_grad_enabled()
+        few = shows_bits and not torch.compiler.is_compiling() and x.shape[:-1].numel() <= _FEW_ROWS
+        return few and not b.detach().any()
 
 
 class AcceleratedLinear(_OverLinear, PeftLinear):
@@ -308,7 +334,7 @@ def _pays_without_dora(base: Any) -> bool:
     return is_patch(base) or not library_convolves(base.weight.dtype, base.weight.device)
 
 
-def accelerate(peft_model: nn.Module) -> Report:
+def accelerate(peft_model: nn.Module, *, blocks: bool = False) -> Report:
     """Let PEFT's LoRA, VeLoRA and DoRA layers run on this package's ops, in place.
 
     Takes every ``lora.Linear`` over a plain nn.Linear or transformers' Conv1D, and every ``lora.Linear4bit`` and
@@ -330,6 +356,8 @@ def accelerate(peft_model: nn.Module) -> Report:
 
     Args:
         peft_model: a PeftModel, or any model with PEFT's LoRA layers in it.
+        blocks: compute attention projections and MLPs as one node each, too: see :func:`lowrank_kernels.fuse`. With
+            dropout their linears then share masks, which PEFT's do not.
 
     Returns:
         A report as of ``adapt``; ``undo()`` is :func:`restore` for the layers of this call.
@@ -356,20 +384,25 @@ def accelerate(peft_model: nn.Module) -> Report:
             taken.append(layer)
     for layer in taken:
         layer.__class__ = _CLASSES[type(layer)]
-    trains, total = count_parameters(peft_model)
+    undo, notes = [lambda: _give_back(taken)], [_LEFT_TO_PEFT]
+    if blocks:
+        fused = fuse(peft_model)
+        replaced, skipped = [*replaced, *fused.replaced], [*skipped, *fused.skipped]
+        undo, notes = [*undo, fused.undo], [*notes, *fused.notes]
     return Report(
         "PEFT on lowrank_kernels",
         tuple(replaced),
         tuple(skipped),
-        trains,
-        total,
-        (_LEFT_TO_PEFT,),
-        _undo=[lambda: _give_back(taken)],
+        *count_parameters(peft_model),
+        tuple(notes),
+        _undo=undo,
     )
 
 
 def restore(peft_model: nn.Module) -> int:
-    """Give every accelerated layer of the model back to PEFT. Returns how many there were."""
+    """Give every accelerated layer of the model back to PEFT, and its blocks to their model. Returns how many layers
+    there were."""
+    unfuse(peft_model)
     taken = [m for m in peft_model.modules() if isinstance(m, _Accelerated)]
     _give_back(taken)
     return len(taken)

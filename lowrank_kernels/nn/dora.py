@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..blocks import LoRAPart
 from ..finite import all_finite
 from ..functional import ScaleCache, check_flag, dora_column_scale, dora_linear, dora_weight_norm
 from ..merge import merge_dora_, unmerge_dora_
@@ -208,6 +209,14 @@ class DoRALinear(DoRALayer, LoRALinear):
             dropout_base=self.dropout_base,
             detach_norm=self.detach_norm,
         )
+
+    def as_part(self, x: Tensor) -> tuple[LoRAPart, float] | None:
+        """As of :class:`LoRALinear`; None, too, where g is kept between calls, the norm is differentiated, or dropout
+        reaches the base product."""
+        found = super().as_part(x) if self.training and self.detach_norm else None
+        if found is None or (self.dropout_base and found[1] > 0.0):
+            return None
+        return found[0]._replace(magnitude=self.lora_magnitude_vector), found[1]
 
 
 def column_scale(

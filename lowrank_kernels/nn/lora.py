@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..blocks import LoRAPart
 from ..finite import all_finite
 from ..functional import check_flag, fold_gate, lora_linear
 from ..init.factors import INITS, init_factors_
@@ -475,6 +476,22 @@ class LoRALinear(Projecting, LoRALayer):
             dropout_p=self.dropout if self.training else 0.0,
             velora_vector=None if self.velora is None else self.velora_vector_for(x),
         )
+
+    def as_part(self, x: Tensor) -> tuple[LoRAPart, float] | None:
+        """(the layer as a part of a block, its dropout) for this x, as things stand now; None where the layer has to be
+        called: it is merged or runs its base alone, has a gate or VeLoRA, or carries hooks inside."""
+        base, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
+        if self._merged is not None or (self.base_only_depth is not None and runs_base_alone(self)):
+            return None
+        weight = frozen_weight(base)
+        if must_be_called(base, lora_a, lora_b) or is_tracked_view(weight):
+            return None
+        if self.lora_gate is not None or self.velora is not None or self.rests:
+            return None
+        dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
+        bias = add_bias(base.bias, lora_b.bias, self.scaling, dtype)
+        part = LoRAPart(weight, lora_a.weight, lora_b.weight, bias, scaling=self.scaling)
+        return part, self.dropout if self.training else 0.0
 
     def _call_submodules(self, x: Tensor) -> Tensor:
         if not is_dtensor(self.lora_A.weight) and x.shape[-1] != self.in_features:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..cpp import cpp
@@ -94,6 +95,11 @@ def like(x: Any, weight: Weight) -> Weight:
     if isinstance(weight, CodedWeight) and isinstance(x, Tensor) and x.dtype in DTYPES:
         return weight.to(x.dtype)
     return weight
+
+
+def in_dtype(weight: Weight, dtype: torch.dtype) -> Weight:
+    """The weight of that dtype, as autocast casts it: a copy of a tensor, the same codes of others."""
+    return weight.to(dtype) if isinstance(weight, (Tensor, CodedWeight)) else weight
 
 
 def rows(weight: Weight, start: int, stop: int) -> Tensor:

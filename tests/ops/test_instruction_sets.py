@@ -17,6 +17,7 @@ from lowrank_kernels import _extension
 TESTS = Path(__file__).resolve().parents[1]
 CORE = {
     "ops/test_block_sparse.py": "core or (adamw_is_torchs and cpu)",
+    "ops/test_blocks.py": "core",
     "ops/test_cpu_fused.py": "core",
     "ops/test_cpu_kernels.py": "core",
     "ops/test_dora.py": "core",
