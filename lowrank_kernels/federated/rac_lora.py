@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..merge import merge_lora_
+from .factors import check_scaling, check_shares
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def fed_rac_lora_(
         merging: ``rounding`` and the like, for :func:`lowrank_kernels.merge_lora_`.
 
     Returns:
-        weight. The average is taken in float32 (float64 for float64 factors).
+        weight. The average is summed in float64, and rounded once to float32 (unless a factor is of float64).
 
     Raises:
         TypeError: ``trained`` is no list of tensors.
@@ -45,21 +45,10 @@ def fed_rac_lora_(
     """
     if sampled not in ("a", "b"):
         raise ValueError(f"fed_rac_lora_: expected sampled to be 'a' or 'b', got {sampled!r}")
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        raise ValueError(f"fed_rac_lora_: expected scaling to be a finite number, got {scaling!r}")
+    check_scaling("fed_rac_lora_", scaling)
     if not isinstance(trained, (list, tuple)) or not all(isinstance(factor, Tensor) for factor in trained):
         raise TypeError("fed_rac_lora_: expected trained to be a list of tensors, one a client")
-    shares = [1.0] * len(trained) if client_weights is None else list(client_weights)
-    if not trained or len(shares) != len(trained):
-        raise ValueError(
-            f"fed_rac_lora_: expected one factor and one weight a client, got {len(trained)} and {len(shares)}"
-        )
-    if any(isinstance(c, bool) or not isinstance(c, (int, float)) or not 0.0 <= c < math.inf for c in shares) or (
-        not 0.0 < sum(shares) < math.inf
-    ):
-        raise ValueError(
-            f"fed_rac_lora_: expected client_weights of at least 0, not all zero, with a finite sum, got {shares}"
-        )
+    shares = check_shares("fed_rac_lora_", len(trained), client_weights)
     first = trained[0]
     if any(factor.shape != first.shape for factor in trained):
         raise ValueError(
@@ -71,9 +60,10 @@ def fed_rac_lora_(
                 f"fed_rac_lora_: expected trained factors of floats on one device, got {factor.dtype} on "
                 f"{factor.device}"
             )
-    wide = torch.float64 if any(factor.dtype == torch.float64 for factor in trained) else torch.float32
-    mean = torch.zeros_like(first, dtype=wide)
+    mean = torch.zeros_like(first, dtype=torch.float64)
     for share, factor in zip(shares, trained, strict=True):
-        mean.add_(factor, alpha=share / sum(shares))
+        mean.add_(factor, alpha=share)
+    if not any(factor.dtype == torch.float64 for factor in trained):
+        mean = mean.float()
     factors = (shared, mean) if sampled == "a" else (mean, shared)
     return merge_lora_(weight, *factors, scaling=scaling, **merging)

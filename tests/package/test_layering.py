@@ -38,7 +38,7 @@ ALLOWED = {
     "rider": (set(), {"torch"}),
     "losses": ({"config", "names", "patterns"}, {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge", "rider"}, {"torch"}),
-    "federated": ({"merge"}, {"torch"}),
+    "federated": ({"finite", "merge", "nn", "weights"}, {"torch"}),
     "optim": ({"finite", "functional", "names", "nn", "rider"}, {"torch"}),
     "patterns": (set(), set()),
     "config": ({"nn", "init", "patterns"}, {"torch"}),
