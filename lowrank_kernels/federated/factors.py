@@ -70,7 +70,7 @@ def check_clients(op: str, clients: Sequence[Factors]) -> None:
 
     Raises:
         TypeError: not a list of Factors of floating tensors.
-        ValueError: shapes that do not fit (ranks may differ), other devices, NaN or Inf; the client is named by its place.
+        ValueError: shapes that do not fit (ranks may differ), other devices, NaN or Inf; clients are named by place.
     """
     if not isinstance(clients, (list, tuple)) or not all(isinstance(c, Factors) for c in clients):
         raise TypeError(f"{op}: expected clients to be a list of lowrank_kernels.federated.Factors")

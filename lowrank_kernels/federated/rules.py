@@ -2,8 +2,8 @@
 
 Each takes the clients' :class:`Factors`, of any ranks and scalings, and their weights c_i, such as numbers of examples,
 which are taken as shares of their sum. Leading dimensions are layers of equal shape, and one call does them all. Sums
-are made in float64, in the order of the clients, and rounded once to the dtype of the first client's factors. Nothing of
-the size of W is made.
+are made in float64, in the order of the clients, and rounded once to the dtype of the first client's factors. Nothing
+of the size of W is made.
 
 Raised by all: TypeError and ValueError as :func:`~.factors.check_clients` and :func:`~.factors.check_shares` have them.
 """

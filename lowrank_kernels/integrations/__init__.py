@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["peft", "transformers"]
+__all__ = ["flower", "peft", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

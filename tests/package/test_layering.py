@@ -12,7 +12,7 @@ import pytest
 import lowrank_kernels
 
 ROOT = Path(lowrank_kernels.__file__).parent
-OPTIONAL = {"transformers", "peft", "safetensors", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "gguf"}
+OPTIONAL = {"transformers", "peft", "safetensors", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "gguf", "flwr"}
 OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn"})
 
 # layer -> what it may import: parts of this package, and packages from outside.
