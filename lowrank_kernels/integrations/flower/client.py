@@ -21,7 +21,7 @@ Work = Callable[[nn.Module, Context, dict[str, Any]], tuple[int, dict[str, float
 
 def client_app(
     load: Callable[[Context], nn.Module],
-    config: LoRAConfig,
+    config: LoRAConfig | Callable[[Context], LoRAConfig],
     fit: Work,
     *,
     evaluate: Work | None = None,
@@ -36,7 +36,7 @@ def client_app(
 
     Args:
         load: (context) -> the base model, which is changed in place: a fresh one, or a copy.
-        config: the layers, the same as the server's.
+        config: the layers, the same as the server's; or (context) -> that, to read the run's settings.
         fit: (model, context, settings) -> (number of examples, metrics). ``settings`` are those of the strategy's
             ``train_config``, with ``server-round``.
         evaluate: the same, to measure the round's model.
@@ -54,7 +54,7 @@ def client_app(
         kept = _kept(message, context, settings)
         model = load(context)
         trains = str(settings["trains"])
-        own = ranked(model, config, rank(context), trains)
+        own = ranked(model, config(context) if callable(config) else config, rank(context), trains)
         tensors = tensors_of(message.content["arrays"])
         assemble(model, own, tensors, kept, trains=trains, cut_by=str(settings["cut-by"]))
         rank_now = {} if block_layers(model) else {"rank": max(layer.r for layer in factor_layers(model).values())}
