@@ -385,7 +385,7 @@ def test_bytes_are_those_of_the_formula() -> None:
 def test_dora_is_averaged_where_nothing_exact_is_promised(rule: str) -> None:
     config = lk.DoRAConfig(r=4, alpha=12, target_modules=["0", "2"])
     if rule != "fedavg":
-        with pytest.raises(ValueError, match="whose average is that of the weights, got 0.lora_magnitude_vector"):
+        with pytest.raises(ValueError, match=r"whose average is that of the weights, got 0\.lora_magnitude_vector"):
             make(rule, config=config)
         return
     strategy = run(rule, 2, client=app(config), config=config)

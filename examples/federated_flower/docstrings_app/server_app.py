@@ -36,8 +36,9 @@ def main(grid: Grid, context: Context) -> None:
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         whole = load()
-        strategy.assemble(whole)
+        report = strategy.assemble(whole)
         loss = held_out(whole, int(settings["held-out"]))
+        report.undo()
         losses = json.loads(result_file.read_text())["losses"][:server_round] if server_round else []
         losses.append(loss)
         result = {"rule": rule, "losses": losses, "history": strategy.history, "full_fedavg_bytes": full}

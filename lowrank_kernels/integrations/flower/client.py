@@ -49,23 +49,25 @@ def client_app(
     """
     app = ClientApp()
 
-    def run(message: Message, context: Context, work: Work) -> tuple[nn.Module, MetricRecord]:
+    def run(message: Message, context: Context, work: Work) -> tuple[ArrayRecord, MetricRecord]:
         settings = dict(message.content["config"])
         kept = _kept(message, context, settings)
         model = load(context)
         trains = str(settings["trains"])
         own = ranked(model, config(context) if callable(config) else config, rank(context), trains)
         tensors = tensors_of(message.content["arrays"])
-        assemble(model, own, tensors, kept, trains=trains, cut_by=str(settings["cut-by"]))
+        report = assemble(model, own, tensors, kept, trains=trains, cut_by=str(settings["cut-by"]))
         rank_now = {} if block_layers(model) else {"rank": max(layer.r for layer in factor_layers(model).values())}
         examples, metrics = work(model, context, settings)
-        return model, MetricRecord({"num-examples": examples, **rank_now, **metrics})
+        trained = record_of(trained_tensors(model))
+        report.undo()  # else model and report hold each other, until Python looks for cycles
+        return trained, MetricRecord({"num-examples": examples, **rank_now, **metrics})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        model, metrics = run(message, context, fit)
+        trained, metrics = run(message, context, fit)
         content = {
-            "arrays": record_of(trained_tensors(model)),
+            "arrays": trained,
             "metrics": metrics,
             "client": ConfigRecord({"name": client_name(context, name)}),
         }
