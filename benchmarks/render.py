@@ -7,6 +7,7 @@ Text between `<!-- figures:NAME -->` and `<!-- /figures:NAME -->` is replaced.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable
@@ -464,7 +465,27 @@ def tuned_small_layers() -> str:
     return table(words, "class | fields of the plan | time over plain PyTorch | the rule's", cells)
 
 
+def federated() -> str:
+    """The table of `benchmarks/federated.py`."""
+    with (RESULTS / "federated.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    full = int(rows[0]["full_fedavg_bytes"])
+    words = [
+        f"{rows[0]['rounds']} rounds, four clients, rank {rows[0]['rank']}, held-out loss in nats a token before and after; bytes of all",
+        f"messages together, and their share of the {full / 2**20:.0f} MiB of full FedAvg in float32. CPU, float32.",
+        "Repeat: `python benchmarks/federated.py`.",
+    ]
+
+    def cells(row: dict[str, str]) -> list[str]:
+        down, up = int(row["bytes_down"]), int(row["bytes_up"])
+        losses = [f"{float(row[key]):.3f}" for key in ("held_out_before", "held_out_after")]
+        return [f"`{row['rule']}`", *losses, f"{down / 2**20:.1f}", f"{up / 2**20:.1f}", f"{(down + up) / full:.2%}"]
+
+    return table(words, "rule | before | after | MiB down | MiB up | of full FedAvg", map(cells, rows))
+
+
 TABLES = (
+    federated,
     cost_over_frozen,
     demo,
     bench,

@@ -35,7 +35,7 @@ assert spec is not None and spec.loader is not None
 run: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds until a test gives up on an event; a process that imports torch on a busy machine takes its time."""
 
 
@@ -91,7 +91,9 @@ run_simulation(app, client_app.app, 2, backend_config={{"client_resources": {{"n
     try:
         # Ray's workers find the app by the path that they are started with.
         paths = {"PYTHONPATH": os.pathsep.join([str(APP), environment(tmp_path)["PYTHONPATH"]])}
-        subprocess.run([sys.executable, "-c", script], check=True, env={**environment(tmp_path), **paths}, timeout=300)
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, env={**environment(tmp_path), **paths}, timeout=PATIENCE
+        )
     finally:
         run.stop(tmp_path)
     assert [sorted(record["clients"]) for record in history(tmp_path)] == [["client 0", "client 1"]] * 2
@@ -103,7 +105,7 @@ def test_flwr_run_offline_leaves_nothing_behind(tmp_path: Path) -> None:
     before = set(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines())
     command = [sys.executable, str(Path(run.__file__)), "--app", str(APP), "--rule", "fed-rac-lora", "--clients", "2"]
     command += ["--set", f'folder="{tmp_path}"', "rounds=2"]
-    subprocess.run(command, check=True, env=environment(tmp_path), timeout=600)
+    subprocess.run(command, check=True, env=environment(tmp_path), timeout=PATIENCE)
     assert_same(tmp_path, without_engine("fed-rac-lora", 2))
     after = set(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines())
     assert not [args for args in after - before if "superlink" in args or "superexec" in args]
@@ -119,9 +121,8 @@ class Deployment:
         self.logs = folder / "logs"
         self.logs.mkdir()
         self.home = self._home("user")
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "127.0.0.1:{self.ports[0]}"\ninsecure = true\n'
-        )
+        link = f'address = "127.0.0.1:{self.ports[0]}"\ninsecure = true\n'
+        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\n{link}')
 
     @staticmethod
     def _free_port() -> int:
@@ -140,7 +141,7 @@ class Deployment:
             subprocess.Popen(command, env=environment(self._home(name)), stdout=log, stderr=log, cwd=self.folder)
 
     def server(self) -> None:
-        self._begin("server", "flower-superlink", "--insecure", "--port", str(self.ports[0]))
+        self._begin("server", "flower-superlink", "--insecure", "--port", str(self.ports[0]), "--database", "link.db")
         until(lambda: self._listens(self.ports[0]), "the super-link")
 
     @staticmethod
@@ -161,8 +162,10 @@ class Deployment:
 
     def kill(self, name: str) -> None:
         """kill -9 of all its processes."""
-        for pid in run.left_behind(self.folder / name):
+        pids = run.left_behind(self.folder / name)
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
+        until(lambda: not any(map(run.is_running, pids)), f"the end of {name}")
 
     def end(self) -> None:
         for home in self.homes:
@@ -202,7 +205,7 @@ def test_a_round_goes_on_without_a_client_that_was_killed_in_it(deployment: Depl
     deployment.server()
     for place in (0, 1):
         deployment.client(place)
-    deployment.run(rule="ffa-lora", rounds=3, waits="1-2", timeout=60.0)
+    deployment.run(rule="ffa-lora", rounds=3, waits="1-2", timeout=180.0)
     until((folder / "waiting").exists, "client 1 in round 2")
     deployment.kill("client1")
     until((folder / "history.json").exists, "the end of the run")

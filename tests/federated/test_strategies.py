@@ -20,7 +20,7 @@ from lowrank_kernels.federated import fed_rac_lora_
 pytest.importorskip("flwr", reason="needs the extra 'federated'")
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 
 from lowrank_kernels.integrations.flower import STRATEGIES, LowRankStrategy, Privacy, client_app
@@ -270,6 +270,21 @@ def test_fedex_lora_leaves_out_a_client_of_another_rank() -> None:
     assert strategy.history[0]["left_out"] == {
         f"node {node}": f"expected rank 4, as of all clients, got {5 - node}" for node in (2, 3)
     }
+
+
+def test_an_error_in_a_clients_place_is_told_of_the_client() -> None:
+    def gone(node: int, server_round: int, reply: Message) -> Message:
+        if node == 3 and server_round == 2:
+            error = Message(Error(5, "Node Unavailable"), reply_to=grid.asked[-1])
+            error.metadata.__dict__["_src_node_id"] = 1  # the super-link's own number
+            return error
+        return reply
+
+    grid = InProcessGrid(app(work=nudge), 3, gone)
+    strategy = make("fedavg")
+    strategy.start(grid, num_rounds=2)
+    assert strategy.history[1]["left_out"] == {"client 2": "it reports an error: Node Unavailable"}
+    assert list(strategy.history[1]["clients"]) == ["client 0", "client 1"]
 
 
 def test_silence_errors_and_no_one_left() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -17,7 +19,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    settings = context.run_config
+    serve(grid, context.run_config)
+
+
+def serve(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a rule, and return the losses after each round, the strategy's history, and what full FedAvg would send."""
     rule = str(settings["rule"])
     folder = Path.home() / str(settings["output"]) / rule
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,3 +60,4 @@ def main(grid: Grid, context: Context) -> None:
     result = json.loads(result_file.read_text())
     picture = draw(folder, rule, result["losses"], result["history"], full)
     print(f"{rule}: held-out loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}; plot: {picture}")
+    return result

@@ -262,7 +262,6 @@ class LowRankStrategy(FedAvg):
         }
         arrays = record_of(self._for_rank({name: self.current[name] for name in self.sent()}, known["rank"]))
         kept = record_of(missed)
-        asked[node] = {"kept": len(self.kept), "bytes": bytes_of(arrays, kept)}
         settings = {
             **config,
             "server-round": server_round,
@@ -272,7 +271,9 @@ class LowRankStrategy(FedAvg):
             "kept-to": len(self.kept),
         }
         content = RecordDict({"arrays": arrays, "kept": kept, "config": ConfigRecord(settings)})
-        return Message(content, dst_node_id=node, message_type=message.metadata.message_type)
+        asking = Message(content, dst_node_id=node, message_type=message.metadata.message_type)
+        asked[node] = {"kept": len(self.kept), "bytes": bytes_of(arrays, kept), "metadata": asking.metadata}
+        return asking
 
     def _for_rank(self, tensors: Tensors, rank: int | None) -> Tensors:
         return tensors if rank is None else cut(tensors, self.layers, rank, self.cut_by)
@@ -284,7 +285,7 @@ class LowRankStrategy(FedAvg):
         left_out: dict[str, str] = {}
         up, silent = 0, set(self._asked)
         for reply in replies:
-            node = reply.metadata.src_node_id
+            node = self._node_of(reply)
             silent.discard(node)
             try:
                 client = self._usable(reply)
@@ -338,11 +339,18 @@ class LowRankStrategy(FedAvg):
                 logger.warning("Evaluation goes on without %s: %s", known["name"], _reason(error))
         return _weighted(measured)
 
+    def _node_of(self, reply: Message) -> int:
+        """Who was asked. Where a node is gone, the super-link replies in its place, and under its own number."""
+        for node, asked in self._asked.items():
+            if asked["metadata"].message_id and asked["metadata"].message_id == reply.metadata.reply_to_message_id:
+                return node
+        return reply.metadata.src_node_id
+
     def _usable(self, reply: Message) -> dict[str, Any]:
         """What a client sent. Raises where it is not what was asked for."""
         if reply.has_error():
             raise ValueError(f"it reports an error: {reply.error.reason}")
-        if reply.metadata.src_node_id not in self._asked:
+        if self._node_of(reply) not in self._asked:
             raise ValueError("it was not asked")
         examples, metrics = _metrics_of(reply)
         rank = self._rank_in(metrics)
@@ -374,7 +382,7 @@ class LowRankStrategy(FedAvg):
         told = reply.content.get("client")
         name = str(told["name"])[:80] if isinstance(told, ConfigRecord) and "name" in told else None
         return {
-            "name": name or f"node {reply.metadata.src_node_id}",
+            "name": name or f"node {self._node_of(reply)}",
             "num-examples": examples,
             "rank": rank,
             "norm": norm,
