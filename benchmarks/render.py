@@ -471,8 +471,8 @@ def federated() -> str:
         rows = list(csv.DictReader(file))
     full = int(rows[0]["full_fedavg_bytes"])
     words = [
-        f"{rows[0]['rounds']} rounds, four clients, rank {rows[0]['rank']}, held-out loss in nats a token before and after; bytes of all",
-        f"messages together, and their share of the {full / 2**20:.0f} MiB of full FedAvg in float32. CPU, float32.",
+        f"{rows[0]['rounds']} rounds, four clients, rank {rows[0]['rank']}: held-out loss in nats a token before and",
+        f"after, and the bytes of all messages beside the {full / 2**20:.0f} MiB of full FedAvg. CPU, float32, seed 0.",
         "Repeat: `python benchmarks/federated.py`.",
     ]
 

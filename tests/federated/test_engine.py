@@ -141,13 +141,11 @@ class Deployment:
             subprocess.Popen(command, env=environment(self._home(name)), stdout=log, stderr=log, cwd=self.folder)
 
     def server(self) -> None:
-        self._begin("server", "flower-superlink", "--insecure", "--port", str(self.ports[0]), "--database", "link.db")
-        until(lambda: self._listens(self.ports[0]), "the super-link")
-
-    @staticmethod
-    def _listens(port: int) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
+        log = self.logs / "server"
+        before = log.read_text().count("Uvicorn running") if log.exists() else 0
+        port = str(self.ports[0])
+        self._begin("server", "flower-superlink", "--insecure", "--port", port, "--database", "link.db")
+        until(lambda: log.read_text().count("Uvicorn running") > before, "the super-link")
 
     def client(self, place: int) -> None:
         link, own = f"127.0.0.1:{self.ports[0]}", str(self.ports[1 + place])

@@ -287,6 +287,16 @@ def test_an_error_in_a_clients_place_is_told_of_the_client() -> None:
     assert list(strategy.history[1]["clients"]) == ["client 0", "client 1"]
 
 
+def test_clients_of_one_name_are_told_apart() -> None:
+    def poison(node: int, server_round: int, reply: Message) -> Message:
+        return reply if server_round == 1 else Message(Error(0, "gone"), reply_to=grid.asked[-1])
+
+    grid = InProcessGrid(app(work=nudge, name=lambda context: "hospital"), 3, poison)
+    strategy = make("fedavg")
+    strategy.start(grid, num_rounds=2)
+    assert len(strategy.history[0]["clients"]) == 3 and len(strategy.history[1]["left_out"]) == 3
+
+
 def test_silence_errors_and_no_one_left() -> None:
     def third(node: int, server_round: int, reply: Message) -> Message | None:
         return None if (node == 3 and server_round == 1) or server_round == 2 else reply

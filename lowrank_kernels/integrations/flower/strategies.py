@@ -292,18 +292,16 @@ class LowRankStrategy(FedAvg):
             except Exception as error:  # whatever a client sent, the round goes on
                 known = self._nodes.setdefault(node, _unknown(node))
                 known["kept"] = 0  # it may have lost what it kept
-                left_out[known["name"]] = _reason(error)
+                left_out[_new_name(known["name"], node, left_out)] = _reason(error)
                 continue
             known = self._nodes.setdefault(node, _unknown(node))
-            name = client.pop("name")
-            while name in found:
-                name = f"{name} (node {node})"
+            name = _new_name(client.pop("name"), node, found)
             known |= {"rank": client["rank"], "kept": self._asked[node]["kept"], "name": name}
             client["bytes_down"] = self._asked[node]["bytes"]
             up += client["bytes_up"]
             found[name] = client
         for node in silent:
-            left_out[self._nodes[node]["name"]] = "no reply in time"
+            left_out[_new_name(self._nodes[node]["name"], node, left_out)] = "no reply in time"
         for name, reason in left_out.items():
             logger.warning("Round %d goes on without %s: %s", self._before + server_round, name, reason)
         found = dict(sorted(found.items()))
@@ -483,6 +481,11 @@ class LowRankStrategy(FedAvg):
 def _unknown(node: int) -> dict[str, Any]:
     """What is known of a node that has not sent anything usable yet."""
     return {"rank": None, "kept": 0, "name": f"node {node}"}
+
+
+def _new_name(name: str, node: int, taken: Mapping[str, Any]) -> str:
+    """What a node calls itself, with its number where another has that name."""
+    return f"{name} (node {node})" if name in taken else name
 
 
 def _reason(error: Exception) -> str:
