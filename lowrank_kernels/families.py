@@ -42,7 +42,11 @@ FAMILIES = (
     Family("galore", ops=("galore_adam_",)),
     Family("magnitude", ops=("magnitude_histogram",)),
     Family("block_sparse", ops=("block_sparse_weight_grad",), beside=("block_sparse_linear", "block_adamw_")),
-    Family("multi_lora", ops=("multi_lora_linear",), beside=("stack_column_scale",)),
+    Family(
+        "multi_lora",
+        ops=("multi_lora_linear",),
+        beside=("stack_column_scale", "experts_linear", "experts_column_scale"),
+    ),
     Family("svft", ops=("svft_linear",), beside=("svft_pattern",)),
 )
 

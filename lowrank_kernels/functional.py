@@ -38,6 +38,7 @@ from .ops.dora import (
     pair_of,
     plan_dora_linear,
 )
+from .ops.experts import RoutedRows, plan_experts
 from .ops.frozen import FrozenLinear, call_frozen_linear, check_frozen_linear, plan_frozen_linear
 from .ops.galore import GaLoreAdam, call_galore_adam_, check_galore_adam, check_galore_rates, plan_galore_adam
 from .ops.importance import (
@@ -102,7 +103,7 @@ from .ops.svft import (
 )
 from .ops.velora import VeLoRALinear, call_velora_linear, check_velora_linear, unit_mean, velora_error
 from .stack import LoRAStack
-from .weights import FrozenWeight, Weight, dense, like, rows
+from .weights import ExpertWeights, FrozenWeight, Weight, dense, like, rows
 
 
 def _seeded(call: Any, seed: Tensor | int | None, op: str) -> Any:
@@ -1024,3 +1025,122 @@ def multi_lora_linear(
     )
     y: Tensor = call_multi_lora_linear(call, plan, unseen=unseen)[0]
     return y
+
+
+def experts_linear(
+    x: Tensor,
+    weight: Tensor,
+    stack: LoRAStack,
+    rows: RoutedRows | Tensor,
+    *,
+    norm_and_scale: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Frozen experts plus each row's own correction: y_m = g_i ∘ (W_e x_m + s_i B_i A_i drop(x_m)).
+
+    Row m goes to expert e, and i is e's adapter, or that one of its G adapters which the row has. g_i =
+    m_i / ‖W_e + s_i B_i A_i‖₂ (row norms) for a DoRA adapter, 1 for a LoRA one. No W_e + s B A is made.
+
+    Args:
+        x: (M, K), float32, bfloat16 or float16 (float64 with backend="reference"): a row for each token and expert.
+        weight: (E, N, K), x's dtype, frozen; of any strides, so that experts stored as (E, K, N) are the transposed
+            view.
+        stack: a :class:`LoRAStack` of E adapters, or of E G where ``rows`` has adapters: adapter g of expert e is
+            number e G + g. Not sliced.
+        rows: which rows are whose, by :func:`plan_experts`; or (M,) integers from 0 to E - 1, in any order. Rows that
+            are sorted (``x[rows.order]`` and ``rows.sorted()``) are multiplied where they lie.
+        norm_and_scale: (n, g), each (D, N), from :func:`experts_column_scale`; computed here otherwise, which reads
+            the weights.
+        dropout_p: of all adapters.  dropout_seed: as for :func:`lora_linear`; the mask is over the rows of x.
+        backend: "auto", "reference", "cpu" (C++) or "triton", of the correction. W's product is torch's grouped one in
+            bfloat16 on a GPU; else a product an expert, for which a GPU has to be synchronised.
+
+    Returns:
+        y (M, N) in x's dtype. Gradients reach x and the stack's tensors. Saved for backward: x where A trains, and P
+        (M, R) where B does.
+
+    Raises:
+        ValueError, TypeError: as :func:`multi_lora_linear`; a weight that is not (E, N, K), or requires grad; rows that
+            were planned for another number of experts or rows.
+
+    Sources: as :func:`multi_lora_linear`; Gale et al., "MegaBlocks", arXiv 2211.15841 (products over the experts' rows).
+    """
+    op = "experts_linear"
+    _check_experts(op, weight, stack)
+    if weight.requires_grad:
+        raise ValueError(f"{op}: expected a frozen weight, got one that requires grad; detach it")
+    planned = rows if isinstance(rows, RoutedRows) else plan_experts(rows, weight.shape[0])
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != weight.shape[2]:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: expected x of shape (M, K) = (M, {weight.shape[2]}), got {got}")
+    if len(planned.bounds) != len(weight) + 1 or len(planned.order) != len(x):
+        raise ValueError(
+            f"{op}: expected rows planned for {len(weight)} experts and {len(x)} rows, got a plan for "
+            f"{len(planned.bounds) - 1} and {len(planned.order)}"
+        )
+    each = 1 if planned.num_adapters is None else planned.num_adapters
+    if len(stack) != each * len(weight):
+        raise ValueError(
+            f"{op}: expected a stack of {each * len(weight)} adapters, {each} for each of {len(weight)} experts, "
+            f"got {len(stack)}"
+        )
+    if stack.has_dora and norm_and_scale is None:
+        norm_and_scale = experts_column_scale(weight, stack, backend=backend)
+    made = ExpertWeights(weight, planned.bounds, None if planned.is_sorted else planned.order)
+    return multi_lora_linear(
+        x,
+        made,
+        stack if planned.num_adapters is None else stack.with_spare(planned.num_adapters),
+        planned.segments,
+        norm_and_scale=norm_and_scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        backend=backend,
+    )
+
+
+def experts_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(n, g), each (D, N): :func:`dora_column_scale` of the DoRA adapters of a stack for experts (E, N, K).
+
+    Adapter number i is expert ``i // G``'s, with G = len(stack) / E. Never records gradients.
+
+    Raises:
+        TypeError, ValueError: a weight that is not (E, N, K), a stack that is not of its experts, or without magnitudes.
+    """
+    op = "experts_column_scale"
+    _check_experts(op, weight, stack)
+    if stack.magnitude is None:
+        raise ValueError(f"{op}: expected a stack with DoRA adapters, got one without magnitudes")
+    each, odd = divmod(len(stack), len(weight))
+    if odd or not each:
+        raise ValueError(f"{op}: expected as many adapters for each of {len(weight)} experts, got {len(stack)} in all")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.zeros(stack.magnitude.shape, dtype=dtype, device=weight.device)
+    scale = torch.zeros_like(norm)
+    with torch.no_grad():
+        for i, place in enumerate(stack.places):
+            if place.rank and place.magnitude >= 0:
+                lora_a, lora_b, scaling, magnitude = stack.factors(i)
+                assert magnitude is not None
+                found = dora_column_scale(
+                    weight[i // each].detach(), lora_a, lora_b, magnitude, scaling=scaling, backend=backend
+                )
+                norm[place.magnitude], scale[place.magnitude] = found[:2]
+    return norm, scale
+
+
+def _check_experts(op: str, weight: Any, stack: Any) -> None:
+    if not isinstance(stack, LoRAStack):
+        raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
+    if stack.is_sliced:
+        raise ValueError(f"{op}: expected a stack without slices, got one of {len(stack.slices)}")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 3 or not len(weight):
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{op}: expected weight of shape (E, N, K) and a floating dtype, got {got}")
+    if tuple(weight.shape[1:]) != (stack.out_features, stack.in_features):
+        raise ValueError(
+            f"{op}: expected a stack for (K, N) = ({weight.shape[2]}, {weight.shape[1]}), got one for "
+            f"({stack.in_features}, {stack.out_features})"
+        )

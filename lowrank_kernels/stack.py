@@ -215,6 +215,11 @@ class LoRAStack:
         magnitude = None if self.magnitude is None else self.magnitude.to(device, dtype)
         return self._with(self.lora_a.to(device, dtype), self.lora_b.to(device, dtype), magnitude)
 
+    def with_spare(self, each: int) -> LoRAStack:
+        """The same adapters with an id of rank 0 after every ``each`` of them: for rows without an adapter."""
+        places = [p for i in range(0, len(self), each) for p in (*self.places[i : i + each], _NOWHERE)]
+        return LoRAStack(self.lora_a, self.lora_b, places, self.magnitude)
+
     # ------------------------------------------------------------------------------------------------ changing
 
     def add(

@@ -17,6 +17,7 @@ from ..reference.lora import lora_linear_backward_ref, lora_linear_ref
 from ..reference.velora import velora_reconstruct_ref
 from ..weights import (
     CodedWeight,
+    ExpertWeights,
     Weight,
     corrected,
     corrected_backward,
@@ -589,7 +590,7 @@ def cast_products(dtype: torch.dtype, call: Any) -> Any:
 
 
 def _cast(dtype: torch.dtype, t: Any) -> Any:
-    return t.to(dtype) if isinstance(t, (Tensor, CodedWeight)) and t.dtype != torch.float64 else t
+    return t.to(dtype) if isinstance(t, (Tensor, CodedWeight, ExpertWeights)) and t.dtype != torch.float64 else t
 
 
 call_lora_linear = define_trained(

@@ -24,8 +24,9 @@ from ..kernels.multi_lora_tiles import (
 )
 from ..kernels.target import Target
 from ..reference.multi_lora import multi_lora_linear_backward_ref, multi_lora_linear_ref
-from ..weights import Weight, dense, grad_product, product
+from ..weights import ExpertWeights, Weight, dense, grad_product, owners, product
 from ..weights import rows as weight_rows
+from ..weights.experts import by_extension, by_library
 from .backend import KERNEL_DTYPES
 from .batch_plan import check_range
 from .library import define_trained
@@ -266,6 +267,8 @@ def _decide_backward(call: Any, records: bool, target: Target | None) -> Plan:
     backend = c.backend(call.backend, {}, "")
     if call.grad_y.empty or call.weight.empty:
         c.take("backend", "reference", "rule: nothing to multiply")
+    elif backend == "cpu" and call.weight.format == "experts":
+        c.base(call.grad_y, call.weight, {}, "", backward=True)
     elif backend == "triton":
         _take_tiles(c, call, call.grad_y, ({}, ""))
     return c.done()
@@ -388,7 +391,7 @@ def _forward(call: MultiLoRALinear, plan: Plan | None) -> MultiLoRALinearResults
         y, p, u = multi_lora_linear_ref(
             x, dense(weight), call.lora_a, call.lora_b, call.table, call.scalings, call.adapter_ids, call.bias,
             slices=call.slices, weights=call.weights, column_scale=call.column_scale, dropout_p=call.dropout_p,
-            dropout_seed=call.dropout_seed,
+            dropout_seed=call.dropout_seed, experts=owners(weight, x.shape[0]),
         )  # fmt: skip
         p = torch.nn.functional.pad(p, (0, call.max_rank - p.shape[-1]))
     else:
@@ -407,6 +410,8 @@ def _forward(call: MultiLoRALinear, plan: Plan | None) -> MultiLoRALinearResults
 
 
 def _base_product(plan: Plan, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, ExpertWeights):
+        return weight.product(x, bias, by_extension if plan.base == OWN else by_library)
     if plan.backend == "cpu" and plan.base == OWN:
         y: Tensor = cpp.frozen_product(x, weight, bias)
         return y
@@ -462,6 +467,12 @@ def _sorted(call: MultiLoRALinear, parts: list[_Slice], plan: Plan) -> tuple[Ten
     return y if total is u else total.to(x.dtype), p, u
 
 
+def _base_grad_product(plan: Plan, grad_y: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, ExpertWeights) and plan.base == OWN:
+        return weight.grad_product(grad_y, by_extension)
+    return grad_product(grad_y, weight)
+
+
 def _backward(call: MultiLoRALinearBackward, plan: Plan | None) -> MultiLoRALinearGradients:
     plan = plan or _plan_backward.known(call)
     need_bias = call.needs[4]
@@ -471,6 +482,7 @@ def _backward(call: MultiLoRALinearBackward, plan: Plan | None) -> MultiLoRALine
             dy, x, dense(call.weight), call.lora_a, call.lora_b, call.table, call.scalings, call.adapter_ids, p=call.p,
             slices=call.slices, weights=call.weights, column_scale=call.column_scale, norm=call.norm, u=call.u,
             dropout_p=call.dropout_p, dropout_seed=call.dropout_seed, needs=call.needs,
+            experts=owners(call.weight, dy.shape[0]),
         )  # fmt: skip
     else:
         given = call._replace(
@@ -496,7 +508,7 @@ def _sorted_backward(call: MultiLoRALinearBackward, plan: Plan) -> tuple[Tensor 
     if call.column_scale is not None:
         u = call.u if need_m else None
         du, grad_m = _dora_gradients(dy, u, call.table, call.adapter_ids, call.norm, call.column_scale)
-    grad_x = grad_product(du, call.weight) if need_x else None
+    grad_x = _base_grad_product(plan, du, call.weight) if need_x else None
     parts = _slices_of(lora_a, lora_b, call.table, call.scalings, call.slices)
     choices = range(call.order.shape[0] if max_rank and dy.shape[0] else 0)
     # What several corrections add up to is added up in float32, so that it is rounded once.

@@ -13,7 +13,7 @@ from ..reference.block_sparse import block_sparse_linear_ref, block_sparse_weigh
 from ..reference.dora import dora_column_scale_ref, dora_linear_ref, dora_weight_norm_ref
 from ..reference.lora import lora_linear_ref
 from ..reference.multi_lora import multi_lora_linear_ref
-from ..weights import Weight, dense
+from ..weights import Weight, dense, owners
 from .dora import DoRALinear
 from .lora import LoRALinear
 from .multi_lora import MultiLoRALinear
@@ -82,6 +82,6 @@ def plain_multi_lora_linear(call: MultiLoRALinear) -> Tensor:
     y, _, _ = multi_lora_linear_ref(
         x.reshape(x.shape[:-1].numel(), x.shape[-1]), dense(call.weight), call.lora_a, call.lora_b, call.table,
         call.scalings, call.adapter_ids, call.bias, slices=call.slices, weights=call.weights, column_scale=scale,
-        dropout_p=call.dropout_p, dropout_seed=call.dropout_seed,
+        dropout_p=call.dropout_p, dropout_seed=call.dropout_seed, experts=owners(call.weight, x.shape[:-1].numel()),
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], call.weight.shape[0])

@@ -226,9 +226,9 @@ class Choosing:
         rule = cpu_rules.own_gradient if backward else cpu_rules.own_forward
         if weight.coded and coded:
             return str(self.take("base", OWN, f"rule: {weight.format} is decoded as it is multiplied"))
-        if weight.format != "dense":
+        if weight.format not in ("dense", "experts"):
             return str(self.take("base", LIBRARY, f"rule: {weight.format} weights multiply by themselves"))
-        if weight.stride[1] != 1:
+        if weight.stride[1] != 1 and weight.format == "dense":
             return str(self.take("base", LIBRARY, "rule: the extension takes weights with adjacent columns"))
         if cpu_rules.library_reads_past_rows(x.dtype, x.device.type, inner):
             return str(self.take("base", OWN, "rule: PyTorch's product reads past rows of this odd width"))

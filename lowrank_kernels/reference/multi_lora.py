@@ -74,6 +74,17 @@ def _dropped(values: Tensor, rows: Tensor, adapter: int, dropout_p: Tensor | Non
     return torch.where(_keep(rows, values.shape[1], p, seed), values, 0) / (1.0 - p)
 
 
+def _product(rows: Tensor, weight: Tensor, experts: Tensor | None) -> Tensor:
+    """rows Wᵀ; with experts, each row times the weight of its own."""
+    if experts is None:
+        return rows @ weight.T
+    out = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for e in experts.unique().tolist():
+        mine = (experts == e).nonzero().squeeze(1)
+        out = out.index_put((mine,), rows[mine] @ weight[e].T)
+    return out
+
+
 def multi_lora_linear_ref(
     x: Tensor,
     weight: Tensor,
@@ -89,6 +100,7 @@ def multi_lora_linear_ref(
     column_scale: Tensor | None = None,
     dropout_p: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row m, whose adapter is i: y_m = g_i ∘ (W x_m + s_i B_i P_m) + bias with P_m = A_i drop_i(x_m).
 
@@ -102,13 +114,14 @@ def multi_lora_linear_ref(
         column_scale: (D, N).  dropout_p: (G,) float64; the mask is that of ``dropout_keep_mask_ref`` over all of x.
         slices: widths of S slices of N. ``lora_a`` is then (S, ΣR, K), ``table`` (S, G, 3), ``scalings`` (S, G), and
             slice s of an adapter has its rows of ``lora_b`` in the slice's columns.
+        experts: (M,) integers: ``weight`` is then (E, N, K), and row m is multiplied by that of its expert.
 
     Returns:
         y (M, N), P (J S, M, largest rank), zero past a row's own rank, and u (M, N), y before g and bias; in x's dtype.
     """
     acc = _accumulation_dtype(x.dtype)
     wide = x.to(acc)
-    u = wide @ weight.to(acc).T
+    u = _product(wide, weight.to(acc), experts)
     found = _rows_of(adapter_ids, weights, table.shape[-2])
     every = list(_slices_of(lora_a, lora_b, table, scalings, slices))
     max_rank = int(table[..., 1].max()) if table.numel() else 0
@@ -149,6 +162,7 @@ def multi_lora_linear_backward_ref(
     dropout_p: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     needs: tuple[bool, ...] = (True, True, True, True, True),
+    experts: Tensor | None = None,
 ) -> MultiLoRAGradients:
     """With dU = g ∘ dY and, over the rows of adapter i, Q = dU B_i: dX = dU W + drop_i'(s_i w Q A_i),
     dA_i = s_i (w Q)ᵀ drop_i(x), dB_i = s_i dUᵀ (w P), dm_i = (Σ_m dY ∘ u) / n_i, and dbias = Σ_m dY over all rows.
@@ -156,6 +170,7 @@ def multi_lora_linear_backward_ref(
     Args:
         norm: (D, N), the n of g = m / n.
         needs: which of (x, lora_a, lora_b, magnitude, bias) to compute.
+        experts: as of :func:`multi_lora_linear_ref`.
     """
     dtype = grad_y.dtype
     acc = _accumulation_dtype(dtype)
@@ -174,7 +189,7 @@ def multi_lora_linear_backward_ref(
                 assert u is not None
                 inner = (dy[rows] * u[rows].to(acc)).sum(0)
                 grad_m[dora] = torch.where(norm[dora] == 0, 0.0, inner / norm[dora].to(acc))
-    grad_x = du @ weight.to(acc) if need_x else None
+    grad_x = _product(du, weight.to(acc).mT, experts) if need_x else None
     grad_a = lora_a.new_zeros(lora_a.shape, dtype=acc) if need_a else None
     grad_b = lora_b.new_zeros(lora_b.shape, dtype=acc) if need_b else None
     for (j, adapter, rows, row_weights), of in itertools.product(found, every):

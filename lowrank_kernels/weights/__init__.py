@@ -23,6 +23,7 @@ from ..cpp import cpp
 from . import dense as _dense
 from .awq import AWQWeight
 from .coded import DTYPES, CodedWeight
+from .experts import ExpertWeights
 from .format import FORMATS, FrozenWeight, register, unpacked
 from .fp8 import FP8Weight
 from .gguf import Q4_KWeight, Q8_0Weight
@@ -108,8 +109,13 @@ def rows(weight: Weight, start: int, stop: int) -> Tensor:
 
 
 def dense(weight: Weight) -> Tensor:
-    """W as a tensor (N, K) in its dtype: itself where it is one."""
+    """W as a tensor (N, K) in its dtype: itself where it is one. Of experts (E, N, K)."""
     return weight if isinstance(weight, Tensor) else weight.dense()
+
+
+def owners(weight: Weight, rows: int) -> Tensor | None:
+    """Which expert's each of the rows is, (M,) int64, where W is that of experts; else None."""
+    return weight.owners(rows) if isinstance(weight, ExpertWeights) else None
 
 
 def of(module: nn.Module) -> FrozenWeight | None:
@@ -133,6 +139,7 @@ __all__ = [
     "ROUNDINGS",
     "AWQWeight",
     "CodedWeight",
+    "ExpertWeights",
     "FP4Weight",
     "FP8Weight",
     "FrozenWeight",
@@ -154,6 +161,7 @@ __all__ = [
     "like",
     "of",
     "operand",
+    "owners",
     "product",
     "register",
     "rows",
