@@ -5,6 +5,7 @@ from .coded import CodedLinear
 from .conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .dora import DoRALinear
 from .embedding import DoRAEmbedding, LoRAEmbedding
+from .experts import LoRAExperts
 from .lamda import LaMDALinear
 from .lora import LoRALayer, LoRALinear
 from .multi_lora import MultiLoRALinear, use_adapters
@@ -24,6 +25,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALayer",
     "LoRALinear",
     "MultiLoRALinear",

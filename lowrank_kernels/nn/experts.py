@@ -35,6 +35,16 @@ def looks_like_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _SAYS) and isinstance(module._parameters.get("down_proj"), Tensor)
 
 
+def from_peft(lora_b: Tensor, experts: int) -> Tensor:
+    """PEFT's B (N, R E), rank by rank with the expert fastest, as (E R, N), expert by expert."""
+    return lora_b.view(lora_b.shape[0], -1, experts).permute(2, 1, 0).reshape(-1, lora_b.shape[0])
+
+
+def to_peft(lora_b: Tensor, experts: int) -> Tensor:
+    """The inverse of :func:`from_peft`."""
+    return lora_b.view(experts, -1, lora_b.shape[1]).permute(2, 1, 0).reshape(lora_b.shape[1], -1)
+
+
 def why_not_experts(module: Any) -> str | None:
     """Why ``module`` is no block of experts that can be adapted; None where it is."""
     if not looks_like_experts(module):
@@ -106,15 +116,6 @@ class ExpertFactors(nn.Module):
             stack = LoRAStack(self.lora_A, self.lora_B, places, self.lora_magnitude, table_and_scalings=known)
         self._table_and_scalings = (stack.table, stack.scalings)
         return stack
-
-    def peft_factors(self) -> dict[str, Tensor]:
-        """A (E R, K), expert by expert, and B (N, R E), rank by rank with the expert fastest, as PEFT's files have
-        them."""
-        lora_b = self.lora_B.detach().view(self.experts, self.r, self.out_features)
-        return {
-            "lora_A.weight": self.lora_A.detach(),
-            "lora_B.weight": lora_b.permute(2, 1, 0).reshape(self.out_features, self.r * self.experts),
-        }
 
     def extra_repr(self) -> str:
         return (
@@ -367,16 +368,28 @@ def _activated(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
+    """The activation, some rows at a time: what lies between its steps is never there for all of them."""
+
     @staticmethod
     def forward(ctx: Any, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(x)
-        return activation(x)
+        return torch.cat([activation(part) for part in _parts(x)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            again = x.detach().requires_grad_()
-            y = ctx.activation(again)
-        return None, torch.autograd.grad(y, again, grad)[0]
+        grad_x, first = torch.empty_like(x), 0
+        for part in _parts(x):
+            own = slice(first, first + len(part))
+            with torch.enable_grad():
+                again = part.detach().requires_grad_()
+                y = ctx.activation(again)
+            grad_x[own] = torch.autograd.grad(y, again, grad[own])[0]
+            first = own.stop
+        return None, grad_x
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Rows of x, as many at a time as stay in a cache on a CPU, and as keep a GPU busy."""
+    return x.split(max(1, (1 << 18 if x.is_cpu else 1 << 25) // max(1, x.shape[1])))

@@ -11,17 +11,19 @@ from ..cpp import cpp
 from . import dense
 from .format import FrozenWeight, register
 
-Multiply = Callable[[Tensor, Tensor], Tensor]
-"""(rows, W) to rows Wᵀ."""
+Multiply = Callable[[Tensor, Tensor, Tensor], None]
+"""(rows, W, y): y = rows Wᵀ."""
 
 
-def by_library(rows: Tensor, weight: Tensor) -> Tensor:
-    return dense.product(rows, weight, None)
+def by_library(rows: Tensor, weight: Tensor, y: Tensor) -> None:
+    if dense.library_reads_past_rows(rows.dtype, rows.device.type, rows.shape[1]):
+        by_extension(rows, weight, y)
+    else:
+        torch.mm(rows, weight.T, out=y)
 
 
-def by_extension(rows: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = cpp.frozen_product(rows, dense.adjacent(weight), None)
-    return y
+def by_extension(rows: Tensor, weight: Tensor, y: Tensor) -> None:
+    y.copy_(cpp.frozen_product(rows, dense.adjacent(weight), None))
 
 
 @register
@@ -93,9 +95,12 @@ class ExpertWeights(FrozenWeight):
         y = rows.new_empty(rows.shape[0], weight.shape[1])
         first, *ends_at = self.bounds.tolist()
         for w, last in zip(weight, ends_at, strict=True):
-            if first < last:
-                own = slice(first, last) if self.order is None else self.order[first:last].long()
-                y[own] = multiply(rows[own], w)
+            if first < last and self.order is None:
+                multiply(rows[first:last], w, y[first:last])
+            elif first < last:
+                own, of_own = self.order[first:last].long(), y.new_empty(last - first, y.shape[1])
+                multiply(rows[own], w, of_own)
+                y[own] = of_own
             first = last
         return y
 
