@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .config import ALL_LINEAR, AdapterConfig, endings, names_match
+from .config import ALL_EXPERTS, ALL_LINEAR, AdapterConfig, endings, names_match
 from .names import COMPILED, held, named_modules, named_parameters, place, submodule, unwrapped, wrapped_in
+from .nn.experts import expert_weights, looks_like_experts
 from .nn.matrix import is_linear, matrix_shape, weight_tensor
 from .read_weights import why_not_called
 from .report import FirstBackward, Replaced, Report, Skipped, collapse, count_parameters
@@ -41,7 +42,17 @@ class Plan:
     config: AdapterConfig
     whole: dict[str, nn.Module] = field(default_factory=dict)
     """Modules that train whole, by path."""
+    experts: dict[str, nn.Module] = field(default_factory=dict)
+    """Blocks of experts, by path."""
     notes: tuple[str, ...] = ()
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of every weight that gets a correction: of a linear by its path, of experts by that of the weight."""
+        return {name: matrix_shape(m) for name, m in self.targets.items()} | {
+            f"{name}.{own}": tuple(expert_weights(m)[own].shape[1:])
+            for name, m in self.experts.items()
+            for own in self.config.expert_targets(name, m)
+        }
 
 
 def config_of(model: nn.Module) -> AdapterConfig | None:
@@ -69,7 +80,8 @@ def forget_adaptation(model: nn.Module) -> None:
 def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     """Replace the modules that ``config`` targets by the config's layers, in place, and freeze everything else.
 
-    The layers share the weights of the modules they replace; outputs do not change. What trains afterwards is
+    The layers share the weights of the modules they replace; outputs do not change. Linears are named by the config's
+    ``target_modules``, weights of experts by ``target_parameters``; a report names all of both. What trains afterwards is
     what the layers train, the biases that ``config.bias`` names, copies of the modules that
     ``config.modules_to_save`` names, and what already trained in layers that were adapted before, and in parts of MEFT
     and SHERL beside them. Everything is checked before anything is changed; if a layer cannot be made, the model is put
@@ -101,8 +113,8 @@ def plan_adaptation(model: nn.Module, config: AdapterConfig) -> Plan:
     if config.target_modules == ALL_LINEAR:
         fitted, notes = config.fitted({name: matrix_shape(m) for name, m in plan.targets.items()})
         plan = replace(plan, config=fitted, notes=notes)
-    for name, linear in plan.targets.items():
-        plan.config.check_fits(name, *matrix_shape(linear))
+    for name, shape in plan.matrices().items():
+        plan.config.check_fits(name, *shape)
     return plan
 
 
@@ -125,9 +137,18 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> Report:
     undo += [watch.stop, lambda: _check_still_there(model, layers, undo)]  # the check is the first thing that runs
     trainable, total = count_parameters(model)
     replaced = tuple(
-        Replaced(name, type(layer).__name__, (n, k), config.rank_of(name), config.size_of(name))
-        for name, layer in layers.items()
-        for n, k in [matrix_shape(plan.targets[name])]
+        Replaced(name, type(layers[name]).__name__, matrix_shape(m), config.rank_of(name), config.size_of(name))
+        for name, m in plan.targets.items()
+    ) + tuple(
+        Replaced(
+            f"{name}.{own}",
+            type(layers[name]).__name__,
+            (of.out_features, of.in_features),
+            of.r,
+            f"{of.experts} experts, rank {of.r}",
+        )
+        for name in plan.experts
+        for own, of in layers[name].adapters.items()  # type: ignore[union-attr, operator]
     )
     notes = (*plan.notes, *(f"{name} trains whole, by modules_to_save" for name in plan.whole))
     return Report(type(config).__name__, replaced, plan.skipped, trainable, total, notes, _undo=undo)
@@ -179,12 +200,44 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> Plan:
             targets[name] = module  # type: ignore[assignment]
         else:
             skipped.append(Skipped(name, reason))
-    skipped += [Skipped(name, "a 3-D parameter, as experts have, which no layer takes") for name in _stacked(model)]
+    experts, left = _match_experts(model, config, whole)
+    skipped += left
     skipped += [Skipped(f"target_modules[{w!r}]", "matches no module") for w in sorted(unmatched)]
-    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(targets), list(whole))]
-    if not targets:
+    plan = Plan(targets, (), config, whole, experts)
+    skipped += [Skipped(s, "matches no replaced module") for s in config.unused(list(plan.matrices()), list(whole))]
+    if not targets and not experts:
         raise ValueError(_nothing_to_replace(model, config, skipped))
-    return Plan(targets, tuple(skipped), config, whole)
+    return replace(plan, skipped=tuple(skipped))
+
+
+def _match_experts(
+    model: nn.Module, config: AdapterConfig, whole: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], list[Skipped]]:
+    """The blocks of experts that a config targets, by path, and every stacked weight that is left, with the reason."""
+    found: dict[str, nn.Module] = {}
+    skipped: list[Skipped] = []
+    names = getattr(config, "target_parameters", ())
+    unmatched = set() if names == ALL_EXPERTS else set(names)
+    for name, module, above in _outside_adapters(model):
+        own = config.expert_targets(name, module)
+        if own and whole.keys().isdisjoint((name, *above)):
+            reason = config.why_not_experts(module)  # type: ignore[attr-defined]
+        else:
+            reason = "in modules_to_save, which trains it whole" if own else None
+        if own and reason is None:
+            found[name] = module
+        for weight in _stacked(module):
+            path = f"{name}.{weight}"
+            if weight in own:
+                unmatched.difference_update(endings(path))
+            if not looks_like_experts(module):
+                skipped.append(Skipped(path, "a 3-D parameter of a module whose formula is not known"))
+            elif weight not in own:
+                skipped.append(Skipped(path, "a weight of experts that is not in target_parameters"))
+            elif reason is not None:
+                skipped.append(Skipped(path, reason))
+    skipped += [Skipped(f"target_parameters[{w!r}]", "matches no weight of experts") for w in sorted(unmatched)]
+    return found, skipped
 
 
 def whole_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -220,13 +273,12 @@ def _why_not_trained(module: nn.Module) -> str | None:
     return f"it holds {others[0]}, which takes no gradient; load that module unquantised" if others else None
 
 
-def _stacked(model: nn.Module) -> Iterator[str]:
-    """Paths of parameters (E, N, K) that hold several matrices, as experts do; weights of convolutions are left out."""
-    for path, module in named_modules(model):
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
-            for name, p in module._parameters.items():
-                if p is not None and not is_lazy(p) and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point():
-                    yield f"{path}.{name}" if path else name
+def _stacked(module: nn.Module) -> Iterator[str]:
+    """A module's own parameters (E, N, K) that hold several matrices, as experts do; not weights of convolutions."""
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
+        for name, p in module._parameters.items():
+            if p is not None and not is_lazy(p) and p.dim() == 3 and min(p.shape[1:]) > 1 and p.is_floating_point():
+                yield name
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Module]]]:
@@ -319,23 +371,26 @@ def _replace(
     ]
     kept = {id(p) for m in adapted for p in m.parameters() if p.requires_grad}
     owners = weight_owners(model)
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for name, linear in plan.targets.items():
         try:
             layers[name] = config.layer(name, linear)
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapt: {name}: {error}") from None
 
-    replacement = {id(linear): layers[name] for name, linear in plan.targets.items()}
+    for name, module in plan.experts.items():
+        layers[name] = config.experts_layer(name, module)  # type: ignore[attr-defined]
+
+    replacement = {id(m): layers[name] for name, m in {**plan.targets, **plan.experts}.items()}
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is not None and id(module) in replacement:
                 undo.append(lambda p=parent, c=child, m=module: _put_back(p, c, m))  # type: ignore[misc]
                 parent._modules[child] = replacement[id(module)]
-    for name, layer in layers.items():
-        others = tuple(o for o in owners.get(id(weight_tensor(plan.targets[name])), ()) if o != f"{name}.weight")
+    for name, target in plan.targets.items():
+        others = tuple(o for o in owners.get(id(weight_tensor(target)), ()) if o != f"{name}.weight")
         if others:
-            layer.weight_shared_with = others  # type: ignore[assignment]
+            layers[name].weight_shared_with = others  # type: ignore[assignment]
 
     trains = kept | biases | {id(p) for module in copies for p in module.parameters()}
     trains |= {id(p) for layer in layers.values() for p in layer.parameters() if p.requires_grad}

@@ -16,6 +16,7 @@ from .init.factors import INITS
 from .nn.conv import DoRAConv1d, DoRAConv2d, DoRAConv3d, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .nn.dora import DoRALinear
 from .nn.embedding import DoRAEmbedding, LoRAEmbedding
+from .nn.experts import LoRAExperts, expert_weights, looks_like_experts, why_not_experts
 from .nn.frozen import why_not_frozen
 from .nn.lamda import LaMDALinear
 from .nn.lora import LoRALayer, LoRALinear, check_lora_settings
@@ -25,6 +26,7 @@ from .nn.velora import VeLoRALinear
 from .patterns import FilePattern
 
 ALL_LINEAR = "all-linear"
+ALL_EXPERTS = "all-experts"
 BIAS_MODES = ("none", "all", "lora_only")
 
 
@@ -46,6 +48,8 @@ class AdapterConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
     bias: str = "none"
+    _targets_more: ClassVar[bool] = False
+    """True of an instance that has targets beside ``target_modules``, which may then be empty."""
 
     def __post_init__(self) -> None:
         for option in ("target_modules", "exclude_modules"):
@@ -60,7 +64,7 @@ class AdapterConfig:
                     f"{type(self).__name__}: expected {option} to be names, a regular expression or "
                     f"{ALL_LINEAR!r}, got {value!r}"
                 )
-        if not self.target_modules:
+        if not self.target_modules and not self._targets_more:
             raise ValueError(
                 f"{type(self).__name__}: expected target_modules to name something, got {self.target_modules!r}"
             )
@@ -76,6 +80,10 @@ class AdapterConfig:
     def why_not(self, module: nn.Module) -> str | None:
         """Why this method has no layer for the module; None where it has one."""
         return why_not_frozen(module)
+
+    def expert_targets(self, name: str, module: nn.Module) -> list[str]:
+        """Which weights of the block of experts at path ``name`` get a correction."""
+        return []
 
     def layer(self, name: str, linear: nn.Linear) -> nn.Module:
         """The layer that replaces ``linear``, found at path ``name``. Shares its weight; has ``base_layer``."""
@@ -125,6 +133,10 @@ class LoRAConfig(AdapterConfig):
             or after a dot; the first that matches wins. As in PEFT.
         modules_to_save: names of modules that train whole and are saved with the adapter, such as a new head; each
             takes every module whose path ends in it. A copy trains, ``undo()`` puts the model's own module back.
+        target_parameters: names of stacked weights of experts, such as "experts.gate_up_proj", each of which takes
+            those whose path is it or ends in ``.name``, as in PEFT; or "all-experts". Their blocks become
+            :class:`~lowrank_kernels.nn.LoRAExperts`, without gate, lora_bias and velora. With it ``target_modules``
+            may be empty.
         (and those of :class:`AdapterConfig`)
     """
 
@@ -150,10 +162,20 @@ class LoRAConfig(AdapterConfig):
     dtype: torch.dtype | None = None
     velora: int | None = None
     modules_to_save: Sequence[str] = ()
+    target_parameters: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        kind, parameters = type(self).__name__, self.target_parameters
+        if parameters != ALL_EXPERTS:
+            if not isinstance(parameters, (list, tuple, set, frozenset)) or not all(
+                isinstance(name, str) and name for name in parameters
+            ):
+                raise TypeError(
+                    f"{kind}: expected target_parameters to be names or {ALL_EXPERTS!r}, got {parameters!r}"
+                )
+            object.__setattr__(self, "target_parameters", tuple(dict.fromkeys(parameters)))
+        object.__setattr__(self, "_targets_more", bool(parameters))
         super().__post_init__()
-        kind = type(self).__name__
         saved = self.modules_to_save
         if not isinstance(saved, (list, tuple, set, frozenset)) or not all(isinstance(m, str) and m for m in saved):
             raise TypeError(f"{kind}: expected modules_to_save to be names of modules, got {saved!r}")
@@ -214,6 +236,36 @@ class LoRAConfig(AdapterConfig):
         if self.velora is not None and self.layer_class(module) is not LoRALinear:
             return "velora, which linears alone have"
         return self.layer_class(module).why_not(module)
+
+    def expert_targets(self, name: str, module: nn.Module) -> list[str]:
+        if not self.target_parameters or not looks_like_experts(module):
+            return []
+        every = list(expert_weights(module))
+        if self.target_parameters == ALL_EXPERTS:
+            return every
+        return [own for own in every if names_match(self.target_parameters, f"{name}.{own}")]
+
+    def why_not_experts(self, module: nn.Module) -> str | None:
+        """Why this method has no layer for a block of experts; None where it has one."""
+        for option in ("gate", "lora_bias", "velora"):
+            if getattr(self, option):
+                return f"{option}, which experts have not"
+        return why_not_experts(module)
+
+    def experts_layer(self, name: str, module: nn.Module) -> LoRAExperts:
+        """The layer that replaces the block of experts at path ``name``."""
+        own = self.expert_targets(name, module)
+        return LoRAExperts(
+            module,
+            {of: self.rank_of(f"{name}.{of}") for of in own},
+            alpha={of: self.alpha_of(f"{name}.{of}") for of in own},
+            dropout=self.dropout,
+            rslora=self.rslora,
+            dora=isinstance(self, DoRAConfig),
+            init=self.init,
+            train=self.train,
+            dtype=self.dtype,
+        )
 
     def layer(self, name: str, linear: nn.Module) -> LoRALayer:
         velora = {} if self.velora is None else {"velora": self.velora}
@@ -288,13 +340,19 @@ class DoRAConfig(LoRAConfig):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"dropout_base": self.dropout_base, "detach_norm": self.detach_norm}
 
+    def why_not_experts(self, module: nn.Module) -> str | None:
+        if self.dropout_base and self.dropout:
+            return "dropout_base with dropout, which experts have not"
+        return super().why_not_experts(module) if self.detach_norm else "detach_norm=False, which experts have not"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaMDAConfig(LoRAConfig):
     """Linears become :class:`~lowrank_kernels.nn.LaMDALinear`: y = x Wᵀ + bias + s (drop(x) Aᵀ) (B S - B₀ S₀)ᵀ.
 
     Args:
-        (those of :class:`LoRAConfig`, without ``lora_bias``, ``gate``, ``init``, ``train`` and ``velora``)
+        (those of :class:`LoRAConfig`, without ``lora_bias``, ``gate``, ``init``, ``train``, ``velora`` and
+            ``target_parameters``)
     """
 
     _layers: ClassVar[Mapping[type[nn.Module], type[LoRALayer]]] = {nn.Module: LaMDALinear}
@@ -302,6 +360,7 @@ class LaMDAConfig(LoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         defaults = {"lora_bias": False, "gate": False, "init": "kaiming", "train": "both", "velora": None}
+        defaults["target_parameters"] = ()
         for option, only in defaults.items():
             if getattr(self, option) != only:
                 raise ValueError(f"LaMDAConfig: expected {option} to be left out, got {getattr(self, option)!r}")
