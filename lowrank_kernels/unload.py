@@ -14,6 +14,7 @@ from .functional import stack_column_scale
 from .names import named_modules, named_parameters
 from .nn.block_sparse import BlockSparseLinear
 from .nn.coded import CodedLinear
+from .nn.experts import LoRAExperts
 from .nn.frozen import has_hooks
 from .nn.lora import LoRALayer, check_requantize
 from .nn.matrix import frozen_weight
@@ -112,6 +113,8 @@ def _prepared(
     layer: nn.Module, adapter: int | None, owners: dict[int, list[str]], requantize: str | None
 ) -> Callable[[], Any]:
     """What merges this layer, once all that could stop it is known not to. ValueError says what would."""
+    if isinstance(layer, LoRAExperts):
+        return _prepared_experts(layer, owners)
     if not isinstance(layer, (LoRALayer, BlockSparseLinear, MultiLoRALinear, SVFTLinear, VeLoRALinear)):
         is_pefts = any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__)
         cure = "; call the PeftModel's own merge_and_unload()" if is_pefts else ""
@@ -160,6 +163,22 @@ def _prepared_lora(layer: LoRALayer, requantize: str | None = None) -> Callable[
         return _nothing
     state = layer.prepare_merge(requantize=requantize)
     return lambda: layer.put_in_(state)
+
+
+def _prepared_experts(layer: LoRAExperts, owners: dict[int, list[str]]) -> Callable[[], Any]:
+    if has_hooks(layer):
+        raise ValueError("it carries hooks or a replaced forward; remove them first")
+    if layer.merged:
+        return _nothing
+    for name in layer.adapters:
+        first, *others = owners.get(id(getattr(layer.base_layer, name)), [""])
+        if others:
+            raise ValueError(
+                f"expected weights of its own, but {first} is also {', '.join(others)}, which would change with it; "
+                f"give one of them a copy"
+            )
+    merges = layer.prepare_merge()
+    return lambda: [merge() for merge in merges]
 
 
 def _prepared_one_of_many(layer: MultiLoRALinear, adapter: int | None) -> Callable[[], Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapt import Plan, apply_plan, check_can_train_whole, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
 from ..names import held, named_buffers, named_parameters, unwrapped
+from ..nn.experts import expert_weights, from_peft, peft_prefixes, peft_shapes
 from ..report import Report, count_parameters
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, is_folder, read_tensors
 from .matching import check_patterns_agree
@@ -91,14 +92,14 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
     plan = match_targets(model, config)
-    touched = {**plan.targets, **plan.whole}
+    touched = {**plan.targets, **plan.experts, **plan.whole}
     absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
     if absent:
         raise ValueError(
             f"load_adapter: expected a model with its weights, got some on the meta device: {few(absent)}; load those "
             f"first: an adapter on the meta device would be lost"
         )
-    check_patterns_agree(folder, config, plan.targets)
+    check_patterns_agree(folder, config, plan.matrices())
     base = _base_tensors(model, plan)
     shapes = _expected_shapes(base, config, plan)
     embeddings = _embeddings(model) - plan.targets.keys()
@@ -115,7 +116,21 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
         config = replace(config, modules_to_save=(*config.modules_to_save, *sorted(resized)))
         plan = replace(plan, whole=whole_modules(model, config))
         check_can_train_whole(model, plan.whole)
-    return AdapterFile(config, plan, tensors)
+    return AdapterFile(config, plan, _of_our_experts(tensors, config, plan))
+
+
+def _of_our_experts(tensors: dict[str, Tensor], config: LoRAConfig, plan: Plan) -> dict[str, Tensor]:
+    """The tensors with those of experts as our layers have them."""
+    for name, module in plan.experts.items():
+        own = config.expert_targets(name, module)
+        for weight, prefix in peft_prefixes(module, own).items():
+            experts = len(expert_weights(module)[weight])
+            theirs, ours = f"{name}.{prefix}", f"{name}.adapters.{weight}"
+            tensors[f"{ours}.lora_A"] = tensors.pop(f"{theirs}lora_A.weight")
+            tensors[f"{ours}.lora_B"] = from_peft(tensors.pop(f"{theirs}lora_B.weight"), experts)
+            if isinstance(config, DoRAConfig):
+                tensors[f"{ours}.lora_magnitude"] = tensors.pop(f"{theirs}lora_magnitude_vector")
+    return tensors
 
 
 def _base_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -123,7 +138,7 @@ def _base_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(named_parameters(model))
     named |= {f"{path}.{key}": t for path, module in plan.whole.items() for key, t in _state(module).items()}
     return {
-        f"{owner}.base_layer.{key}" if owner in plan.targets else name: t
+        f"{owner}.base_layer.{key}" if owner in plan.targets or owner in plan.experts else name: t
         for name, t in named.items()
         for owner, _, key in [name.rpartition(".")]
     }
@@ -170,6 +185,11 @@ def _expected_shapes(base: Mapping[str, Tensor], config: LoRAConfig, plan: Plan)
         bias = getattr(linear, "bias", None)
         if config.bias == "lora_only" and bias is not None:
             shapes[f"{name}.base_layer.bias"] = tuple(bias.shape)
+    for name, module in plan.experts.items():
+        weights, own = expert_weights(module), config.expert_targets(name, module)
+        for weight, prefix in peft_prefixes(module, own).items():
+            of_one = peft_shapes(weights[weight], config.rank_of(f"{name}.{weight}"), isinstance(config, DoRAConfig))
+            shapes |= {f"{name}.{prefix}{key}": shape for key, shape in of_one.items()}
     if config.bias == "all":
         shapes |= {name: tuple(p.shape) for name, p in base.items() if f".{name}".endswith(".bias")}
     for path, module in plan.whole.items():

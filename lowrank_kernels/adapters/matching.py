@@ -23,10 +23,12 @@ def bounded_patterns(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one that is no regular expression, or that takes too long; more than 10 000 names, 2 000 patterns.
     """
     bounded, cost = dict(settings), 0
-    for option in ("target_modules", "exclude_modules"):
+    for option in ("target_modules", "exclude_modules", "target_parameters"):
         value = settings.get(option)
         if isinstance(value, list) and len(value) > _MAX_NAMES:
             raise ValueError(f"expected {option} of at most {_MAX_NAMES} names, got {len(value)}")
+        if option == "target_parameters" and isinstance(value, str):
+            raise ValueError(f"expected target_parameters to be names, got {value[:80]!r}")
         if isinstance(value, str) and value != ALL_LINEAR:
             bounded[option] = _pattern(option, value)
             cost += bounded[option].cost

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import TASK_HEADS, config_of, whole_modules
-from ..config import ALL_LINEAR, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, names_match
+from ..config import ALL_EXPERTS, ALL_LINEAR, DoRAConfig, LaMDAConfig, LoRAConfig, MultiLoRAConfig, names_match
 from ..finite import all_finite
 from ..functional import check_flag
 from ..functional import fold_gate as folded_b
 from ..names import named_modules, named_parameters, unwrapped
 from ..nn.dora import DoRALayer
+from ..nn.experts import ExpertFactors, LoRAExperts, peft_prefixes
 from ..nn.lamda import LaMDALinear
 from ..nn.lora import LoRALayer, LoRALinear
 from ..nn.matrix import is_conv1d, weight_shape
@@ -68,7 +69,8 @@ def save_adapter(
 
     Tensors keep their dtypes; a B with its gate is written in float32. Merged layers save their factors as they are.
     The format has no words for DoRA's ``dropout_base`` and ``detach_norm``, which matter to training alone; they are
-    not saved. The modules of ``modules_to_save`` are written whole. What else trains is not written: the log names it.
+    not saved. Nor is the dropout of a model whose experts are adapted, which PEFT would refuse; and DoRA of experts, which
+    PEFT has not, is written with a ``peft_type`` of our own. The modules of ``modules_to_save`` are written whole. What else trains is not written: the log names it.
     "all-linear" is written as the names of the layers.
 
     Raises:
@@ -88,7 +90,8 @@ def save_adapter(
             config, tensors | _saved_whole(model, config, tensors), folder, base_model_name, task_type
         )
     layers = {name: m for name, m in named_modules(model) if isinstance(m, LoRALayer)}
-    if not layers:
+    experts = {name: m for name, m in named_modules(model) if isinstance(m, LoRAExperts)}
+    if not layers and not experts:
         raise ValueError(f"save_adapter: expected a model with LoRA layers, found none in {type(model).__name__}")
     if not isinstance(config, LoRAConfig):
         raise ValueError(
@@ -96,6 +99,7 @@ def save_adapter(
             "part that was adapted"
         )
     _check_layers_follow(config, layers)
+    _check_experts_follow(config, experts)
     _check_whole(layers)
     for name, layer in layers.items():
         if why := getattr(layer, "weight_changed_by", None):
@@ -103,9 +107,11 @@ def save_adapter(
                 f"save_adapter: expected layers over the base's own weights, but that of {name} was changed by {why}"
             )
     tensors = {**_adapter_parameters(model, config, layers)}
+    tensors |= _of_experts(experts)
     config = _naming_what_it_meant(_with_head(config, task_type), model, layers)
+    config = _naming_experts(config, model, experts)
     tensors |= _saved_whole(model, config, tensors)
-    written = set(map(id, tensors.values()))
+    written = set(map(id, tensors.values())) | {id(p) for m in experts.values() for p in m.adapters.parameters()}
     left_out = [n for n, p in named_parameters(model) if p.requires_grad and id(p) not in written]
     if left_out:
         logger.warning(
@@ -118,8 +124,15 @@ def save_adapter(
     elif config.gate and fold_gate:
         config, tensors = replace(config, gate=False), _with_gates_folded(layers, tensors)
     transposed = any(is_conv1d(layer.base_layer) for layer in layers.values())
+    if experts and config.dropout:
+        logger.warning(
+            "save_adapter: lora_dropout=%g is written as 0, since PEFT has no dropout over target_parameters",
+            config.dropout,
+        )
+        config = replace(config, dropout=0.0)
+    of_experts = [f"{name}.{weight}" for name, m in experts.items() for weight in m.adapters]
     return _write_adapter(
-        with_patterns_that_agree(config, layers), tensors, folder, base_model_name, task_type, transposed
+        with_patterns_that_agree(config, [*layers, *of_experts]), tensors, folder, base_model_name, task_type, transposed
     )
 
 
@@ -199,6 +212,52 @@ def _naming_what_it_meant(config: LoRAConfig, model: nn.Module, layers: Mapping[
         if {name for name in every if names_match(sorted(names), name)} == set(layers):
             return replace(config, target_modules=sorted(names), exclude_modules=())
     return replace(config, target_modules="|".join(map(re.escape, layers)), exclude_modules=())
+
+
+def _naming_experts(config: LoRAConfig, model: nn.Module, experts: Mapping[str, LoRAExperts]) -> LoRAConfig:
+    """The config with names in the place of "all-experts"."""
+    if config.target_parameters != ALL_EXPERTS:
+        return config
+    paths = {f"{name}.{weight}" for name, m in experts.items() for weight in m.adapters}
+    every = [name for name, _ in named_parameters(model)]
+    short = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    plain = {name.replace(".base_layer.", ".") for name in every}
+    fits = {name for name in plain if names_match(short, name)} == paths
+    return replace(config, target_parameters=short if fits else sorted(paths))
+
+
+def _of_experts(experts: Mapping[str, LoRAExperts]) -> dict[str, Tensor]:
+    """The tensors of the experts' corrections, by PEFT's names."""
+    found: dict[str, Tensor] = {}
+    for name, layer in experts.items():
+        for weight, prefix in peft_prefixes(layer.base_layer, list(layer.adapters)).items():
+            of: Any = layer.adapters[weight]
+            found |= {f"{name}.{prefix}{key}": t for key, t in of.peft_tensors().items()}
+    return found
+
+
+def _check_experts_follow(config: LoRAConfig, experts: Mapping[str, LoRAExperts]) -> None:
+    for name, layer in experts.items():
+        wanted = config.expert_targets(name, layer.base_layer)
+        if sorted(layer.adapters) != sorted(wanted):
+            raise ValueError(
+                f"save_adapter: expected target_parameters of the config to name {list(layer.adapters)} of {name}, got "
+                f"{str(config.target_parameters)[:200]}; pass the config= that describes the layers"
+            )
+        for weight, of in layer.adapters.items():
+            assert isinstance(of, ExpertFactors)
+            path = f"{name}.{weight}"
+            has = (of.r, of.alpha, layer.dropout, of.rslora, of.lora_magnitude is not None)
+            says = config.rank_of(path), config.alpha_of(path), config.dropout, config.rslora
+            if has != (*says, isinstance(config, DoRAConfig)):
+                raise ValueError(
+                    f"save_adapter: expected {path} to have (r, alpha, dropout, rslora, dora) = "
+                    f"{(*says, isinstance(config, DoRAConfig))} by its config, got {has}; pass the config= that "
+                    f"describes the layers"
+                )
+            of_rank = (of.experts * of.r, of.in_features), (of.experts * of.r, of.out_features)
+            for factor, p, shape in zip(("lora_A", "lora_B"), (of.lora_A, of.lora_B), of_rank, strict=True):
+                _check_shape(f"{factor} of {path}", p, shape)
 
 
 def _write_adapter(

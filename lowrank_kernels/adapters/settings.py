@@ -27,9 +27,12 @@ _PEFT_NAMES = {
     "lora_bias": "lora_bias",
     "bias": "bias",
     "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
 }
 _GATED = "LORA_GATED"
 """Our own ``peft_type`` for factors with a gate; the rest of the file is as PEFT's."""
+_DORA_EXPERTS = "LORA_DORA_EXPERTS"
+"""Our own ``peft_type`` for DoRA with magnitudes of experts, which PEFT has not; the rest of the file is as PEFT's."""
 # Settings that are read in ways of their own.
 _READ = {"use_dora", "init_lora_weights", "layers_to_transform", "layers_pattern"}
 # Settings that say nothing about the function of a trained adapter. The settings of a start matter where it changed the
@@ -62,7 +65,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
     ``layers_to_transform`` becomes the names of the model's modules that it means.
     """
     given = read_json(path)
-    if given.get("peft_type") not in ("LORA", _GATED):
+    if given.get("peft_type") not in ("LORA", _GATED, _DORA_EXPERTS):
         raise ValueError(
             f"load_adapter: expected an adapter of peft_type 'LORA', got {given.get('peft_type')!r} in {path}"
         )
@@ -79,7 +82,10 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
         said = ", ".join(f"{k}={v!r}"[:80] for k, v in sorted(unsupported.items()))
         raise ValueError(f"load_adapter: {path} uses settings that are not supported: {said}{cure}")
     settings = {ours: given[theirs] for theirs, ours in _PEFT_NAMES.items() if given.get(theirs) is not None}
-    missing = [theirs for theirs in ("r", "lora_alpha", "target_modules") if given.get(theirs) is None]
+    if given.get("target_parameters"):
+        settings.setdefault("target_modules", ())
+    needed = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules"}
+    missing = [theirs for theirs, ours in needed.items() if ours not in settings]
     if missing:
         raise ValueError(f"load_adapter: expected {', '.join(missing)} in {path}")
     settings["gate"] = given["peft_type"] == _GATED
@@ -135,18 +141,19 @@ def _layer_number(name: str, patterns: list[FilePattern]) -> int | None:
 
 def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name: str | None) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of this config."""
-    written = {theirs: getattr(config, ours) for theirs, ours in _PEFT_NAMES.items()}
+    written, dora = {theirs: getattr(config, ours) for theirs, ours in _PEFT_NAMES.items()}, isinstance(config, DoRAConfig)
     for theirs, value in written.items():
         written[theirs] = (
             dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
         )
     return written | {
-        "peft_type": _GATED if config.gate else "LORA",
+        "peft_type": _GATED if config.gate else _DORA_EXPERTS if dora and config.target_parameters else "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_dora": isinstance(config, DoRAConfig),
+        "use_dora": dora,
         "exclude_modules": written["exclude_modules"] or None,
         "modules_to_save": written["modules_to_save"] or None,
+        "target_parameters": written["target_parameters"] or None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..stack import LoRAStack, Place
 from .base_only import runs_base_alone
 from .frozen import FLOAT_DTYPES, AroundBase, has_hooks
 from .lora import TRAIN, check_lora_settings
-from .sharded import is_dtensor
+from .sharded import is_dtensor, whole
 
 _SAYS = ("num_experts", "has_gate", "has_bias", "is_transposed")
 """Attributes by which transformers' blocks of experts say how their weights lie."""
@@ -59,6 +59,20 @@ def why_not_experts(module: Any) -> str | None:
             said = "no parameter" if w is None else f"a {type(w).__name__} {tuple(w.shape)} of {w.dtype}"
             return f"its weights are not plain tensors (E, N, K) of a float dtype, but one is {said}"
     return None
+
+
+def peft_prefixes(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
+    """What PEFT's files have before the tensors of each adapted weight: PEFT wraps a block once for each of them, in
+    the order in which the block has them, so that the last is the outermost."""
+    names = [name for name in experts._parameters if name in adapted]
+    return {name: "base_layer." * (len(names) - 1 - i) for i, name in enumerate(names)}
+
+
+def peft_shapes(weight: Tensor, r: int, dora: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the tensors that PEFT's files have of W (E, N, K), and of its magnitudes, which PEFT has not."""
+    e, n, k = weight.shape
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (e * r, k), "lora_B.weight": (n, r * e)}
+    return shapes | ({"lora_magnitude_vector": (e, n)} if dora else {})
 
 
 class ExpertFactors(nn.Module):
@@ -116,6 +130,16 @@ class ExpertFactors(nn.Module):
             stack = LoRAStack(self.lora_A, self.lora_B, places, self.lora_magnitude, table_and_scalings=known)
         self._table_and_scalings = (stack.table, stack.scalings)
         return stack
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The tensors of :func:`peft_shapes`."""
+        found = {
+            "lora_A.weight": whole(self.lora_A.detach()),
+            "lora_B.weight": to_peft(whole(self.lora_B.detach()), self.experts),
+        }
+        if self.lora_magnitude is not None:
+            found["lora_magnitude_vector"] = whole(self.lora_magnitude.detach())
+        return found
 
     def extra_repr(self) -> str:
         return (
