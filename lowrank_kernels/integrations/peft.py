@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Conv3d as PeftConv3d
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -35,6 +35,7 @@ from ..fuse import fuse, unfuse
 from ..nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d, dora_conv, is_patch, library_convolves, lora_conv
 from ..nn.dora import column_scale
 from ..nn.embedding import LoRAEmbedding, corrected
+from ..nn.experts import expert_stack, expert_weights, from_peft, run_experts, why_not_experts
 from ..nn.frozen import has_global_hooks, has_hooks
 from ..nn.lora import LoRALinear, add_bias
 from ..nn.matrix import frozen_weight, matrix_shape
@@ -256,6 +257,43 @@ class AcceleratedConv3d(_AcceleratedConv, PeftConv3d):
     pefts, ours, dora = PeftConv3d, LoRAConv3d, (DoraConv3dVariant, DoraConv3dLayer)
 
 
+class AcceleratedParamWrapper(_Accelerated, ParamWrapper):
+    """PEFT's ``lora.ParamWrapper`` over a weight of a block of experts: products over the rows of each expert in the
+    place of a dense delta of all of them. Of the wrappers around one block the outermost runs them all."""
+
+    pefts, ours, dora = ParamWrapper, None, (None, None)
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        routed = [*args, *kwargs.values()]
+        stacks = self._stacks() if len(routed) == 2 and all(isinstance(t, Tensor) for t in routed) else None
+        if stacks:
+            return run_experts(self.get_base_layer(), stacks, x, *routed)
+        y: Tensor = self.pefts.forward(self, x, *args, **kwargs)
+        return y
+
+    def _stacks(self: Any) -> dict[str, Any] | None:
+        """The corrections of all wrappers around the block, by weight; None where PEFT has to run them."""
+        base, stacks, wrapper = self.get_base_layer(), {}, self
+        if has_global_hooks() or why_not_experts(base) or any(p.requires_grad for p in base.parameters()):
+            return None
+        while wrapper is not base:
+            if not isinstance(wrapper, AcceleratedParamWrapper) or wrapper.disable_adapters or wrapper.merged:
+                return None
+            names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+            hooked = wrapper is not self and has_hooks(wrapper)
+            if hooked or len(names) > 1 or any(_why_not_adapter(wrapper, name) for name in names):
+                return None
+            for name in names:
+                a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+                stacks[wrapper.parameter_name] = expert_stack(
+                    a, from_peft(b, wrapper.num_experts), wrapper.num_experts, wrapper.scaling[name]
+                )
+            wrapper = wrapper.base_layer
+        return stacks
+
+
+AcceleratedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT knows its own, when it adds an adapter
+
 _CLASSES: dict[Any, Any] = {
     accelerated.pefts: accelerated
     for accelerated in (
@@ -264,6 +302,7 @@ _CLASSES: dict[Any, Any] = {
         AcceleratedConv1d,
         AcceleratedConv2d,
         AcceleratedConv3d,
+        AcceleratedParamWrapper,
     )
 }
 
@@ -292,7 +331,13 @@ def _why_not_layer(layer: Any) -> str | None:
         return "its forward was replaced on the instance (by accelerate's hooks, for example)"
     if isinstance(layer, PeftEmbedding) and layer.input_fns:
         return "its factors are sharded (tensor parallel)"
-    why_not: str | None = _CLASSES[type(layer)].ours.why_not(layer.base_layer)
+    if isinstance(layer, ParamWrapper):
+        base = layer.get_base_layer()
+        why_not = why_not_experts(base)
+        if why_not is None and layer.parameter_name not in expert_weights(base):
+            why_not = f"{layer.parameter_name} is no weight that its experts multiply by"
+        return why_not
+    why_not = _CLASSES[type(layer)].ours.why_not(layer.base_layer)
     return why_not
 
 
@@ -312,7 +357,7 @@ def _why_not_adapter(layer: Any, name: str) -> str | None:
     if isinstance(layer, PeftEmbedding):
         return None
     base = layer.base_layer
-    if variant is None and not _pays_without_dora(base):
+    if variant is None and not isinstance(layer, ParamWrapper) and not _pays_without_dora(base):
         return f"adapter {name!r} takes two small convolutions, which are as fast in PEFT's own forward"
     for factor in (layer.lora_A[name], layer.lora_B[name]):
         if type(factor) not in _FACTORS or has_hooks(factor):
@@ -321,6 +366,13 @@ def _why_not_adapter(layer: Any, name: str) -> str | None:
     if type(dropout) not in (nn.Identity, nn.Dropout) or has_hooks(dropout):
         return f"adapter {name!r} has a {type(dropout).__name__} for dropout"
     return None
+
+
+def _shape_of(layer: Any) -> tuple[int, int]:
+    """(N, K) of what a layer of PEFT's corrects."""
+    if isinstance(layer, ParamWrapper):
+        return layer.out_features, layer.in_features
+    return matrix_shape(layer.base_layer)
 
 
 def _pays_without_dora(base: Any) -> bool:
@@ -349,7 +401,9 @@ def accelerate(peft_model: nn.Module, *, blocks: bool = False) -> Report:
 
     Takes every ``lora.Embedding`` over a plain nn.Embedding, too, and of ``lora.Conv1d``, ``lora.Conv2d`` and
     ``lora.Conv3d`` what is faster than in PEFT's forward: DoRA, patches (kernel = stride), and half precision on a CPU
-    whose library has no convolution of it. These run one active adapter at a time on the ops.
+    whose library has no convolution of it. These run one active adapter at a time on the ops. And every
+    ``lora.ParamWrapper`` (``target_parameters``) over the weights of a block of experts of transformers', without the
+    dense delta, one active adapter at a time.
 
     What it does not take runs as before and is in the report's ``skipped``: LoRA over other convolutions, the other
     variants, bases of other quantisations, layers of other classes.
@@ -380,7 +434,7 @@ def accelerate(peft_model: nn.Module, *, blocks: bool = False) -> Report:
         skipped += [Skipped(name, why) for why in (reason, *variants) if why]
         if reason is None and (not variants or None in variants):
             kind = f"lora.{type(layer).__name__}"
-            replaced.append(Replaced(name, kind, matrix_shape(layer.base_layer), dict(layer.r)))
+            replaced.append(Replaced(name, kind, _shape_of(layer), dict(layer.r)))
             taken.append(layer)
     for layer in taken:
         layer.__class__ = _CLASSES[type(layer)]

@@ -61,6 +61,22 @@ def why_not_experts(module: Any) -> str | None:
     return None
 
 
+def expert_stack(
+    lora_a: Tensor,
+    lora_b: Tensor,
+    experts: int,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    *,
+    table_and_scalings: tuple[Tensor, Tensor] | None = None,
+) -> LoRAStack:
+    """A stack of one adapter an expert, all of one rank: A (E R, K), B (E R, N) and m (E, N), expert by expert."""
+    r = len(lora_a) // experts
+    places = [Place(e * r, r, scaling, -1 if magnitude is None else e) for e in range(experts)]
+    with torch.inference_mode(False):  # a later backward saves the table
+        return LoRAStack(lora_a, lora_b, places, magnitude, table_and_scalings=table_and_scalings)
+
+
 def peft_prefixes(experts: nn.Module, adapted: Collection[str]) -> dict[str, str]:
     """What PEFT's files have before the tensors of each adapted weight: PEFT wraps a block once for each of them, in
     the order in which the block has them, so that the last is the outermost."""
@@ -121,13 +137,11 @@ class ExpertFactors(nn.Module):
     @property
     def stack(self) -> LoRAStack:
         """One adapter an expert, sharing the parameters."""
-        dora = self.lora_magnitude is not None
-        places = [Place(e * self.r, self.r, self.scaling, e if dora else -1) for e in range(self.experts)]
         known = self._table_and_scalings
         if known is not None and known[0].device != self.lora_A.device:
             known = None
-        with torch.inference_mode(False):  # a later backward saves the table
-            stack = LoRAStack(self.lora_A, self.lora_B, places, self.lora_magnitude, table_and_scalings=known)
+        factors = self.lora_A, self.lora_B, self.experts, self.scaling
+        stack = expert_stack(*factors, self.lora_magnitude, table_and_scalings=known)
         self._table_and_scalings = (stack.table, stack.scalings)
         return stack
 
