@@ -231,7 +231,7 @@ def _match_experts(
             if weight in own:
                 unmatched.difference_update(endings(path))
             if not looks_like_experts(module):
-                skipped.append(Skipped(path, "a 3-D parameter of a module whose formula is not known"))
+                skipped.append(Skipped(path, "a 3-D parameter, as experts have, of a module whose formula is not known"))
             elif weight not in own:
                 skipped.append(Skipped(path, "a weight of experts that is not in target_parameters"))
             elif reason is not None:
@@ -277,7 +277,9 @@ def _stacked(module: nn.Module) -> Iterator[str]:
     """A module's own parameters (E, N, K) that hold several matrices, as experts do; not weights of convolutions."""
     if not isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) and not hasattr(module, "base_layer"):
         for name, p in module._parameters.items():
-            if p is not None and not is_lazy(p) and p.dim() == 3 and min(p.shape[1:]) > 1 and p.is_floating_point():
+            if p is None or is_lazy(p) or p.dim() != 3 or not p.is_floating_point():
+                continue
+            if min(p.shape) > 1 or looks_like_experts(module):
                 yield name
 
 

@@ -199,6 +199,85 @@ def sliced_problem(
     return Problem(f"multi_lora: {name}", tensors, run, eager)
 
 
+def eager_experts(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ids: Tensor,
+    magnitude: Tensor | None = None,
+    *,
+    places: Sequence[Place],
+    **settings: Any,
+) -> Tensor:
+    """A loop over the experts, each of which is a linear for many adapters to all rows."""
+    y, each = 0.0, len(places) // len(weight)
+    for e, w in enumerate(weight):
+        own = places[e * each : (e + 1) * each]
+        mine = ids[:, 0] == e
+        of_one = eager_multi_lora_linear(x, w, lora_a, lora_b, ids[:, 1], None, magnitude, places=own, **settings)
+        y = y + torch.where(mine[:, None], of_one, 0)
+    return y  # type: ignore[return-value]
+
+
+def experts_problem(
+    name: str,
+    ids: Tensor,
+    adapters: Tensor | None,
+    K: int,
+    N: int,
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
+    *,
+    transposed: bool = False,
+    in_order: bool = False,
+    **settings: Any,
+) -> Problem:
+    """``ids`` (M,): each row's expert; ``ranks``: of the adapters of each expert, of which ``adapters`` (M,) picks one.
+
+    ``transposed``: weights are stored as (E, K, N). ``in_order``: rows come sorted by expert.
+    """
+    every = [r for of_expert in ranks for r in of_expert]
+    plain = multi_lora_problem(name, ids, K, N, every, dtype, factor_dtype, **settings)
+    places = [
+        Place(p, r, 0.5 + 0.25 * (i % 4), list(settings.get("dora", ())).index(i) if i in settings.get("dora", ()) else -1)
+        for i, (p, r) in enumerate(zip(torch.tensor([0, *every]).cumsum(0).tolist(), every, strict=False))
+    ]
+    E, G = len(ranks), len(ranks[0])
+    generator = torch.Generator().manual_seed(5)
+    weight = (K**-0.5 * torch.randn((E, K, N) if transposed else (E, N, K), generator=generator)).to(dtype)
+    which = torch.zeros_like(ids) if adapters is None else adapters
+    if in_order:
+        turn = (ids * (G + 1) + torch.where(which < 0, G, which)).argsort(stable=True)
+        ids, which = ids[turn], which[turn]
+    tensors = plain.tensors | {"weight": weight.transpose(1, 2) if transposed else weight}
+    tensors.pop("adapter_ids")
+    tensors["ids"] = torch.stack([ids, which], dim=1)
+
+    def run(t: dict[str, Tensor], backend: str) -> Tensor:
+        stack = lk.LoRAStack(t["lora_a"], t["lora_b"], places, t.get("magnitude"))
+        given = (t["ids"][:, 0], E, *(() if adapters is None else (t["ids"][:, 1], G)))
+        rows = lk.plan_experts(*given)
+        if in_order:
+            assert torch.equal(rows.order, torch.arange(len(ids), dtype=torch.int32))
+            rows = rows.sorted()
+        return lk.experts_linear(
+            t["x"],
+            t["weight"],
+            stack,
+            rows,
+            dropout_p=settings.get("dropout_p", 0.0),
+            dropout_seed=SEED,
+            backend=backend,
+        )
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return eager_experts(**t, places=places, dropout_p=settings.get("dropout_p", 0.0))
+
+    return Problem(f"multi_lora: {name}", tensors, run, eager)
+
+
 def population(name: str, rows: int, adapters: int, seed: int = 0) -> Tensor:
     """Punica's populations, and the batches without adapters: (rows,) ids, shuffled."""
     generator = torch.Generator().manual_seed(seed)
@@ -256,3 +335,14 @@ def problems() -> Iterator[Problem]:
     yield sliced_problem(
         "slices, several a row", several.clamp(max=1), dtype=F16, **(odd | {"ranks": ((5, 7), (1, 20))})
     )
+    one_each = [(4,), (7,), (1,), (16,), (4,)]
+    hit = torch.tensor([0, 1, 3, 4])[population("uniform", 40, 4)]  # none is expert 2's
+    yield experts_problem("experts", hit, None, 72, 40, one_each, BF16, F32)
+    yield experts_problem("experts, dropout", hit, None, 67, 45, one_each, F32, transposed=True, dropout_p=0.3)
+    dora_experts = {"dora": range(5), "in_order": True}
+    yield experts_problem("experts, DoRA", hit, None, 72, 40, one_each, F32, **dora_experts)
+    yield experts_problem("experts, float16", hit, None, 64, 56, one_each, F16, transposed=True, in_order=True)
+    pairs, two = population("mixed", 40, 2, seed=4), [(4, 2), (3, 8), (1, 1), (16, 5), (7, 4)]
+    yield experts_problem("experts with adapters", hit, pairs, 66, 50, two, F32, F32)
+    yield experts_problem("experts with adapters, DoRA", hit, pairs, 72, 40, two, BF16, F32, dora=(1, 6))
+    yield experts_problem("experts without rows", hit[:0], None, 24, 16, one_each, F32)
