@@ -78,7 +78,11 @@ from .ops.operands import (
     backend_error,
     check_flag,
     count_error,
+    device_error,
     floats_error,
+    frozen_error,
+    number_error,
+    product_error,
     raise_error,
     scaling_error,
     seed_tensor,
@@ -1069,23 +1073,30 @@ def experts_linear(
     """
     op = "experts_linear"
     _check_experts(op, weight, stack)
-    if weight.requires_grad:
-        raise ValueError(f"{op}: expected a frozen weight, got one that requires grad; detach it")
-    planned = rows if isinstance(rows, RoutedRows) else plan_experts(rows, weight.shape[0])
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != weight.shape[2]:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{op}: expected x of shape (M, K) = (M, {weight.shape[2]}), got {got}")
+    if isinstance(x, Tensor) and x.dim() != 2:
+        raise ValueError(f"{op}: expected x of shape (M, K) = (M, {weight.shape[2]}), got {tuple(x.shape)}")
+    raise_error(
+        backend_error(op, backend)
+        or floats_error(op, x=x)
+        or product_error(op, x, weight[0])
+        or device_error(op, x, weight=weight, stack=stack.lora_a)
+        or frozen_error(op, x, weight)
+        or number_error(op, "dropout_p", dropout_p, 0.0, 1.0)
+    )
+    planned = rows if isinstance(rows, RoutedRows) else _planned(op, rows, len(weight))
     if len(planned.bounds) != len(weight) + 1 or len(planned.order) != len(x):
         raise ValueError(
             f"{op}: expected rows planned for {len(weight)} experts and {len(x)} rows, got a plan for "
             f"{len(planned.bounds) - 1} and {len(planned.order)}"
         )
+    raise_error(device_error(op, x, rows=planned.order))
     each = 1 if planned.num_adapters is None else planned.num_adapters
     if len(stack) != each * len(weight):
         raise ValueError(
             f"{op}: expected a stack of {each * len(weight)} adapters, {each} for each of {len(weight)} experts, "
             f"got {len(stack)}"
         )
+    check_stack_scale(norm_and_scale, stack.magnitude, op)
     if stack.has_dora and norm_and_scale is None:
         norm_and_scale = experts_column_scale(weight, stack, backend=backend)
     made = ExpertWeights(weight, planned.bounds, None if planned.is_sorted else planned.order)
@@ -1096,7 +1107,7 @@ def experts_linear(
         planned.segments,
         norm_and_scale=norm_and_scale,
         dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        dropout_seed=seed_tensor(op, "dropout_seed", dropout_seed, x.device) if dropout_p else None,
         backend=backend,
     )
 
@@ -1111,6 +1122,7 @@ def experts_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "au
     """
     op = "experts_column_scale"
     _check_experts(op, weight, stack)
+    raise_error(backend_error(op, backend))
     if stack.magnitude is None:
         raise ValueError(f"{op}: expected a stack with DoRA adapters, got one without magnitudes")
     each, odd = divmod(len(stack), len(weight))
@@ -1131,6 +1143,14 @@ def experts_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "au
     return norm, scale
 
 
+def _planned(op: str, rows: Any, experts: int) -> RoutedRows:
+    try:
+        return plan_experts(rows, experts)
+    except (TypeError, ValueError) as error:
+        said = str(error).removeprefix("plan_experts: expected ")
+        raise type(error)(f"{op}: expected rows of plan_experts, or {said}") from None
+
+
 def _check_experts(op: str, weight: Any, stack: Any) -> None:
     if not isinstance(stack, LoRAStack):
         raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
@@ -1141,6 +1161,10 @@ def _check_experts(op: str, weight: Any, stack: Any) -> None:
         raise TypeError(f"{op}: expected weight of shape (E, N, K) and a floating dtype, got {got}")
     if tuple(weight.shape[1:]) != (stack.out_features, stack.in_features):
         raise ValueError(
-            f"{op}: expected a stack for (K, N) = ({weight.shape[2]}, {weight.shape[1]}), got one for "
-            f"({stack.in_features}, {stack.out_features})"
+            f"{op}: expected weight and stack of one (N, K), got {tuple(weight.shape[1:])} and "
+            f"({stack.out_features}, {stack.in_features})"
+        )
+    if weight.device != stack.lora_a.device:
+        raise ValueError(
+            f"{op}: expected weight and stack on one device, got {weight.device} and {stack.lora_a.device}"
         )

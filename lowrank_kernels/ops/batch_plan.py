@@ -151,16 +151,16 @@ def plan_batch(adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
 _INT32 = torch.iinfo(torch.int32)
 
 
-def as_ids(adapter_ids: Tensor, op: str = "multi_lora_linear") -> Tensor:
+def as_ids(adapter_ids: Tensor, op: str = "multi_lora_linear", name: str = "adapter_ids") -> Tensor:
     """(M, J) int32, contiguous, whatever integers they are and with a J or without; none becomes another id."""
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
         said = adapter_ids.dtype if isinstance(adapter_ids, Tensor) else type(adapter_ids).__name__
-        raise TypeError(f"{op}: expected adapter_ids to be a tensor of integers, got {said}")
+        raise TypeError(f"{op}: expected {name} to be a tensor of integers, got {said}")
     if adapter_ids.dim() not in (1, 2):
-        raise ValueError(f"{op}: expected adapter_ids of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}")
+        raise ValueError(f"{op}: expected {name} of shape (M,) or (M, J), got {tuple(adapter_ids.shape)}")
     ids = adapter_ids
     if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        raise TypeError(f"{op}: expected adapter_ids of a signed integer dtype or uint8, got {ids.dtype}")
+        raise TypeError(f"{op}: expected {name} of a signed integer dtype or uint8, got {ids.dtype}")
     if ids.dtype == torch.int64:  # beyond int32 they stay out of range instead of wrapping into it
         ids = ids.clamp(_INT32.min, _INT32.max)
     ids = ids.to(torch.int32)

@@ -67,7 +67,7 @@ def plan_experts(
     raise_error(count_error(_OP, "num_experts", num_experts, 1))
     if (adapter_ids is None) != (num_adapters is None):
         raise ValueError(f"{_OP}: expected adapter_ids and num_adapters together, got one of them")
-    experts = as_ids(expert_ids, _OP)
+    experts = as_ids(expert_ids, _OP, "expert_ids")
     if expert_ids.dim() != 1:
         raise ValueError(f"{_OP}: expected expert_ids of shape (M,), got {tuple(expert_ids.shape)}")
     _check_range("expert_ids", experts, 0, num_experts)

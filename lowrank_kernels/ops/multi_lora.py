@@ -182,11 +182,12 @@ def _ids_error(op: str, x: Tensor, ids: Any, weights: Any, has_dora: bool) -> Ex
     return None
 
 
-def check_stack_scale(norm_and_scale: tuple[Tensor, Tensor] | None, magnitude: Tensor | None) -> None:
+def check_stack_scale(
+    norm_and_scale: tuple[Tensor, Tensor] | None, magnitude: Tensor | None, op: str = "multi_lora_linear"
+) -> None:
     """Raise for what is neither None nor the (n, g) of a stack's magnitudes."""
     if norm_and_scale is None or magnitude is None:
         return
-    op = "multi_lora_linear"
     if not isinstance(norm_and_scale, tuple) or len(norm_and_scale) != 2:
         raise TypeError(f"{op}: expected norm_and_scale to be a pair (n, g) or None, got {norm_and_scale!r:.60}")
     for name, t in zip(("n", "g"), norm_and_scale, strict=True):

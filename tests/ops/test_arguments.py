@@ -200,6 +200,43 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dic
         lambda: {"weight": torch.zeros(N, K), "stack": _stack(dora=True)},
         {"weight": _tensor(N, K), "stack": [*STACK, _stack()], "backend": BACKEND},
     ),
+    "experts_linear": (
+        lk.experts_linear,
+        lambda: {
+            "x": torch.zeros(M, K),
+            "weight": torch.zeros(2, N, K),
+            "stack": _stack(dora=True),
+            "rows": torch.zeros(M, dtype=torch.int64),
+        },
+        {
+            "x": [*_tensor(M, K), torch.zeros(M, K + 1), torch.zeros(M, K).bfloat16()],
+            "weight": [*_tensor(2, N, K), torch.zeros(N, K), torch.zeros(2, N, K, requires_grad=True)],
+            "stack": [*STACK, lk.LoRAStack.empty(K, N), lk.LoRAStack.empty(K + 1, N)],
+            "rows": [*IDS, torch.full((M,), -1), lk.plan_experts(torch.zeros(M, dtype=torch.int64), 3)],
+            "norm_and_scale": WRONG_PAIR,
+            "dropout_p": PROBABILITY,
+            "backend": BACKEND,
+        },
+    ),
+    "experts_column_scale": (
+        lk.experts_column_scale,
+        lambda: {"weight": torch.zeros(2, N, K), "stack": _stack(dora=True)},
+        {"weight": _tensor(2, N, K), "stack": [*STACK, _stack()], "backend": BACKEND},
+    ),
+    "plan_experts": (
+        lk.plan_experts,
+        lambda: {"expert_ids": torch.zeros(M, dtype=torch.int64), "num_experts": 2},
+        {
+            "expert_ids": [
+                *[i for i in IDS if not (isinstance(i, torch.Tensor) and i.shape == (M + 1,))],
+                torch.full((M,), -1),
+                torch.zeros(M, 1, dtype=torch.int64),
+            ],
+            "num_experts": [None, 0, -1, 2.0, True],
+            "adapter_ids": [torch.zeros(M, dtype=torch.int64)],
+            "num_adapters": [2],
+        },
+    ),
     "block_sparse_linear": (
         lk.block_sparse_linear,
         lambda: {
@@ -397,7 +434,7 @@ def test_a_wrong_argument_is_refused_by_name(op: str, name: str, value: Any) -> 
         assert torch.equal(operands[key].nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "dora_linear", "multi_lora_linear"])
+@pytest.mark.parametrize("op", ["lora_linear", "dora_linear", "multi_lora_linear", "experts_linear"])
 @pytest.mark.parametrize("seed", SEED)
 def test_a_wrong_seed_is_refused_by_name(op: str, seed: Any) -> None:
     function, fitting, _ = FUNCTIONS[op]
