@@ -431,6 +431,11 @@ class AdapterBank:
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
                 f"a batch share; a bank cannot serve it"
             )
+        if file.plan.experts:
+            raise ValueError(
+                f"load_adapter: {folder} has target_parameters, weights of experts in {', '.join(file.plan.experts)}; a "
+                f"bank mixes the adapters of a batch in linears alone; use lk.load_adapter on a model of its own"
+            )
         for name, module in file.plan.targets.items():
             if not is_linear(module):
                 raise ValueError(
