@@ -128,10 +128,8 @@ def measured(name: str, options: Any) -> dict[str, Any]:
     medians = {key: statistics.median(t) for key, t in times.items()}
     print(f"{name}: off PEFT's by {max(off):.1e}\n{'':14}{'ms':>9}{'over frozen':>13}{'over PEFT':>11}{'peak MiB':>10}")
     for key, t in medians.items():
-        print(
-            f"{key:14}{t * 1e3:9.1f}{t / medians['frozen']:13.2f}{t / medians['PEFT']:11.2f}{memory[key] / 2**20:10.1f}",
-            flush=True,
-        )
+        over = f"{t / medians['frozen']:13.2f}{t / medians['PEFT']:11.2f}"
+        print(f"{key:14}{t * 1e3:9.1f}{over}{memory[key] / 2**20:10.1f}", flush=True)
     return {"dtype": name, "seconds": medians, "peak_bytes": memory, "off_peft": max(off)}
 
 

@@ -48,11 +48,12 @@ class Plan:
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(N, K) of every weight that gets a correction: of a linear by its path, of experts by that of the weight."""
-        return {name: matrix_shape(m) for name, m in self.targets.items()} | {
-            f"{name}.{own}": tuple(expert_weights(m)[own].shape[1:])
-            for name, m in self.experts.items()
-            for own in self.config.expert_targets(name, m)
-        }
+        found = {name: matrix_shape(m) for name, m in self.targets.items()}
+        for name, module in self.experts.items():
+            for own in self.config.expert_targets(name, module):
+                _, n, k = expert_weights(module)[own].shape
+                found[f"{name}.{own}"] = n, k
+        return found
 
 
 def config_of(model: nn.Module) -> AdapterConfig | None:
@@ -81,8 +82,8 @@ def adapt(model: nn.Module, config: AdapterConfig) -> Report:
     """Replace the modules that ``config`` targets by the config's layers, in place, and freeze everything else.
 
     The layers share the weights of the modules they replace; outputs do not change. Linears are named by the config's
-    ``target_modules``, weights of experts by ``target_parameters``; a report names all of both. What trains afterwards is
-    what the layers train, the biases that ``config.bias`` names, copies of the modules that
+    ``target_modules``, weights of experts by ``target_parameters``; a report names all of both. What trains
+    afterwards is what the layers train, the biases that ``config.bias`` names, copies of the modules that
     ``config.modules_to_save`` names, and what already trained in layers that were adapted before, and in parts of MEFT
     and SHERL beside them. Everything is checked before anything is changed; if a layer cannot be made, the model is put
     back and the error goes on.
@@ -231,7 +232,9 @@ def _match_experts(
             if weight in own:
                 unmatched.difference_update(endings(path))
             if not looks_like_experts(module):
-                skipped.append(Skipped(path, "a 3-D parameter, as experts have, of a module whose formula is not known"))
+                skipped.append(
+                    Skipped(path, "a 3-D parameter, as experts have, of a module whose formula is not known")
+                )
             elif weight not in own:
                 skipped.append(Skipped(path, "a weight of experts that is not in target_parameters"))
             elif reason is not None:
@@ -380,8 +383,8 @@ def _replace(
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapt: {name}: {error}") from None
 
-    for name, module in plan.experts.items():
-        layers[name] = config.experts_layer(name, module)  # type: ignore[attr-defined]
+    for name, experts in plan.experts.items():
+        layers[name] = config.experts_layer(name, experts)  # type: ignore[attr-defined]
 
     replacement = {id(m): layers[name] for name, m in {**plan.targets, **plan.experts}.items()}
     for parent in list(model.modules()):

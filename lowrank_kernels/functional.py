@@ -1069,7 +1069,7 @@ def experts_linear(
         ValueError, TypeError: as :func:`multi_lora_linear`; a weight that is not (E, N, K), or requires grad; rows that
             were planned for another number of experts or rows.
 
-    Sources: as :func:`multi_lora_linear`; Gale et al., "MegaBlocks", arXiv 2211.15841 (products over the experts' rows).
+    Sources: as :func:`multi_lora_linear`; Gale et al., "MegaBlocks", arXiv 2211.15841 (products over experts' rows).
     """
     op = "experts_linear"
     _check_experts(op, weight, stack)
@@ -1118,7 +1118,8 @@ def experts_column_scale(weight: Tensor, stack: LoRAStack, *, backend: str = "au
     Adapter number i is expert ``i // G``'s, with G = len(stack) / E. Never records gradients.
 
     Raises:
-        TypeError, ValueError: a weight that is not (E, N, K), a stack that is not of its experts, or without magnitudes.
+        TypeError, ValueError: a weight that is not (E, N, K), a stack that is not of its experts, or without
+            magnitudes.
     """
     op = "experts_column_scale"
     _check_experts(op, weight, stack)

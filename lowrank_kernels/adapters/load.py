@@ -186,8 +186,8 @@ def _expected_shapes(base: Mapping[str, Tensor], config: LoRAConfig, plan: Plan)
         if config.bias == "lora_only" and bias is not None:
             shapes[f"{name}.base_layer.bias"] = tuple(bias.shape)
     for name, module in plan.experts.items():
-        weights, own = expert_weights(module), config.expert_targets(name, module)
-        for weight, prefix in peft_prefixes(module, own).items():
+        weights = expert_weights(module)
+        for weight, prefix in peft_prefixes(module, config.expert_targets(name, module)).items():
             of_one = peft_shapes(weights[weight], config.rank_of(f"{name}.{weight}"), isinstance(config, DoRAConfig))
             shapes |= {f"{name}.{prefix}{key}": shape for key, shape in of_one.items()}
     if config.bias == "all":

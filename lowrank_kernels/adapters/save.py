@@ -69,8 +69,9 @@ def save_adapter(
 
     Tensors keep their dtypes; a B with its gate is written in float32. Merged layers save their factors as they are.
     The format has no words for DoRA's ``dropout_base`` and ``detach_norm``, which matter to training alone; they are
-    not saved. Nor is the dropout of a model whose experts are adapted, which PEFT would refuse; and DoRA of experts, which
-    PEFT has not, is written with a ``peft_type`` of our own. The modules of ``modules_to_save`` are written whole. What else trains is not written: the log names it.
+    not saved. Nor is the dropout of a model whose experts are adapted, which PEFT would refuse; and DoRA of experts,
+    which PEFT has not, is written with a ``peft_type`` of our own. The modules of ``modules_to_save`` are written
+    whole. What else trains is not written: the log names it.
     "all-linear" is written as the names of the layers.
 
     Raises:
@@ -132,7 +133,12 @@ def save_adapter(
         config = replace(config, dropout=0.0)
     of_experts = [f"{name}.{weight}" for name, m in experts.items() for weight in m.adapters]
     return _write_adapter(
-        with_patterns_that_agree(config, [*layers, *of_experts]), tensors, folder, base_model_name, task_type, transposed
+        with_patterns_that_agree(config, [*layers, *of_experts]),
+        tensors,
+        folder,
+        base_model_name,
+        task_type,
+        transposed,
     )
 
 

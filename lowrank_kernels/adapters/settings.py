@@ -141,7 +141,10 @@ def _layer_number(name: str, patterns: list[FilePattern]) -> int | None:
 
 def written_config(config: LoRAConfig, *, task_type: str | None, base_model_name: str | None) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of this config."""
-    written, dora = {theirs: getattr(config, ours) for theirs, ours in _PEFT_NAMES.items()}, isinstance(config, DoRAConfig)
+    written, dora = (
+        {theirs: getattr(config, ours) for theirs, ours in _PEFT_NAMES.items()},
+        isinstance(config, DoRAConfig),
+    )
     for theirs, value in written.items():
         written[theirs] = (
             dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value

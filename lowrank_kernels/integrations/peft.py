@@ -273,7 +273,11 @@ class AcceleratedParamWrapper(_Accelerated, ParamWrapper):
 
     def _stacks(self: Any) -> dict[str, Any] | None:
         """The corrections of all wrappers around the block, by weight; None where PEFT has to run them."""
-        base, stacks, wrapper = self.get_base_layer(), {}, self
+        base: Any = self.get_base_layer()
+        stacks: dict[str, Any] = {}
+        wrapper: Any = self
+        a: Any
+        b: Any
         if has_global_hooks() or why_not_experts(base) or any(p.requires_grad for p in base.parameters()):
             return None
         while wrapper is not base:
@@ -284,7 +288,7 @@ class AcceleratedParamWrapper(_Accelerated, ParamWrapper):
             if hooked or len(names) > 1 or any(_why_not_adapter(wrapper, name) for name in names):
                 return None
             for name in names:
-                a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+                a, b = (factor[name].weight for factor in (wrapper.lora_A, wrapper.lora_B))
                 stacks[wrapper.parameter_name] = expert_stack(
                     a, from_peft(b, wrapper.num_experts), wrapper.num_experts, wrapper.scaling[name]
                 )
@@ -371,7 +375,8 @@ def _why_not_adapter(layer: Any, name: str) -> str | None:
 def _shape_of(layer: Any) -> tuple[int, int]:
     """(N, K) of what a layer of PEFT's corrects."""
     if isinstance(layer, ParamWrapper):
-        return layer.out_features, layer.in_features
+        shape: Any = layer.out_features, layer.in_features
+        return shape
     return matrix_shape(layer.base_layer)
 
 

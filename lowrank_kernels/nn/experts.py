@@ -1,4 +1,4 @@
-"""``LoRAExperts``: the frozen experts of a mixture and their trained low-rank corrections, as products over sorted rows."""
+"""``LoRAExperts``: the frozen experts of a mixture and their low-rank corrections, as products over sorted rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def to_peft(lora_b: Tensor, experts: int) -> Tensor:
 def why_not_experts(module: Any) -> str | None:
     """Why ``module`` is no block of experts that can be adapted; None where it is."""
     if not looks_like_experts(module):
-        return "a 3-D parameter of a module whose formula is not known"
+        return f"a {type(module).__name__}, whose formula is not known"
     if has_hooks(module):
         return "it carries hooks or a replaced forward; remove them first"
     if getattr(module, "_is_expert_parallel", False):
@@ -85,7 +85,7 @@ def peft_prefixes(experts: nn.Module, adapted: Collection[str]) -> dict[str, str
 
 
 def peft_shapes(weight: Tensor, r: int, dora: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that PEFT's files have of W (E, N, K), and of its magnitudes, which PEFT has not."""
+    """Name and shape of the tensors that PEFT's files have of W (E, N, K); of magnitudes too, which PEFT has not."""
     e, n, k = weight.shape
     shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (e * r, k), "lora_B.weight": (n, r * e)}
     return shapes | ({"lora_magnitude_vector": (e, n)} if dora else {})
@@ -99,9 +99,17 @@ class ExpertFactors(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, r: int, alpha: float, *, rslora: bool, dora: bool, init: str, train: str,
-        dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self,
+        weight: Tensor,
+        r: int,
+        alpha: float,
+        *,
+        rslora: bool = False,
+        dora: bool = False,
+        init: str = "kaiming",
+        train: str = "both",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_lora_settings(
             "LoRAExperts", r=r, alpha=alpha, dropout=0.0, train=train, dtype=dtype, rslora=rslora, init=init
@@ -218,7 +226,7 @@ class LoRAExperts(AroundBase):
         self._kept: dict[str, Tensor] | None = None
         self.base_layer = base_layer.requires_grad_(False)
         settings: Any = {"rslora": rslora, "dora": dora, "init": init, "train": train, "dtype": dtype}
-        self.adapters = nn.ModuleDict()
+        self.adapters: Any = nn.ModuleDict()
         for name, weight in weights.items():
             if name in named:
                 own = alpha[name] if isinstance(alpha, Mapping) else alpha
@@ -270,17 +278,19 @@ class LoRAExperts(AroundBase):
     @torch.no_grad()
     def prepare_merge(self) -> list[Callable[[], Any]]:
         """What merges each expert, once all that could stop it is known not to. Raises what ``merge_`` raises."""
-        merges: list[Callable[[], Any]] = []
+        op, merges = "LoRAExperts.merge_", list[Callable[[], Any]]()
         weights = expert_weights(self.base_layer)
         for name, of in self.adapters.items():
             for key, p in of.named_parameters():
                 if key != "lora_magnitude" and not all_finite(p.detach()):
-                    raise ValueError(f"LoRAExperts.merge_: expected finite factors, and {key} of {name} holds NaN or Inf")
+                    raise ValueError(
+                        f"LoRAExperts.merge_: expected finite factors, and {key} of {name} holds NaN or Inf"
+                    )
             scale = None
             if of.lora_magnitude is not None:
                 scale = experts_column_scale(weights[name].detach(), of.stack)[1]
                 if not all_finite(scale):
-                    raise ValueError(f"LoRAExperts.merge_: expected a finite column scale m / n of {name}")
+                    raise ValueError(f"{op}: expected a finite column scale m / n of {name}")
             for e, w in enumerate(weights[name].detach()):
                 lora_a, lora_b, _ = of.of_expert(e)
                 merges.append(_merge(w, lora_a, lora_b, of.scaling, None if scale is None else scale[e]))
@@ -296,7 +306,9 @@ class LoRAExperts(AroundBase):
         if self._kept is not None:
             weights = expert_weights(self.base_layer)
             if any(not len(kept) for kept in self._kept.values()):
-                raise ValueError("LoRAExperts.unmerge_: expected weights that merge_ kept, but it was called with keep=False")
+                raise ValueError(
+                    "LoRAExperts.unmerge_: expected weights that merge_ kept, but it was called with keep=False"
+                )
             for name, kept in self._kept.items():
                 weights[name].copy_(kept)
             self._kept = None

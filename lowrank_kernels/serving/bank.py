@@ -433,8 +433,8 @@ class AdapterBank:
             )
         if file.plan.experts:
             raise ValueError(
-                f"load_adapter: {folder} has target_parameters, weights of experts in {', '.join(file.plan.experts)}; a "
-                f"bank mixes the adapters of a batch in linears alone; use lk.load_adapter on a model of its own"
+                f"load_adapter: {folder} has target_parameters, weights of experts in {', '.join(file.plan.experts)}; "
+                f"a bank mixes the adapters of a batch in linears alone; use lk.load_adapter on a model of its own"
             )
         for name, module in file.plan.targets.items():
             if not is_linear(module):

@@ -86,19 +86,18 @@ class ExpertWeights(FrozenWeight):
 
     def _each(self, rows: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
         if _grouped(rows, weight):
-            ends = self.bounds[1:]
-            if self.order is None:
-                return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-            order = self.order.long()
-            y = torch.nn.functional.grouped_mm(rows[order], weight.transpose(1, 2), offs=ends)
-            return torch.empty_like(y).index_copy_(0, order, y)
+            into = None if self.order is None else self.order.long()
+            given = rows if into is None else rows[into]
+            y = torch.nn.functional.grouped_mm(given, weight.transpose(1, 2), offs=self.bounds[1:])
+            return y if into is None else torch.empty_like(y).index_copy_(0, into, y)
         y = rows.new_empty(rows.shape[0], weight.shape[1])
+        order = self.order
         first, *ends_at = self.bounds.tolist()
         for w, last in zip(weight, ends_at, strict=True):
-            if first < last and self.order is None:
+            if first < last and order is None:
                 multiply(rows[first:last], w, y[first:last])
-            elif first < last:
-                own, of_own = self.order[first:last].long(), y.new_empty(last - first, y.shape[1])
+            elif first < last and order is not None:
+                own, of_own = order[first:last].long(), y.new_empty(last - first, y.shape[1])
                 multiply(rows[own], w, of_own)
                 y[own] = of_own
             first = last

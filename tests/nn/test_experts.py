@@ -93,10 +93,12 @@ def results(call: Any, given: tuple[Tensor, ...], factors: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize(("experts", "top_k", "transposed"), [(1, 1, False), (4, 2, True), (16, 8, False), (64, 1, True)])
-def test_the_block_is_that_of_dense_corrected_weights(experts: int, top_k: int, transposed: bool, dora: bool) -> None:
+@pytest.mark.parametrize(
+    ("experts", "top_k", "transposed"), [(1, 1, False), (4, 2, True), (16, 8, False), (64, 1, True)]
+)
+def test_the_block_is_that_of_dense_corrected_weights(experts: int, top_k: int, transposed: int, dora: bool) -> None:
     """In float64, whose gradients of W + s B A autograd takes; the last expert gets no row where there are several."""
-    block = Experts(experts, transposed=transposed, bias=transposed).double()
+    block = Experts(experts, transposed=bool(transposed), bias=bool(transposed)).double()
     layer = random_factors(LoRAExperts(block, R, dora=dora))
     given = routed(11, experts, top_k, torch.float64, last=min(1, experts - 1))
     factors = dict(layer.adapters.named_parameters())
@@ -154,7 +156,9 @@ def test_tokens_may_come_in_any_order(dtype: torch.dtype) -> None:
         assert torch.equal(layer(x[turn], index[turn], weights[turn]), layer(x, index, weights)[turn])
 
 
-@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.nightly)])  # eager DoRA: in the test above
+@pytest.mark.parametrize(
+    "dora", [False, pytest.param(True, marks=pytest.mark.nightly)]
+)  # eager DoRA: in the test above
 def test_the_same_bits_every_time_and_in_a_compiled_graph(dora: bool) -> None:
     layer = random_factors(LoRAExperts(Experts(2, transposed=True, bias=True), R, dora=dora))
     given, factors = routed(12, 2, 2), dict(layer.adapters.named_parameters())
@@ -277,7 +281,9 @@ def test_adapt_takes_experts_by_their_weights_names_and_undoes_it() -> None:
     report.undo()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
-    every = lk.adapt(model, lk.DoRAConfig(r=3, target_modules=(), target_parameters="all-experts", rank_pattern={"b.*": 2}))
+    every = lk.adapt(
+        model, lk.DoRAConfig(r=3, target_modules=(), target_parameters="all-experts", rank_pattern={"b.*": 2})
+    )
     assert [r.rank for r in every.replaced] == [3, 3, 2, 2]
     with lk.base_only(model), torch.no_grad():
         given = routed(5, 2, 1)

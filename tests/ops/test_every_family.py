@@ -75,7 +75,10 @@ LINEARS = {
         x, w, lk.LoRAStack.from_factors([(a, b, 1.0)]), torch.zeros(x.shape[:-1].numel(), dtype=torch.int64)
     ),
     "experts_linear": lambda x, w, a, b: lk.experts_linear(
-        x.reshape(-1, 16), w[None], lk.LoRAStack.from_factors([(a, b, 1.0)]), torch.zeros(x.shape[:-1].numel(), dtype=int)
+        x.reshape(-1, 16),
+        w[None],
+        lk.LoRAStack.from_factors([(a, b, 1.0)]),
+        torch.zeros(x.shape[:-1].numel(), dtype=int),
     ),
     "svft_linear": lambda x, w, a, b: lk.svft_linear(
         x, w, b, a, torch.ones(2), lk.svft_pattern(torch.tensor([[0, 1], [1, 0]]), 2, 2)

@@ -241,7 +241,9 @@ def experts_problem(
     every = [r for of_expert in ranks for r in of_expert]
     plain = multi_lora_problem(name, ids, K, N, every, dtype, factor_dtype, **settings)
     places = [
-        Place(p, r, 0.5 + 0.25 * (i % 4), list(settings.get("dora", ())).index(i) if i in settings.get("dora", ()) else -1)
+        Place(
+            p, r, 0.5 + 0.25 * (i % 4), list(settings.get("dora", ())).index(i) if i in settings.get("dora", ()) else -1
+        )
         for i, (p, r) in enumerate(zip(torch.tensor([0, *every]).cumsum(0).tolist(), every, strict=False))
     ]
     E, G = len(ranks), len(ranks[0])
