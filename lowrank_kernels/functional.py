@@ -918,119 +918,6 @@ def _dropout_of_each(dropout_p: float | Sequence[float], adapters: int) -> list[
     return ps if any(ps) else []
 
 
-def multi_lora_linear(
-    x: Tensor,
-    weight: Weight,
-    stack: LoRAStack,
-    adapter_ids: Tensor | BatchPlan,
-    bias: Tensor | None = None,
-    *,
-    weights: Tensor | None = None,
-    norm_and_scale: tuple[Tensor, Tensor] | None = None,
-    dropout_p: float | Sequence[float] = 0.0,
-    dropout_seed: Tensor | int | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Frozen linear plus each row's own adapter: y_m = g_i ∘ (W x_m + s_i B_i P_m) + bias with P_m = A_i drop(x_m).
-
-    Row m has adapter i; g_i = m_i / ‖W + s_i B_i A_i‖₂ (row norms) for a DoRA adapter of the stack, 1 for a LoRA one.
-    With J adapters a row: y_m = W x_m + Σ_j w_mj s_i(j) B_i(j) P_mj + bias.
-
-    Args:
-        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); M rows in all.
-        weight: W (N, K), x's dtype, frozen.
-        stack: a :class:`LoRAStack` of G adapters for this linear; its ``lora_a``, ``lora_b`` and ``magnitude`` get
-            gradients where they require them. Factors are rounded to x's dtype inside (C++ keeps what they have).
-            In a sliced one (Q, K and V as one weight) an adapter has factors of its own for each slice of the columns
-            of y: one base product, then each slice as a linear of its own.
-        adapter_ids: integers of x's leading shape, from -1, for the base product alone, to G - 1; or (M, J); or the
-            plan that :func:`plan_batch` made of such, to share between linears.
-        bias: (N,) or None, of any float dtype.
-        weights: (M, J), each adapter's share in its row; they get no gradient.
-        norm_and_scale: (n, g), each (D, N), from :func:`stack_column_scale` for this weight and stack; computed here
-            otherwise, which reads the weight once for each DoRA adapter.
-        dropout_p: as for :func:`lora_linear`, one for all adapters or one each. The norm is a constant in backward.
-        dropout_seed: as for :func:`lora_linear`; the mask is over all M rows.
-        backend: "auto", "reference", "cpu" (C++) or "triton".
-
-    Returns:
-        y (..., N) in x's dtype.
-
-    The rows of an adapter are multiplied at its own rank, whatever the others' are; rows with id -1 cost nothing beyond
-    the base product. That is the library's, to which the correction is added in float32; for few tokens the extension's
-    on a CPU, and on a GPU our own, in whose float32 accumulator the correction rides, rounded once. Deterministic. A
-    row's correction does not depend on the other rows, nor on its place among them.
-
-    Raises:
-        ValueError: shapes or devices that do not fit, ids out of range (on a GPU: a device-side assertion), a weight
-            that requires grad, several adapters a row where the stack holds DoRA adapters, a backend that cannot run.
-        TypeError: dtypes that do not fit, ids that are not integers, a stack that is not one.
-
-    Sources: Chen et al., "Punica", arXiv 2310.18547 (the batch of adapters); Hu et al., arXiv 2106.09685; Liu et al.,
-    arXiv 2402.09353.
-    """
-    op = "multi_lora_linear"
-    if not isinstance(stack, LoRAStack):
-        raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
-    batch = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
-    given: Any = adapter_ids if batch is None else batch.adapter_ids
-    ps = [] if dropout_p == 0.0 else _dropout_of_each(dropout_p, len(stack))
-    each_p = torch.tensor(ps, dtype=torch.float64, device=stack.lora_a.device) if ps else None
-    slices = stack.slices if stack.is_sliced else None
-    magnitude = stack.magnitude if stack.has_dora else None
-    weight = like(x, weight)
-    call = MultiLoRALinear(
-        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank, slices,
-        given, None, None, None, weights, None, None, each_p, None, False, False, backend,
-    )  # fmt: skip
-    plan = None
-    if traced():
-        raise_error(check_multi_lora_linear(call))
-    else:
-        plan = plan_multi_lora_linear(call)
-    planned = len(stack) if batch is None else batch.bounds.shape[1] - 2
-    if planned != len(stack):
-        raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {planned}")
-    unseen = plan is not None and unobserved(call)
-    if plan is not None and plan.direct and unseen:
-        return multi_lora_linear_directly(call, plan)
-    ids = given if batch is not None else as_ids(given.reshape(-1) if given.shape == x.shape[:-1] else given)
-    seed = seed_tensor(op, "dropout_seed", dropout_seed, x.device) if ps else None
-    norm = scale = None
-    if magnitude is not None:
-        check_stack_scale(norm_and_scale, magnitude)
-        norm, scale = norm_and_scale or stack_column_scale(weight.detach(), stack, backend=backend)
-    call = call._replace(
-        adapter_ids=ids,
-        weights=None if weights is None else weights.to(torch.float32),
-        norm=norm,
-        column_scale=scale,
-        dropout_seed=seed,
-        scalings=stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings,
-    )
-    if transformed():
-        if torch._C._functorch.is_batchedtensor(ids):
-            raise ValueError(
-                f"{op}: expected adapter_ids that torch.func.vmap does not map over, since they decide which rows are "
-                f"multiplied by what; give x all rows at once, with their ids"
-            )
-        return plain_multi_lora_linear(call)
-    if batch is None and not (plan is not None and plan.unsorted):
-        try:
-            batch = plan_batch(ids, len(stack))
-        except ValueError:
-            check_range(given, len(stack))  # in this op's name, and in the words of the ids as they were given
-            raise
-    grad = torch.is_grad_enabled()
-    if batch is not None:
-        call = call._replace(order=batch.order, bounds=batch.bounds, tiles=batch.tiles)
-    call = call._replace(
-        save_p=grad and stack.lora_b.requires_grad, save_u=grad and magnitude is not None and magnitude.requires_grad
-    )
-    y: Tensor = call_multi_lora_linear(call, plan, unseen=unseen)[0]
-    return y
-
-
 def experts_linear(
     x: Tensor,
     weight: Tensor,
@@ -1169,3 +1056,116 @@ def _check_experts(op: str, weight: Any, stack: Any) -> None:
         raise ValueError(
             f"{op}: expected weight and stack on one device, got {weight.device} and {stack.lora_a.device}"
         )
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    stack: LoRAStack,
+    adapter_ids: Tensor | BatchPlan,
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    norm_and_scale: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Frozen linear plus each row's own adapter: y_m = g_i ∘ (W x_m + s_i B_i P_m) + bias with P_m = A_i drop(x_m).
+
+    Row m has adapter i; g_i = m_i / ‖W + s_i B_i A_i‖₂ (row norms) for a DoRA adapter of the stack, 1 for a LoRA one.
+    With J adapters a row: y_m = W x_m + Σ_j w_mj s_i(j) B_i(j) P_mj + bias.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 with backend="reference"); M rows in all.
+        weight: W (N, K), x's dtype, frozen.
+        stack: a :class:`LoRAStack` of G adapters for this linear; its ``lora_a``, ``lora_b`` and ``magnitude`` get
+            gradients where they require them. Factors are rounded to x's dtype inside (C++ keeps what they have).
+            In a sliced one (Q, K and V as one weight) an adapter has factors of its own for each slice of the columns
+            of y: one base product, then each slice as a linear of its own.
+        adapter_ids: integers of x's leading shape, from -1, for the base product alone, to G - 1; or (M, J); or the
+            plan that :func:`plan_batch` made of such, to share between linears.
+        bias: (N,) or None, of any float dtype.
+        weights: (M, J), each adapter's share in its row; they get no gradient.
+        norm_and_scale: (n, g), each (D, N), from :func:`stack_column_scale` for this weight and stack; computed here
+            otherwise, which reads the weight once for each DoRA adapter.
+        dropout_p: as for :func:`lora_linear`, one for all adapters or one each. The norm is a constant in backward.
+        dropout_seed: as for :func:`lora_linear`; the mask is over all M rows.
+        backend: "auto", "reference", "cpu" (C++) or "triton".
+
+    Returns:
+        y (..., N) in x's dtype.
+
+    The rows of an adapter are multiplied at its own rank, whatever the others' are; rows with id -1 cost nothing beyond
+    the base product. That is the library's, to which the correction is added in float32; for few tokens the extension's
+    on a CPU, and on a GPU our own, in whose float32 accumulator the correction rides, rounded once. Deterministic. A
+    row's correction does not depend on the other rows, nor on its place among them.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, ids out of range (on a GPU: a device-side assertion), a weight
+            that requires grad, several adapters a row where the stack holds DoRA adapters, a backend that cannot run.
+        TypeError: dtypes that do not fit, ids that are not integers, a stack that is not one.
+
+    Sources: Chen et al., "Punica", arXiv 2310.18547 (the batch of adapters); Hu et al., arXiv 2106.09685; Liu et al.,
+    arXiv 2402.09353.
+    """
+    op = "multi_lora_linear"
+    if not isinstance(stack, LoRAStack):
+        raise TypeError(f"{op}: expected stack to be a LoRAStack, got {type(stack).__name__}")
+    batch = adapter_ids if isinstance(adapter_ids, BatchPlan) else None
+    given: Any = adapter_ids if batch is None else batch.adapter_ids
+    ps = [] if dropout_p == 0.0 else _dropout_of_each(dropout_p, len(stack))
+    each_p = torch.tensor(ps, dtype=torch.float64, device=stack.lora_a.device) if ps else None
+    slices = stack.slices if stack.is_sliced else None
+    magnitude = stack.magnitude if stack.has_dora else None
+    weight = like(x, weight)
+    call = MultiLoRALinear(
+        x, weight, stack.lora_a, stack.lora_b, magnitude, bias, stack.table, stack.scalings, stack.max_rank, slices,
+        given, None, None, None, weights, None, None, each_p, None, False, False, backend,
+    )  # fmt: skip
+    plan = None
+    if traced():
+        raise_error(check_multi_lora_linear(call))
+    else:
+        plan = plan_multi_lora_linear(call)
+    planned = len(stack) if batch is None else batch.bounds.shape[1] - 2
+    if planned != len(stack):
+        raise ValueError(f"{op}: expected a plan for {len(stack)} adapters, got one for {planned}")
+    unseen = plan is not None and unobserved(call)
+    if plan is not None and plan.direct and unseen:
+        return multi_lora_linear_directly(call, plan)
+    ids = given if batch is not None else as_ids(given.reshape(-1) if given.shape == x.shape[:-1] else given)
+    seed = seed_tensor(op, "dropout_seed", dropout_seed, x.device) if ps else None
+    norm = scale = None
+    if magnitude is not None:
+        check_stack_scale(norm_and_scale, magnitude)
+        norm, scale = norm_and_scale or stack_column_scale(weight.detach(), stack, backend=backend)
+    call = call._replace(
+        adapter_ids=ids,
+        weights=None if weights is None else weights.to(torch.float32),
+        norm=norm,
+        column_scale=scale,
+        dropout_seed=seed,
+        scalings=stack.scalings_in(x.dtype) if x.dtype == torch.float64 else stack.scalings,
+    )
+    if transformed():
+        if torch._C._functorch.is_batchedtensor(ids):
+            raise ValueError(
+                f"{op}: expected adapter_ids that torch.func.vmap does not map over, since they decide which rows are "
+                f"multiplied by what; give x all rows at once, with their ids"
+            )
+        return plain_multi_lora_linear(call)
+    if batch is None and not (plan is not None and plan.unsorted):
+        try:
+            batch = plan_batch(ids, len(stack))
+        except ValueError:
+            check_range(given, len(stack))  # in this op's name, and in the words of the ids as they were given
+            raise
+    grad = torch.is_grad_enabled()
+    if batch is not None:
+        call = call._replace(order=batch.order, bounds=batch.bounds, tiles=batch.tiles)
+    call = call._replace(
+        save_p=grad and stack.lora_b.requires_grad, save_u=grad and magnitude is not None and magnitude.requires_grad
+    )
+    y: Tensor = call_multi_lora_linear(call, plan, unseen=unseen)[0]
+    return y
