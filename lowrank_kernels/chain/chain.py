@@ -12,7 +12,7 @@ from ..finite import all_finite
 from ..init import INITS, init_factors_
 from ..merge import ROUNDINGS, merge_lora_
 from ..names import named_modules
-from ..nn import DoRALinear, LoRALinear
+from ..nn import DoRALinear, LoRAExperts, LoRALinear
 from ..nn.sharded import is_dtensor, why_not_written
 from ..rider import Rider
 
@@ -317,7 +317,7 @@ def _chained_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
         if isinstance(module, DoRALinear):
             raise ValueError(f"{name}: expected LoRA layers, got a DoRALinear in {path}, whose merge scales W's rows")
         if not isinstance(module, LoRALinear):
-            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            if (hasattr(module, "lora_A") and hasattr(module, "base_layer")) or isinstance(module, LoRAExperts):
                 raise ValueError(
                     f"{name}: expected LoRALinear layers, whose weights can take a merge, got a "
                     f"{type(module).__name__} in {path}; adapt the model with lk.adapt"

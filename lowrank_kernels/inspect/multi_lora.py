@@ -111,6 +111,13 @@ def _sliced(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tens
     return functional.multi_lora_linear(x, weight, stack, ids)
 
 
+def _experts(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+    """Three experts, one of which has the rows that have no adapter above, too."""
+    rows = functional.plan_experts(ids.clamp(min=0), 3)
+    weights = torch.stack([weight, weight + 1, weight - 1])
+    return functional.experts_linear(x, weights, LoRAStack(lora_a, lora_b, _PLACES), rows)
+
+
 def _with_everything(
     x: Tensor,
     weight: Tensor,
@@ -151,6 +158,7 @@ FAMILY = OpFamily(
     traced=(
         Traced("bfloat16", _plain, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
         Traced("slices", _sliced, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
+        Traced("experts", _experts, _traced_tensors(_BF16, _BF16)),  # type: ignore[arg-type]
         Traced("a DoRA adapter, bias, dropout each", _with_everything, _traced_tensors(_BF16, _F32)),  # type: ignore[arg-type]
     ),
 )

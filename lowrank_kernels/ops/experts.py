@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .batch_plan import BatchPlan, as_ids, plan_batch
-from .library import traced
 from .operands import count_error, raise_error
 
 _OP = "plan_experts"
@@ -70,8 +69,8 @@ def plan_experts(
     experts = as_ids(expert_ids, _OP, "expert_ids")
     if expert_ids.dim() != 1:
         raise ValueError(f"{_OP}: expected expert_ids of shape (M,), got {tuple(expert_ids.shape)}")
-    _check_range("expert_ids", experts, 0, num_experts)
-    segments, count = experts, 1
+    valid, segments, count = (experts >= 0) & (experts < num_experts), experts, 1
+    adapters = None
     if adapter_ids is not None and num_adapters is not None:
         raise_error(count_error(_OP, "num_adapters", num_adapters, 0))
         adapters = as_ids(adapter_ids, _OP)
@@ -80,17 +79,21 @@ def plan_experts(
                 f"{_OP}: expected adapter_ids of expert_ids' shape {tuple(expert_ids.shape)}, "
                 f"got {tuple(adapter_ids.shape)}"
             )
-        _check_range("adapter_ids", adapters, -1, num_adapters)
         count = num_adapters + 1
         segments = experts * count + torch.where(adapters < 0, num_adapters, adapters)
-    made = plan_batch(segments, num_experts * count)
+        valid = valid & (adapters >= -1) & (adapters < num_adapters)
+    try:
+        # What is out of range stays so, as the planner finds it; no expert is -1, either.
+        made = plan_batch(torch.where(valid, segments, torch.iinfo(torch.int32).max), num_experts * count)
+    except ValueError:
+        _check_range("expert_ids", experts, 0, num_experts)
+        if adapters is not None:
+            _check_range("adapter_ids", adapters, -1, count - 1)
+        raise
     return RoutedRows(made, made.bounds[0, : num_experts * count + 1 : count].contiguous(), num_adapters)
 
 
 def _check_range(name: str, ids: Tensor, least: int, end: int) -> None:
-    if ids.is_cuda:
-        torch._assert_async(((ids >= least) & (ids < end)).all(), f"{_OP}: one of {name} is out of range")
-    elif ids.numel() and not traced():
-        low, high = (int(v) for v in ids.aminmax())
-        if low < least or high >= end:
-            raise ValueError(f"{_OP}: expected {name} from {least} to {end - 1}, got {low} to {high}")
+    low, high = (int(v) for v in ids.aminmax())
+    if low < least or high >= end:
+        raise ValueError(f"{_OP}: expected {name} from {least} to {end - 1}, got {low} to {high}")

@@ -18,8 +18,13 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def factor_pairs(model: nn.Module) -> Iterator[Pair]:
-    """(A, B, s) of every layer that has ``lora_A``, ``lora_B`` and ``scaling``: this package's, and PEFT's."""
+    """(A, B, s) of every layer that has ``lora_A``, ``lora_B`` and ``scaling``: this package's, and PEFT's.
+
+    Not of PEFT's factors for several experts, whose A and B are in different orders and no pair.
+    """
     for module in model.modules():
+        if getattr(module, "num_experts", 1) > 1:  # of a ParamWrapper, or of experts that have no factors
+            continue
         lora_a, lora_b, scaling = (getattr(module, name, None) for name in ("lora_A", "lora_B", "scaling"))
         if isinstance(lora_a, nn.Linear):
             yield _weight(lora_a), _weight(lora_b), float(scaling)  # type: ignore[arg-type]

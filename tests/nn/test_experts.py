@@ -14,6 +14,7 @@ import lowrank_kernels as lk
 from lowrank_kernels.cli.peak_memory import peak_allocated
 from lowrank_kernels.nn import LoRAExperts
 from lowrank_kernels.nn.experts import expert_weights, from_peft, to_peft
+from lowrank_kernels.optim.factors import factor_groups
 from tests.tolerance import GRADIENT_FACTOR, assert_as_exact_as_eager
 
 H, I, R = 16, 24, 4
@@ -316,3 +317,13 @@ def test_a_merged_model_is_the_plain_one_again() -> None:
     assert isinstance(model["experts"], Experts) and list(model.state_dict()) == keys
     torch.testing.assert_close(model["experts"](*given), y, rtol=1e-4, atol=1e-5)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_factors_of_experts_are_no_pairs_of_an_optimizer_and_no_link_of_a_chain() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "experts": Experts(4)})
+    lk.adapt(model, lk.LoRAConfig(r=2, target_parameters="all-experts"))
+    pairs, others = factor_groups(model)
+    assert len(pairs["params"]) == 2 and len(others["params"]) == 4
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="LoRAExperts in experts"):
+        lk.chain.cola(model, optimizer, 1)
