@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..finite import all_finite
 from ..functional import RoutedRows, check_flag, experts_column_scale, experts_linear, plan_experts
@@ -196,7 +197,6 @@ class LoRAExperts(AroundBase):
     """
 
     base_layer: Any
-    wraps = "block of experts"
 
     def __init__(
         self,
@@ -427,6 +427,7 @@ class _Recomputed(torch.autograd.Function):
         return torch.cat([activation(part) for part in _parts(x)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
         grad_x, first = torch.empty_like(x), 0

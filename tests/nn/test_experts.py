@@ -327,3 +327,10 @@ def test_factors_of_experts_are_no_pairs_of_an_optimizer_and_no_link_of_a_chain(
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="LoRAExperts in experts"):
         lk.chain.cola(model, optimizer, 1)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x, index, weights = routed(5, 2, 1)
+    (grad,) = torch.autograd.grad(LoRAExperts(Experts(2), R)(x, index, weights).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"gradients of gradients|once_differentiable"):
+        torch.autograd.grad(grad.sum(), x)
