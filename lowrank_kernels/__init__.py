@@ -1,6 +1,7 @@
 """Custom kernels for low-rank and sparse adaptation of frozen weights."""
 
 from . import (
+    adapters,
     allocate,
     chain,
     federated,
@@ -68,6 +69,7 @@ __all__ = [
     "VeLoRAConfig",
     "__version__",
     "adapt",
+    "adapters",
     "allocate",
     "base_only",
     "block_sparse_linear",

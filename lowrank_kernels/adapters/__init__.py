@@ -1,16 +1,24 @@
-"""Adapters on disk in PEFT's format: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters on disk: PEFT's folders, put on models and written from them, and files of other engines.
 
-PEFT itself is not needed. A model is changed only after every name, shape, dtype and value has been checked.
+A PEFT folder has ``adapter_config.json`` and ``adapter_model.safetensors``; PEFT itself is not needed. A model is
+changed only after every name, shape, dtype and value has been checked.
 """
 
+from .adapter import Adapter, Factors
+from .convert import convert, format_of, read
 from .load import AdapterFile, load_adapter, read_adapter
 from .save import save_adapter, save_lora_ga_adapter
 from .svft import load_svft, save_svft
 
 __all__ = [
+    "Adapter",
     "AdapterFile",
+    "Factors",
+    "convert",
+    "format_of",
     "load_adapter",
     "load_svft",
+    "read",
     "read_adapter",
     "save_adapter",
     "save_lora_ga_adapter",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapt import Plan, apply_plan, check_can_train_whole, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
-from ..names import held, named_buffers, named_parameters, unwrapped
+from ..names import held, named_buffers, named_modules, named_parameters, unwrapped
 from ..nn.experts import expert_weights, from_peft, peft_prefixes, peft_shapes
 from ..report import Report, count_parameters
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, is_folder, read_tensors
@@ -85,7 +85,7 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
     folder = Path(folder)
     if not is_folder(folder):
         raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r:.500}")
-    config = read_config(inside(folder, CONFIG_FILE), model)
+    config = read_config(inside(folder, CONFIG_FILE), (name for name, _ in named_modules(model)))
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "

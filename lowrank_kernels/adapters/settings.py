@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..config import DoRAConfig, LoRAConfig, names_match
-from ..names import named_modules
 from ..patterns import FilePattern
 from .folder import read_json
 from .matching import bounded_pattern_list, bounded_patterns
@@ -59,10 +56,10 @@ _INERT = {
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_config(path: Path, model: nn.Module) -> LoRAConfig:
+def read_config(path: Path, names: Iterable[str]) -> LoRAConfig:
     """The settings in an adapter_config.json of PEFT's; ValueError names the one that does not fit.
 
-    ``layers_to_transform`` becomes the names of the model's modules that it means.
+    ``layers_to_transform`` becomes those of ``names``, the paths of the model's modules, that it means.
     """
     given = read_json(path)
     if given.get("peft_type") not in ("LORA", _GATED, _DORA_EXPERTS):
@@ -92,7 +89,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
     if init == "mica":  # trains A alone
         settings["train"] = "a"
     if given.get("layers_to_transform") not in (None, []):
-        settings["target_modules"] = _targets_in_layers(given, model, path)
+        settings["target_modules"] = _targets_in_layers(given, names, path)
     use_dora = given.get("use_dora") or False
     if not isinstance(use_dora, bool):
         raise ValueError(f"load_adapter: expected use_dora to be true or false, got {str(use_dora)[:80]!r} in {path}")
@@ -103,7 +100,7 @@ def read_config(path: Path, model: nn.Module) -> LoRAConfig:
         raise ValueError(f"load_adapter: {path}: {str(error)[:1000]}") from None
 
 
-def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -> list[str]:
+def _targets_in_layers(given: Mapping[str, Any], names: Iterable[str], path: Path) -> list[str]:
     """Names of the targets that are in the layers of ``layers_to_transform``, or are named by their whole path."""
     wanted: Any = given.get("target_modules")
     layers: Any = given["layers_to_transform"]
@@ -120,8 +117,8 @@ def _targets_in_layers(given: Mapping[str, Any], model: nn.Module, path: Path) -
         places = bounded_pattern_list("layers_pattern", patterns)
     except ValueError as error:
         raise ValueError(f"load_adapter: {path}: {str(error)[:1000]}") from None
-    names = [name for name, _ in named_modules(model) if names_match(wanted, name)]
-    targets = [name for name in names if name in wanted or _layer_number(name, places) in layers]
+    matching = [name for name in names if names_match(wanted, name)]
+    targets = [name for name in matching if name in wanted or _layer_number(name, places) in layers]
     if not targets:
         raise ValueError(
             f"load_adapter: expected layers_to_transform to name layers of the model with targets in them, got "

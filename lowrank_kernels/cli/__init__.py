@@ -28,6 +28,7 @@ COMMANDS = (
     Command("tune", "settle on this device which way of running each op is right and fastest", "tune"),
     Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
     Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
+    Command("convert", "write an adapter in the format of another engine, computing the same", "convert"),
     Command("serve", "answer OpenAI-compatible requests with many adapters over one model", "serve"),
 )
 

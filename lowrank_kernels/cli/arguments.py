@@ -111,6 +111,17 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def existing(text: str) -> Path:
+    """A file or folder that is there."""
+    try:
+        there = bool(text) and Path(text).exists()
+    except (OSError, ValueError):
+        there = False
+    if not there:
+        raise _expected("a file or a folder", text)
+    return Path(text)
+
+
 def output_folder(text: str) -> Path:
     """A folder that files can be written to; it may not be there yet."""
     return _writable(text, Path(text))

@@ -150,6 +150,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--block-size": (*INTEGERS, "8", "24"),
         "--warmup-steps": INTEGERS,
     },
+    "convert": {"--to": WORDS, "--base": ("", "{folder}/none", "a\0b"), "--names": ("", "x", "{{path}}")},
     "serve": {
         "--model": ("x", ""),
         "--adapters": ("", "{file}", "{folder}/none", "a\0b"),
@@ -177,6 +178,9 @@ BAD["train"] |= {
 }
 # Anything goes: a switch, or a text of which there is nothing to say before the work.
 FREE = {"--help", "--debug", "--kernel"}
+
+# What stands beside the option: {} is an existing folder.
+POSITIONAL = {"convert": ("{}", "out", "--to=peft")}
 
 CASES = [(command, option, value) for command, of in BAD.items() for option, values in of.items() for value in values]
 
@@ -214,7 +218,7 @@ def test_a_bad_value_is_one_line(
     command: str, option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = filled(value, tmp_path)
-    words = [command, f"{option}={value}"]
+    words = [command, *(word.format(tmp_path) for word in POSITIONAL.get(command, ())), f"{option}={value}"]
     if command == "train" and option not in ("--method", "--model"):
         words += ["--method", next(m for m in METHODS if option not in ignored_options(m))]
         words += ["--checkpoint", "state.pt"] if option in ("--save-every", "--stop-after") else []
@@ -236,7 +240,7 @@ def test_every_option_is_in_the_table(command: Any) -> None:
     subparsers = Parser().add_subparsers()
     importlib.import_module(f"lowrank_kernels.cli.{command.module}").add_parser(subparsers)
     actions = subparsers.choices[command.name]._actions
-    with_values = {a.option_strings[-1] for a in actions if a.nargs != 0}
+    with_values = {a.option_strings[-1] for a in actions if a.option_strings and a.nargs != 0}
     assert with_values - FREE == set(BAD[command.name])
 
 
@@ -259,6 +263,9 @@ def test_every_option_is_in_the_table(command: Any) -> None:
         (["bench", "--append"], "--append: is for --csv"),
         (["bench", "--csv", "rows", "--json", "rows"], "--json: expected another place than that of --csv"),
         (["inspect", "--json", "x", "--save-cubins", "x"], "--save-cubins: expected another place than that of --json"),
+        (["convert", "none", "out", "--to", "mlx"], "IN: expected a file or a folder, got 'none'"),
+        (["convert", ".", "out"], "the following arguments are required: --to"),
+        (["convert", ".", "out", "--to", "mlx"], "convert: expected an adapter of a known format (peft, gguf, "),
         (["serve"], "the following arguments are required: --adapters"),
         (["trian"], "COMMAND: invalid choice: 'trian'"),
         ([], "the following arguments are required: COMMAND"),

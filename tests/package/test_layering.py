@@ -50,7 +50,7 @@ ALLOWED = {
     "unload": ({"names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
     "adapters": (
         {"names", "adapt", "config", "finite", "functional", "nn", "patterns", "report", "weights"},
-        {"torch", "safetensors"},
+        {"torch", "safetensors", "gguf"},
     ),
     "smt": (
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report", "weights"},
