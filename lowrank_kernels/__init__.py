@@ -46,6 +46,7 @@ from .functional import (
 )
 from .fuse import fuse
 from .merge import merge_dora_, merge_lora_, unmerge_dora_
+from .merge_checkpoint import merge_checkpoint
 from .quantize import dequantize_, quantize_
 from .report import Report
 from .smt import SMTConfig
@@ -94,6 +95,7 @@ __all__ = [
     "losses",
     "magnitude_histogram",
     "merge_and_unload",
+    "merge_checkpoint",
     "merge_dora_",
     "merge_lora_",
     "mlp_lora",

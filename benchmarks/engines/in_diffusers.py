@@ -1,4 +1,4 @@
-"""In the environment of diffusers, beside this package: a tiny UNet with PEFT's adapter here and with the file there."""
+"""In the environment of diffusers, beside this package: a tiny UNet with an adapter of PEFT's, here and there."""
 
 import json
 import sys

@@ -29,6 +29,7 @@ COMMANDS = (
     Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
     Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
     Command("convert", "write an adapter in the format of another engine, computing the same", "convert"),
+    Command("merge", "merge adapters and deltas into a checkpoint, a tensor at a time", "merge"),
     Command("serve", "answer OpenAI-compatible requests with many adapters over one model", "serve"),
 )
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,36 @@ def load_delta(
         raise
     trains, total = count_parameters(model)
     return Report(f"{folder.name}: SMT", report.replaced, report.skipped, trains, total, _undo=report._undo)
+
+
+class Delta(NamedTuple):
+    """The tuned blocks of one linear, and the weight (N, K) that they belong to, before tuning."""
+
+    blocks: Tensor
+    block_index: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    sha256: str
+
+
+def read_delta(folder: str | os.PathLike[str]) -> dict[str, Delta]:
+    """{path: blocks} of a folder that :func:`save_delta` wrote, without a model. Raises as :func:`load_delta`."""
+    folder = Path(folder)
+    if not is_folder(folder):
+        raise ValueError(f"load_delta: expected a folder, got {str(folder)!r:.500}")
+    config = _read_config(inside(folder, CONFIG_FILE, "load_delta"))
+    modules: dict[str, dict[str, Any]] = config["modules"]
+    tensors = _read_tensors(inside(folder, WEIGHTS_FILE, "load_delta"), modules, tuple(config["block_size"]))
+    return {
+        name: Delta(
+            tensors[f"{name}.blocks"],
+            tensors[f"{name}.block_index"],
+            tuple(said["shape"]),
+            _DTYPES[said["dtype"]],
+            said["sha256"],
+        )
+        for name, said in modules.items()
+    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -150,6 +150,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--block-size": (*INTEGERS, "8", "24"),
         "--warmup-steps": INTEGERS,
     },
+    "merge": {"--base": ("", "{file}", "{folder}/none", "a\0b"), "--out": FOLDERS, "--dtype": WORDS},
     "convert": {"--to": WORDS, "--base": ("", "{folder}/none", "a\0b"), "--names": ("", "x", "{{path}}")},
     "serve": {
         "--model": ("x", ""),
@@ -180,7 +181,7 @@ BAD["train"] |= {
 FREE = {"--help", "--debug", "--kernel"}
 
 # What stands beside the option: {} is an existing folder.
-POSITIONAL = {"convert": ("{}", "out", "--to=peft")}
+POSITIONAL = {"merge": ("{}", "--base={}", "--out=out"), "convert": ("{}", "out", "--to=peft")}
 
 CASES = [(command, option, value) for command, of in BAD.items() for option, values in of.items() for value in values]
 
@@ -263,6 +264,8 @@ def test_every_option_is_in_the_table(command: Any) -> None:
         (["bench", "--append"], "--append: is for --csv"),
         (["bench", "--csv", "rows", "--json", "rows"], "--json: expected another place than that of --csv"),
         (["inspect", "--json", "x", "--save-cubins", "x"], "--save-cubins: expected another place than that of --json"),
+        (["merge", ".", "--base", "."], "the following arguments are required: --out"),
+        (["merge", ".", "--base", ".", "--out", "out"], "merge_checkpoint: expected the folder of a safetensors"),
         (["convert", "none", "out", "--to", "mlx"], "IN: expected a file or a folder, got 'none'"),
         (["convert", ".", "out"], "the following arguments are required: --to"),
         (["convert", ".", "out", "--to", "mlx"], "convert: expected an adapter of a known format (peft, gguf, "),

@@ -56,6 +56,7 @@ ALLOWED = {
         {"names", "adapt", "adapters", "config", "finite", "functional", "gradients", "nn", "report", "weights"},
         {"torch", "safetensors", "tqdm", "matplotlib"},
     ),
+    "merge_checkpoint": ({"adapters", "finite", "functional", "smt", "weights"}, {"torch", "safetensors"}),
     "allocate": ({"adapt", "config", "finite", "names", "nn", "rider"}, {"torch", "tqdm"}),
     "layer_stack": ({"names"}, {"torch"}),
     "over_base": (
