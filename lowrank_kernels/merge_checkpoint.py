@@ -107,7 +107,7 @@ def _changes(source: Any, base: Base, there: Mapping[str, FileTensor]) -> dict[s
         if f.lora_bias is not None:
             if f"{path}.bias" not in there:
                 raise ValueError(
-                    f"{_OP}: {adapter.origin} has a lora_bias for {path[:200]}, which has no bias to add to"
+                    f"{_OP}: {adapter.origin} has a lora_bias of {path[:200]}, which has no bias to add to"
                 )
             found[f"{path}.bias"] = _adding(f.scaling * f.lora_bias)
     for name, tensor in adapter.others.items():

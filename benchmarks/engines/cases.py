@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +90,7 @@ def with_adapter(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     for key, p in adapted.named_parameters():
         if "lora_B" in key:
-            p.copy_(torch.randn_like(p) * 0.05)
+            p.copy_(torch.randn_like(p) * (0.05 if p.shape[0] < 512 else 0.01))
         elif "magnitude" in key:
             p.mul_(0.8 + 0.4 * torch.rand_like(p))
     adapted.save_pretrained(str(folder))
@@ -151,9 +151,9 @@ def with_activation_of_ggml(model: nn.Module) -> nn.Module:
     return model
 
 
-def llama_cpp(folder: Path, python: Path) -> list[dict[str, Any]]:
+def llama_cpp(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     found = []
-    for name in ("smollm2", *MODELS):
+    for name in models or ("smollm2", *MODELS):
         base = folder / f"{name}.gguf"
         if name == "smollm2":
             model, _ = load_language_model("smollm2", torch.float32)
@@ -192,9 +192,9 @@ def gguf_of_smollm2() -> Path:
 # ----------------------------------------------------------------------------------------------------------------- MLX
 
 
-def mlx(folder: Path, python: Path) -> list[dict[str, Any]]:
+def mlx(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     found = []
-    for name in ("smollm2", "llama", "mistral", "qwen3", "gemma"):
+    for name in models or ("smollm2", "llama", "mistral", "qwen3", "gemma"):
         model = load_language_model("smollm2", torch.float32)[0] if name == "smollm2" else tiny(name)
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj") if name == "smollm2" else MODELS[name][2]
         model.save_pretrained(str(folder / name))
@@ -225,7 +225,7 @@ def without_root(adapter: lk.adapters.Adapter) -> lk.adapters.Adapter:
 # ------------------------------------------------------------------------------------------- LyCORIS, diffusers, ONNX
 
 
-def lycoris(folder: Path, python: Path) -> list[dict[str, Any]]:
+def lycoris(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     targets = ("conv_in", "conv_down", "mix", "out")
     for kind in ADAPTERS:
@@ -244,7 +244,7 @@ def lycoris(folder: Path, python: Path) -> list[dict[str, Any]]:
     return found
 
 
-def diffusers(folder: Path, python: Path) -> list[dict[str, Any]]:
+def diffusers(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1")
     found = []
     for to, kinds in (("diffusers", ADAPTERS), ("kohya", ("plain", "rslora", "rslora and patterns"))):
@@ -256,7 +256,7 @@ def diffusers(folder: Path, python: Path) -> list[dict[str, Any]]:
     return found
 
 
-PREPARE: dict[str, Callable[[Path, Path], list[dict[str, Any]]]] = {
+PREPARE: dict[str, Callable[[Path, Path, Sequence[str]], list[dict[str, Any]]]] = {
     "llama_cpp": llama_cpp,
     "mlx": mlx,
     "lycoris": lycoris,

@@ -5,6 +5,7 @@ changed only after every name, shape, dtype and value has been checked.
 """
 
 from .adapter import Adapter, Factors
+from .arithmetic import Approximation, dare, extract, reduce_rank, ties, weighted_sum
 from .convert import convert, format_of, read
 from .load import AdapterFile, load_adapter, read_adapter
 from .save import save_adapter, save_lora_ga_adapter
@@ -13,14 +14,20 @@ from .svft import load_svft, save_svft
 __all__ = [
     "Adapter",
     "AdapterFile",
+    "Approximation",
     "Factors",
     "convert",
+    "dare",
+    "extract",
     "format_of",
     "load_adapter",
     "load_svft",
     "read",
     "read_adapter",
+    "reduce_rank",
     "save_adapter",
     "save_lora_ga_adapter",
     "save_svft",
+    "ties",
+    "weighted_sum",
 ]

@@ -127,6 +127,47 @@ def test_one_tensor_of_the_model_is_in_memory_at_a_time(
     assert len(alive) == len(tensors(base)) and max(alive) == 0, alive
 
 
+@pytest.mark.parametrize("config", [lk.LoRAConfig, lk.DoRAConfig])
+@torch.no_grad()
+def test_embeddings_convolutions_and_odd_widths(config: type[lk.LoRAConfig], tmp_path: Path) -> None:
+    """Against the layers' own merging."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    parts = {
+        "embed": torch.nn.Embedding(11, 7),
+        "conv": torch.nn.Conv2d(3, 5, 3, padding=1),
+        "linear": torch.nn.Linear(7, 13),
+    }
+    model = torch.nn.ModuleDict(parts)
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    lk.adapt(model, config(r=2, alpha=3, target_modules=tuple(parts)))
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            p.add_(torch.rand_like(p))
+    lk.save_adapter(model, tmp_path / "adapter")
+    lk.merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    lk.merge_and_unload(model)
+    found = tensors(tmp_path / "out")
+    for name, t in model.state_dict().items():
+        torch.testing.assert_close(found[name], t, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_square_weights_of_conv1d_are_told_by_the_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file({"h.0.c_proj.weight": torch.zeros(6, 6)}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    f = Factors(torch.randn(2, 6), torch.randn(6, 2), 1.0)
+    lk.merge_checkpoint(Adapter({"h.0.c_proj": f}), tmp_path / "base", tmp_path / "out")
+    assert torch.equal(tensors(tmp_path / "out")["h.0.c_proj.weight"], f.delta().T)
+
+
 @pytest.mark.parametrize(
     ("modules", "said"),
     [
