@@ -19,7 +19,8 @@ from torch import nn
 
 from .nn.matrix import is_linear
 
-_BEFORE_THE_FIRST_CALL = ("init", "reset", "tie")  # methods whose names begin so
+# Methods whose names begin so; diffusers' attention copies its linears into one in `fuse_projections`, when asked to.
+_BEFORE_THE_FIRST_CALL = ("init", "reset", "tie", "fuse")
 _NOT_ITS_VALUES = {"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 
 

@@ -154,8 +154,8 @@ def extract(
         The adapter, the error of each module, and the names of changed tensors that it does not hold.
 
     Raises:
-        ValueError: a folder without safetensors; tensors that are not there in both, or in other shapes; a rank below 1;
-            two models that are the same.
+        ValueError: a folder without safetensors; tensors that are not there in both, or in other shapes; a rank below
+            1; two models that are the same.
     """
     from safetensors import safe_open
 
@@ -281,8 +281,8 @@ def _terms(op: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> di
 def _check_plain(op: str, adapter: Adapter) -> None:
     if adapter.dora:
         raise ValueError(
-            f"{op}: expected LoRA adapters, got DoRA in {adapter.origin}, whose norm is over W + s B A; merge each into "
-            f"the base and extract() the result"
+            f"{op}: expected LoRA adapters, got DoRA in {adapter.origin}, whose norm is over W + s B A; merge each "
+            f"into the base and extract() the result"
         )
     if adapter.others:
         raise ValueError(

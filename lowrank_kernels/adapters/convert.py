@@ -76,20 +76,19 @@ def read(source: str | os.PathLike[str], *, base: Any = None, names: str | None 
     Raises:
         ValueError, TypeError: as :func:`convert` for a source.
     """
+    return check_adapter(read_unchecked(source, base=base, names=names), "read")
+
+
+def read_unchecked(source: str | os.PathLike[str], *, base: Any = None, names: str | None = None) -> Adapter:
+    """As :func:`read`, without a look at the values: they may be NaN."""
     given = read_base(base, "read")
-    adapter = _read(source, Options(given) if names is None else Options(given, names))
-    return check_adapter(adapter, "read")
+    return _read(source, Options(given) if names is None else Options(given, names))
 
 
 def format_of(source: str | os.PathLike[str]) -> str | None:
     """The name of the format that a folder or a file has; None where it has none of them."""
     path = Path(source)
     return next((name for name, row in FORMATS.items() if row.is_one(path)), None)
-
-
-def why_not(adapter: Adapter) -> dict[str, str | None]:
-    """{format: what of this adapter it has no words for, and what would work; None if it can say it all}."""
-    return {name: row.refusal(adapter) for name, row in FORMATS.items()}
 
 
 def _read(source: str | os.PathLike[str], options: Options) -> Adapter:

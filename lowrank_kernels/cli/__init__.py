@@ -28,6 +28,7 @@ COMMANDS = (
     Command("tune", "settle on this device which way of running each op is right and fastest", "tune"),
     Command("train", "fine-tune a small language model with one method and report it as JSON", "train"),
     Command("demo", "fine-tune a small language model side by side with PEFT", "demo"),
+    Command("adapters", "what adapters are, which engines read them rightly, and what differs between two", "adapters"),
     Command("convert", "write an adapter in the format of another engine, computing the same", "convert"),
     Command("merge", "merge adapters and deltas into a checkpoint, a tensor at a time", "merge"),
     Command("serve", "answer OpenAI-compatible requests with many adapters over one model", "serve"),

@@ -1,4 +1,4 @@
-"""Sums on factors, TIES, DARE, lower ranks and extraction, against dense matrices and against PEFT where PEFT is right."""
+"""Sums on factors, TIES, DARE, lower ranks and extraction, against dense matrices and against PEFT."""
 
 from __future__ import annotations
 

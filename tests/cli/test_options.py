@@ -151,6 +151,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--warmup-steps": INTEGERS,
     },
     "merge": {"--base": ("", "{file}", "{folder}/none", "a\0b"), "--out": FOLDERS, "--dtype": WORDS},
+    "adapters": {"--base": ("", "{folder}/none", "a\0b"), "--json": FILES},
     "convert": {"--to": WORDS, "--base": ("", "{folder}/none", "a\0b"), "--names": ("", "x", "{{path}}")},
     "serve": {
         "--model": ("x", ""),
@@ -181,7 +182,7 @@ BAD["train"] |= {
 FREE = {"--help", "--debug", "--kernel"}
 
 # What stands beside the option: {} is an existing folder.
-POSITIONAL = {"merge": ("{}", "--base={}", "--out=out"), "convert": ("{}", "out", "--to=peft")}
+POSITIONAL = {"adapters": ("{}",), "merge": ("{}", "--base={}", "--out=out"), "convert": ("{}", "out", "--to=peft")}
 
 CASES = [(command, option, value) for command, of in BAD.items() for option, values in of.items() for value in values]
 
@@ -266,6 +267,8 @@ def test_every_option_is_in_the_table(command: Any) -> None:
         (["inspect", "--json", "x", "--save-cubins", "x"], "--save-cubins: expected another place than that of --json"),
         (["merge", ".", "--base", "."], "the following arguments are required: --out"),
         (["merge", ".", "--base", ".", "--out", "out"], "merge_checkpoint: expected the folder of a safetensors"),
+        (["adapters", "diff", "."], "adapters diff: expected two adapters, got 1"),
+        (["adapters", "none"], "ADAPTER: expected a file or a folder, got 'none'"),
         (["convert", "none", "out", "--to", "mlx"], "IN: expected a file or a folder, got 'none'"),
         (["convert", ".", "out"], "the following arguments are required: --to"),
         (["convert", ".", "out", "--to", "mlx"], "convert: expected an adapter of a known format (peft, gguf, "),

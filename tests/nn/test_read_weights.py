@@ -23,6 +23,9 @@ class Base(nn.Module):
     def reset_parameters(self):
         self.a.weight.data = self.a.weight * 2
 
+    def fuse_projections(self):
+        return torch.cat([self.a.weight, self.b.weight])
+
     def forward(self, x):
         return self.b(self.a(x))
 

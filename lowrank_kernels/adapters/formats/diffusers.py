@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import Adapter, Factors
-from ..folder import write_aside
-from .format import FLOAT64, MERGE, Format, Options, component, is_file, names_in, paired, tensors_of
+from .format import FLOAT64, MERGE, Format, Options, component, is_file, names_in, paired, save_tensors, tensors_of
 from .peft import config_of
 
 _KEY = "lora_adapter_metadata"
@@ -28,19 +27,17 @@ _SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "
 
 
 def write(adapter: Adapter, path: Path, options: Options) -> None:
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     said: dict[str, Any] = {}
     for part, own in _by_part(adapter).items():
         for name, f in own.modules.items():
             for key, t in f.tensors().items():
-                tensors[f"{part}.{name}.{key}"] = t.detach().cpu().contiguous()
+                tensors[f"{part}.{name}.{key}"] = t
         config = config_of(own)
         said |= {f"{part}.{key}": config[key] for key in _SAID}
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", _KEY: json.dumps(said, indent=2, sort_keys=True)}
-    write_aside(path, lambda place: save_file(tensors, place, metadata=header))
+    save_tensors(path, tensors, header)
 
 
 def _by_part(adapter: Adapter) -> dict[str, Adapter]:

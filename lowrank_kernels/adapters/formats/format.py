@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...config import LoRAConfig
 from ..adapter import Adapter
 from ..base import Base
-from ..folder import FileTensor, few, read_header
+from ..folder import FileTensor, few, read_header, write_aside
 
 MAX_TENSORS = 1 << 16
 MERGE = "merge the adapter into its base (lrk merge), or train one without"
@@ -93,6 +94,15 @@ def tensors_of(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"convert: expected {path} to be a whole safetensors file: {error}") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file aside, and rename it. Tensors may share memory."""
+    from safetensors.torch import save_file
+
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda place: save_file(own, place, metadata=metadata))
 
 
 def names_in(path: Path) -> set[str]:

@@ -75,6 +75,7 @@ def write(adapter: Adapter, path: Path, options: Options) -> None:
         writer.write_tensors_to_file()
         writer.close()
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, save)
 
 

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Factors
-from ..folder import few, write_aside
-from .format import FLOAT64, MERGE, Format, Options, alpha_for, component, is_file, names_in, paired, tensors_of
+from ..folder import few
+from .format import (
+    FLOAT64,
+    MERGE,
+    Format,
+    Options,
+    alpha_for,
+    component,
+    is_file,
+    names_in,
+    paired,
+    save_tensors,
+    tensors_of,
+)
 
 _ENDS = {".lora_down.weight": "a", ".lora_up.weight": "b", ".alpha": "alpha", ".dora_scale": "magnitude"}
 _PREFIXES = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
@@ -24,8 +36,6 @@ _PATHS = "lowrank_kernels.paths"
 
 
 def write(adapter: Adapter, path: Path, options: Options) -> None:
-    from safetensors.torch import save_file
-
     names = _names(adapter.modules)
     if len(set(names.values())) < len(names):
         raise ValueError("convert: kohya's names have _ for ., which makes two of these modules one; merge the adapter")
@@ -39,10 +49,8 @@ def write(adapter: Adapter, path: Path, options: Options) -> None:
         if f.magnitude is not None:
             n = f.lora_b.shape[0]
             tensors[f"{names[module]}.dora_scale"] = f.magnitude.reshape(n, *[1] * (f.lora_b.dim() - 1))
-    own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {_PATHS: json.dumps(sorted(adapter.modules))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda place: save_file(own, place, metadata=metadata))
+    save_tensors(path, tensors, metadata)
 
 
 def _names(paths: Iterable[str]) -> dict[str, str]:

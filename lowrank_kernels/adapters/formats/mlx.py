@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..adapter import Adapter, Factors
 from ..folder import CONFIG_FILE, inside, read_json, write_aside
-from .format import FLOAT64, MERGE, Format, Options, common_scaling, one_rank, paired, tensors_of
+from .format import FLOAT64, MERGE, Format, Options, common_scaling, one_rank, paired, save_tensors, tensors_of
 
 _WEIGHTS_FILE = "adapters.safetensors"
 _ENDS = {".lora_a": "a", ".lora_b": "b", ".m": "magnitude"}
@@ -19,17 +19,15 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def write(adapter: Adapter, path: Path, options: Options) -> None:
-    from safetensors.torch import save_file
-
     _check_paths(adapter, options)
     rank, scaling = one_rank(adapter), common_scaling(adapter)
     modules = {name: (f if scaling is not None else f.folded()).padded(rank) for name, f in adapter.modules.items()}
     tensors = {}
     for name, f in modules.items():
-        tensors[f"{name}.lora_a"] = f.lora_a.T.contiguous()
-        tensors[f"{name}.lora_b"] = f.lora_b.T.contiguous()
+        tensors[f"{name}.lora_a"] = f.lora_a.T
+        tensors[f"{name}.lora_b"] = f.lora_b.T
         if f.magnitude is not None:
-            tensors[f"{name}.m"] = f.magnitude.contiguous()
+            tensors[f"{name}.m"] = f.magnitude
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
         "num_layers": 1 + max((int(n) for name in modules for n in _LAYER.findall(name)), default=0),
@@ -40,8 +38,7 @@ def write(adapter: Adapter, path: Path, options: Options) -> None:
             "keys": sorted(modules),
         },
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_aside(path / _WEIGHTS_FILE, lambda place: save_file(tensors, place, metadata={"format": "mlx"}))
+    save_tensors(path / _WEIGHTS_FILE, tensors, {"format": "mlx"})
     text = json.dumps(config, indent=4) + "\n"
     write_aside(path / CONFIG_FILE, lambda place: place.write_text(text, encoding="utf-8"))
 

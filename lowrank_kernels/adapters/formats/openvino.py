@@ -5,22 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapter import Adapter, Factors
-from ..folder import PREFIX, write_aside
-from .format import FLOAT64, MERGE, Format, Options, is_file, names_in, paired, tensors_of
+from ..folder import PREFIX
+from .format import FLOAT64, MERGE, Format, Options, is_file, names_in, paired, save_tensors, tensors_of
 
 _ENDS = {".lora_A.weight": "a", ".lora_B.weight": "b"}
 
 
 def write(adapter: Adapter, path: Path, options: Options) -> None:
-    from safetensors.torch import save_file
-
     tensors = {
-        f"{PREFIX}{name}.{key}": t.detach().cpu().contiguous()
-        for name, f in adapter.modules.items()
-        for key, t in f.folded().tensors().items()
+        f"{PREFIX}{name}.{key}": t for name, f in adapter.modules.items() for key, t in f.folded().tensors().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+    save_tensors(path, tensors, {"format": "pt"})
 
 
 def read(path: Path, options: Options) -> Adapter:

@@ -16,7 +16,7 @@ from ..adapter import Adapter, Factors
 from ..folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, inside, read_json, write_aside
 from ..matching import check_patterns_agree
 from ..settings import read_config
-from .format import Format, Options, alpha_for, names_in, plain_settings, tensors_of
+from .format import Format, Options, alpha_for, names_in, plain_settings, save_tensors, tensors_of
 
 _KEYS = {
     "lora_A.weight": "a",
@@ -109,11 +109,9 @@ def _exact(adapter: Adapter, root: bool) -> bool:
 
 
 def write_folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     path.mkdir(parents=True, exist_ok=True)
-    own = {PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_aside(path / WEIGHTS_FILE, lambda place: save_file(own, place, metadata={"format": "pt"}))
+    own = {PREFIX + name: t for name, t in tensors.items()}
+    save_tensors(path / WEIGHTS_FILE, own, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_aside(path / CONFIG_FILE, lambda place: place.write_text(text, encoding="utf-8"))
 
