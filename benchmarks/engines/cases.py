@@ -102,12 +102,11 @@ def prompts(vocabulary: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any, adapter: Path, tokens: torch.Tensor) -> np.ndarray:
-    """Of this package's layers, at the last position of each prompt."""
-    report = lk.load_adapter(model, adapter)
-    try:
-        found = torch.stack([model(input_ids=row[None]).logits[0, -1] for row in tokens])
-    finally:
+def logits(model: Any, adapter: Path | None, tokens: torch.Tensor) -> np.ndarray:
+    """Of this package's layers, at the last position of each prompt; without an adapter the model's own."""
+    report = None if adapter is None else lk.load_adapter(model, adapter)
+    found = torch.stack([model(input_ids=row[None]).logits[0, -1] for row in tokens])
+    if report is not None:
         report.undo()
     return found.float().numpy()
 
@@ -142,12 +141,12 @@ class TableGELU(nn.Module):
         return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, inside))
 
 
-def with_activation_of_ggml(model: nn.Module) -> nn.Module:
-    """The model with that GELU in the place of its own, which differs from it by about 1e-3 of the outputs."""
+def with_activation(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The model with the engine's form of GELU in the place of its own; the two differ by about 1e-3 of the outputs."""
     for module in list(model.modules()):
         for key, child in list(module.named_children()):
             if "GELU" in type(child).__name__:
-                setattr(module, key, TableGELU())
+                setattr(module, key, kind())
     return model
 
 
@@ -161,9 +160,11 @@ def llama_cpp(folder: Path, python: Path, models: Sequence[str]) -> list[dict[st
         else:
             model, targets = tiny(name), MODELS[name][2]
             model.save_pretrained(str(folder / name))
-            model = with_activation_of_ggml(model)
+            model = with_activation(model, TableGELU)
         subprocess.run([python, HERE / "gguf_base.py", folder, name, base, gguf_of_smollm2()], check=True)
         tokens = prompts(model.config.vocab_size)
+        shared = {"base": str(base), "tokens": tokens.tolist(), "vocabulary": model.config.vocab_size}
+        found.append(case(folder, name, "none", None, logits(model, None, tokens), path="", **shared))
         for kind in ADAPTERS:
             if kind == "dora":
                 continue
@@ -178,8 +179,7 @@ def llama_cpp(folder: Path, python: Path, models: Sequence[str]) -> list[dict[st
                 target = folder / f"{name} {kind} {fault}.gguf"
                 with planted(fault or ""):
                     lk.adapters.convert(source, target, to="gguf", base=model)
-                paths = {"base": str(base), "path": str(target), "tokens": tokens.tolist()}
-                found.append(case(folder, name, kind, fault, ours, vocabulary=model.config.vocab_size, **paths))
+                found.append(case(folder, name, kind, fault, ours, path=str(target), **shared))
     return found
 
 
@@ -196,6 +196,7 @@ def mlx(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any
     found = []
     for name in models or ("smollm2", "llama", "mistral", "qwen3", "gemma"):
         model = load_language_model("smollm2", torch.float32)[0] if name == "smollm2" else tiny(name)
+        model = with_activation(model, nn.GELU) if name == "gemma" else model  # mlx-lm's Gemma has the exact form
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj") if name == "smollm2" else MODELS[name][2]
         model.save_pretrained(str(folder / name))
         settings = json.loads((folder / name / "config.json").read_text())
@@ -203,6 +204,8 @@ def mlx(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any
         settings["rope_theta"] = (settings.get("rope_parameters") or {}).get("rope_theta", 10000.0)
         (folder / name / "config.json").write_text(json.dumps(settings))
         tokens = prompts(model.config.vocab_size)
+        shared = {"base": str(folder / name), "tokens": tokens.tolist()}
+        found.append(case(folder, name, "none", None, logits(model, None, tokens), path="", **shared))
         for kind in ADAPTERS:
             source = folder / f"{name} {kind}"
             model = with_adapter(model, source, **settings_of(kind, targets))
@@ -211,8 +214,7 @@ def mlx(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any
                 adapter = lk.adapters.read(source)
                 target = folder / f"{name} {kind} {fault} mlx"
                 lk.adapters.convert(without_root(adapter) if fault else adapter, target, to="mlx", base=model)
-                paths = {"base": str(folder / name), "path": str(target), "tokens": tokens.tolist()}
-                found.append(case(folder, name, kind, fault, ours, **paths))
+                found.append(case(folder, name, kind, fault, ours, path=str(target), **shared))
     return found
 
 

@@ -24,7 +24,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 BOUNDS = {"llama_cpp": 1e-4, "mlx": 1e-5, "lycoris": 1e-6, "diffusers": 1e-5, "onnx": 1e-4, "openvino": 0.0}
-"""Largest difference of two outputs: log-probabilities (llama_cpp), logits, activations; greedy tokens are equal."""
+"""Largest difference of two outputs, over the largest output where that is above 1: of log-probabilities (llama_cpp),
+logits or activations; greedy tokens are equal."""
 
 GELU_TABLE = 1e-3
 """llama.cpp reads GELU from a table of float16: an input next to the middle of two entries, off by a bit, jumps to the
@@ -51,7 +52,7 @@ def difference(engine: str, ours: np.ndarray, theirs: np.ndarray) -> float:
             - np.log(np.exp(ours - ours.max(-1, keepdims=True)).sum(-1, keepdims=True))
             - ours.max(-1, keepdims=True)
         )
-    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
+    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max() / max(1.0, np.abs(ours).max()))
 
 
 def main() -> int:

@@ -13,7 +13,8 @@ from mlx_lm.utils import load_model
 
 def logits(case):
     model, _ = load_model(Path(case["base"]))
-    model = load_adapters(model, case["path"])
+    if case["path"]:
+        model = load_adapters(model, case["path"])
     model.eval()
     return np.stack([np.array(model(mx.array([tokens]))[0, -1].astype(mx.float32)) for tokens in case["tokens"]])
 

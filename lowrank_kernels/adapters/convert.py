@@ -88,7 +88,10 @@ def read_unchecked(source: str | os.PathLike[str], *, base: Any = None, names: s
 def format_of(source: str | os.PathLike[str]) -> str | None:
     """The name of the format that a folder or a file has; None where it has none of them."""
     path = Path(source)
-    return next((name for name, row in FORMATS.items() if row.is_one(path)), None)
+    try:
+        return next((name for name, row in FORMATS.items() if row.is_one(path)), None)
+    except (OSError, ValueError):  # a name that no file can have, or one that may not be read
+        return None
 
 
 def _read(source: str | os.PathLike[str], options: Options) -> Adapter:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from ..adapt import Plan, apply_plan, check_can_train_whole, match_targets, whole_modules
 from ..config import DoRAConfig, LoRAConfig
+from ..functional import fold_gate
 from ..names import held, named_buffers, named_modules, named_parameters, unwrapped
 from ..nn.experts import expert_weights, from_peft, peft_prefixes, peft_shapes
 from ..report import Report, count_parameters
+from .adapter import Adapter, Factors
+from .convert import convert, format_of
 from .folder import CONFIG_FILE, WEIGHTS_FILE, few, inside, is_folder, read_tensors
 from .matching import check_patterns_agree
 from .settings import read_config
@@ -24,6 +28,8 @@ from .settings import read_config
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> Report:
     """Put a LoRA or DoRA adapter, written by PEFT or by :func:`save_adapter`, on a model, in place.
 
+    Or one of another format that :func:`lowrank_kernels.adapters.convert` reads.
+
     The layers, ranks and scalings are those that the folder's config says; the tensors must be exactly those
     that such layers have. Factors become float32, or stay float64. A DoRA adapter gets PEFT's dropout,
     ``dropout_base=True``. Modules that were trained and saved whole (``modules_to_save``, a task's head, embeddings
@@ -31,7 +37,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 
     Args:
         model: the base model, not adapted yet.
-        folder: local, with adapter_config.json and adapter_model.safetensors.
+        folder: local, with adapter_config.json and adapter_model.safetensors; or an adapter of another format.
         trainable: whether the factors, the modules saved whole, and the biases the config names train afterwards.
             False freezes everything.
 
@@ -79,10 +85,26 @@ class AdapterFile(NamedTuple):
     plan: Plan
     tensors: dict[str, Tensor]
 
+    def adapter(self) -> Adapter:
+        """The same without a model, with gates in B."""
+        others, modules = dict(self.tensors), {}
+        for name, module in self.plan.targets.items():
+            kind = self.config.layer_class(module)
+            keys = kind.tensors(module, self.config.rank_of(name), self.config.lora_bias, self.config.gate)
+            own = {key: others.pop(f"{name}.{key}") for key in keys}
+            a, b, *_ = own.values()
+            b = fold_gate(b, own["lora_gate"]) if "lora_gate" in own else b
+            rest = own.get("lora_magnitude_vector"), own.get("lora_B.bias"), "lora_embedding_A" in own
+            modules[name] = Factors(a, b, self.config.scaling_of(name), *rest)
+        return Adapter(modules, others)
+
 
 def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a folder as :func:`load_adapter` does, and raise as it does; the model is not touched."""
     folder = Path(folder)
+    if format_of(folder) not in (None, "peft"):
+        with TemporaryDirectory() as place:
+            return read_adapter(model, convert(folder, place, to="peft", base=model))
     if not is_folder(folder):
         raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r:.500}")
     config = read_config(inside(folder, CONFIG_FILE), (name for name, _ in named_modules(model)))

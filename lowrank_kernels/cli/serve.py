@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         "--adapters",
         type=arguments.folder,
         required=True,
-        help="folder of PEFT folders, all of which are loaded, or one such",
+        help="folder of adapters, all of which are loaded, or the folder of one",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
     parser.add_argument("--port", type=arguments.port, default=8000, help="default 8000")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..serving.server import create_app, load_all
+        from ..serving.server import create_app, is_adapter, load_all
     except ImportError as error:
         raise ValueError(f"lrk serve needs the extra: pip install 'lowrank_kernels[serve]' ({error})") from None
     from ..integrations.transformers import load_language_model
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             for folder, reason in load_all(batcher, args.adapters, name).items():
                 print(f"{folder} not loaded: {reason}", file=sys.stderr)
-            if (args.adapters / "adapter_config.json").is_file():
+            if is_adapter(args.adapters):
                 print(f"{args.adapters} is one adapter's own folder: serving that", file=sys.stderr)
             print(f"{name} with {len(bank.names())} adapters, up to {args.max_batch} rows together", file=sys.stderr)
             app = create_app(batcher, name, args.adapters, max_body_bytes=args.max_body_kib << 10)

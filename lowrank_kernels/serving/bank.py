@@ -138,6 +138,7 @@ class _Adapter:
     name: str
     folder: Path
     nbytes: int
+    content_hash: str
     parts: Mapping[str, _Part | _SlicedPart] | None  # the host's copy
     pinned: bool
     slot: int | None = None  # its id in every stack; None: evicted
@@ -278,7 +279,10 @@ class AdapterBank:
     ) -> Future[None] | None:
         """Read a PEFT folder and serve it as ``name``; an adapter of that name is replaced, in one step.
 
+        Adapters of the same content, by :meth:`Adapter.content_hash`, share one copy on the host.
+
         Args:
+            folder: of PEFT's, or an adapter in another format that ``lk.adapters.convert`` reads.
             pin: never evict it.
             wait: False returns a future at once, and a thread of the bank's own loads the adapter.
 
@@ -299,8 +303,8 @@ class AdapterBank:
 
     def _load(self, name: str, folder: Path, pin: bool) -> None:
         rescalings = self._rescalings
-        parts = self._read(folder)
-        adapter = _Adapter(name, folder, sum(part.nbytes for part in parts.values()), parts, pin)
+        parts, content = self._read(folder)
+        adapter = _Adapter(name, folder, sum(part.nbytes for part in parts.values()), content, parts, pin)
         with self._lock:
             if self._rescalings != rescalings:  # a weight has changed since the norms were computed
                 adapter.parts = parts = self._rescaled(parts, parts)
@@ -333,6 +337,11 @@ class AdapterBank:
             if pinned:
                 self._make_resident(adapter)
             adapter.pinned = pinned
+
+    def content_hash(self, name: str) -> str:
+        """The identity of an adapter's factors and scalings, whatever file they came from."""
+        with self._lock:
+            return self._known(name).content_hash
 
     def resident(self) -> list[str]:
         """Names of the adapters on the device, the least recently used first."""
@@ -423,9 +432,15 @@ class AdapterBank:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _read(self, folder: Path) -> dict[str, _Part | _SlicedPart]:
-        """An adapter's parts by linear, on the host: everything that can fail, before anything changes."""
+    def _read(self, folder: Path) -> tuple[Mapping[str, _Part | _SlicedPart], str]:
+        """An adapter's parts by linear, on the host, and its content hash: everything that can fail, before anything
+        changes. Of the same content there is one copy, whatever its names and files are."""
         file = read_adapter(self._plain, folder)
+        content = file.adapter().content_hash()
+        with self._lock:
+            copies = (a.parts for a in self._adapters.values() if a.content_hash == content and a.parts is not None)
+            if (there := next(copies, None)) is not None:
+                return there, content
         if file.config.bias != "none":
             raise ValueError(
                 f"load_adapter: {folder} trains biases of the base (bias={file.config.bias!r}), which the sequences of "
@@ -464,7 +479,7 @@ class AdapterBank:
                 if any(part is not None and part.magnitude is not None for part in own):
                     own = [part or _Untouched.of(self._weight(n)) for n, part in zip(widths, own, strict=True)]
                 parts[name] = _SlicedPart(tuple(own), tuple(widths.values()))
-        return parts
+        return parts, content
 
     def _weight(self, name: str) -> Weight:
         """Of a linear as the model has it now, or of a part of one."""
@@ -502,7 +517,13 @@ class AdapterBank:
     def _make_resident(self, adapter: _Adapter) -> None:
         if adapter.slot is None:
             if adapter.parts is None:
-                adapter.parts = self._read(adapter.folder)
+                parts, content = self._read(adapter.folder)
+                if content != adapter.content_hash:
+                    raise ValueError(
+                        f"AdapterBank: expected {adapter.folder} as it was when {adapter.name!r} was loaded, and it "
+                        f"has changed since; load it again"
+                    )
+                adapter.parts = parts
             self._bring_in(adapter, adapter.parts)
             self._trim_host()
 

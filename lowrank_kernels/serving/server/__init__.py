@@ -12,13 +12,13 @@ from fastapi import FastAPI
 from ..batcher import Batcher
 from .bodies import AdapterBody, ChatBody, CompletionBody
 from .errors import add_handlers
-from .folders import adapter_folder, load_all
+from .folders import adapter_folder, is_adapter, load_all
 from .limits import BodyLimit
 from .metrics import CountRequests
 from .routes import adapter_routes, health_routes, openai_routes
 from .service import Service
 
-__all__ = ["AdapterBody", "ChatBody", "CompletionBody", "adapter_folder", "create_app", "load_all"]
+__all__ = ["AdapterBody", "ChatBody", "CompletionBody", "adapter_folder", "create_app", "is_adapter", "load_all"]
 
 
 def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_bytes: int = 1 << 20) -> FastAPI:

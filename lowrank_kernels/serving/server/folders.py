@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...adapters import format_of
 from ...adapters.folder import CONFIG_FILE
 from ..batcher import Batcher
 
 
 def adapter_folder(root: Path, folder: str) -> Path:
-    """The folder of that name below ``root``.
+    """The folder of that name below ``root``, or the file of an adapter in another format than PEFT's.
 
     Raises:
         ValueError: there is none, or it lies elsewhere (absolute, "..", a link that leads out).
@@ -19,23 +20,32 @@ def adapter_folder(root: Path, folder: str) -> Path:
         found = (top / folder).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):
         found = None
-    if found is None or found == top or not found.is_relative_to(top) or not found.is_dir():
+    there = found is not None and found != top and found.is_relative_to(top)
+    if found is None or not there or not (found.is_dir() or format_of(found)):
         raise ValueError(f"expected the name of a folder below the folder of adapters, got {folder!r}")
     return found
 
 
 def load_all(batcher: Batcher, root: Path, model_name: str) -> dict[str, str]:
-    """Load each adapter in a folder of ``root`` under that folder's name; why others could not be, by name.
+    """Load each adapter in ``root`` under its folder's name, or its file's without the suffix; why others could not be.
 
     Where ``root`` is itself an adapter's folder, that one is loaded, under its name.
     """
     failed = {}
-    own = (root / CONFIG_FILE).is_file()
-    for folder in [root.resolve()] if own else sorted(p for p in root.iterdir() if (p / CONFIG_FILE).is_file()):
+    own = is_adapter(root)
+    for path in [root.resolve()] if own else sorted(p for p in root.iterdir() if is_adapter(p)):
+        name = path.name if path.is_dir() else path.stem
         try:
-            if folder.name == model_name:
+            if name == model_name:
                 raise ValueError("that is the name of the base model")
-            batcher.load(folder.name, folder if own else adapter_folder(root, folder.name))
+            if name in batcher.bank.names():
+                raise ValueError(f"{path.name} has the name of another adapter")
+            batcher.load(name, path if own else adapter_folder(root, path.name))
         except Exception as error:
-            failed[folder.name] = str(error)
+            failed[name] = str(error)
     return failed
+
+
+def is_adapter(path: Path) -> bool:
+    """True for what looks like an adapter, sound or not: a folder with a config, or a file of a known format."""
+    return (path / CONFIG_FILE).is_file() or format_of(path) is not None
