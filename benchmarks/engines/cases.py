@@ -249,7 +249,8 @@ def lycoris(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str,
 def diffusers(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
     targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1")
     found = []
-    for to, kinds in (("diffusers", ADAPTERS), ("kohya", ("plain", "rslora", "rslora and patterns"))):
+    some = ("plain", "rslora", "rslora and patterns")
+    for to, kinds in (("diffusers", ADAPTERS), ("diffusers portable", some), ("kohya portable", some)):
         for kind in kinds:
             for fault in (None, "scale without the root") if kind == "rslora" else (None,):
                 name = f"unet {to} {kind}" + (f" fault {fault}" if fault else "")

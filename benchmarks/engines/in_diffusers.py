@@ -54,9 +54,11 @@ def outputs(folder, case):
     if fault:
         wrong = {path: f._replace(scaling=f.scaling * f.rank**-0.5) for path, f in adapter.modules.items()}
         adapter = lk.adapters.Adapter(wrong)
-    lk.adapters.convert(adapter, target, to=to, portable=to == "kohya")
+    lk.adapters.convert(adapter, target, to=to.split()[0], portable=to != "diffusers")
     model, _ = made()
-    if to == "diffusers":
+    if to == "diffusers":  # without use_safetensors, the settings in the header are not read, and s is 1
+        model.load_lora_adapter(str(target), prefix="unet", use_safetensors=True)
+    elif to == "diffusers portable":
         model.load_lora_adapter(str(target), prefix="unet")
     else:
         from diffusers.loaders import StableDiffusionLoraLoaderMixin

@@ -127,7 +127,7 @@ def read_header(path: Path, tensors: int, op: str = "load_adapter") -> dict[str,
     except OSError as error:
         raise ValueError(f"{op}: expected {path} to be readable: {error.strerror}") from None
     header = _parsed(content, path, op, "a whole safetensors file")
-    if not isinstance(header.pop("__metadata__", {}), dict):
+    if not isinstance(header.pop("__metadata__", None), (dict, type(None))):  # MLX writes null
         raise ValueError(f"{op}: expected __metadata__ of {path} to be an object")
     found, places = {}, []
     for name, entry in header.items():
