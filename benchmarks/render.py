@@ -484,7 +484,23 @@ def federated() -> str:
     return table(words, "rule | before | after | MiB down | MiB up | of full FedAvg", map(cells, rows))
 
 
+def engines() -> str:
+    """The largest difference of each engine and model, beside its base's and the smallest of a planted fault."""
+    rows = []
+    for engine, found in results("engines").items():
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        for model in dict.fromkeys(row["model"] for row in found["cases"]):
+            own = [row for row in found["cases"] if row["model"] == model and row["difference"] is not None]
+            right = [row["difference"] for row in own if not row["fault"] and row["adapter"] != "none"]
+            base = [row["difference"] for row in own if row["adapter"] == "none"]
+            faults = [row["difference"] for row in own if row["fault"]]
+            cells = (f"{max(of):.1e}" if of else "" for of in (base, right))
+            rows.append((engine, versions, model, *cells, f"{min(faults):.1e}" if faults else ""))
+    return table((), "engine | versions | model | base alone | with adapters | with a fault", rows).lstrip("\n")
+
+
 TABLES = (
+    engines,
     federated,
     cost_over_frozen,
     demo,
