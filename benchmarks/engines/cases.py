@@ -259,9 +259,52 @@ def diffusers(folder: Path, python: Path, models: Sequence[str]) -> list[dict[st
     return found
 
 
+class ToyLanguageModel(nn.Module):
+    """Next-token scores of ids: tanh(mean(E[ids]) W1ᵀ) W2ᵀ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(97, 24)
+        self.up, self.out = nn.Linear(24, 40, bias=False), nn.Linear(40, 97, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.up(self.embed(ids).mean(0, keepdim=True))))
+
+
+@torch.no_grad()
+def onnx(folder: Path, python: Path, models: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    tokens = prompts(97)
+    for kind in ("plain", "rslora", "patterns", "rslora and patterns"):
+        torch.manual_seed(0)
+        model = ToyLanguageModel()
+        for name in ("embed", "up", "out"):
+            np.save(folder / f"{name}.npy", model.get_submodule(name).weight.numpy())
+        source = folder / f"toy {kind}"
+        model = with_adapter(model, source, **settings_of(kind, ("up", "out")))
+        lk.load_adapter(model, source)
+        rows = []
+        for prompt in tokens:
+            ids = prompt
+            for _ in range(16):
+                ids = torch.cat([ids, model(ids).argmax(1)])
+            rows.append(ids[len(prompt) :])
+        adapter = lk.adapters.read(source)
+        shapes = {f"{p}.lora_A.weight": list(f.lora_a.T.shape) for p, f in adapter.modules.items()}
+        shapes |= {f"{p}.lora_B.weight": list(f.lora_b.T.shape) for p, f in adapter.modules.items()}
+        for fault in (None, "scale left out of B") if kind == "plain" else (None,):
+            target = folder / f"toy {kind} {fault}.onnx_adapter"
+            wrong = {p: f._replace(scaling=1.0) for p, f in adapter.modules.items()}
+            lk.adapters.convert(lk.adapters.Adapter(wrong) if fault else adapter, target, to="onnx")
+            paths = {"path": str(target), "shapes": shapes, "tokens": tokens.tolist()}
+            found.append(case(folder, "toy", kind, fault, torch.stack(rows).numpy(), **paths))
+    return found
+
+
 PREPARE: dict[str, Callable[[Path, Path, Sequence[str]], list[dict[str, Any]]]] = {
     "llama_cpp": llama_cpp,
     "mlx": mlx,
     "lycoris": lycoris,
     "diffusers": diffusers,
+    "onnx": onnx,
 }
