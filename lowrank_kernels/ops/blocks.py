@@ -152,9 +152,23 @@ def lora_call(x: Tensor, part: LoRAPart, dropout_p: float, seed: Tensor | None, 
     if part.magnitude is None:
         return LoRALinear(x, part.weight, a, b, part.bias, None, part.scaling, dropout_p, seed, save, backend)
     return DoRALinear(
-        x, part.weight, a, b, part.magnitude, part.weight_sq_norm, None, None, part.bias, part.scaling, dropout_p, seed,
-        False, True, save, backend,
-    )  # fmt: skip
+        x,
+        part.weight,
+        a,
+        b,
+        part.magnitude,
+        part.weight_sq_norm,
+        None,
+        None,
+        part.bias,
+        part.scaling,
+        dropout_p,
+        seed,
+        False,
+        True,
+        save,
+        backend,
+    )
 
 
 def check_part(where: str, x: Tensor, part: LoRAPart, dropout_p: float, seed: Tensor | None, backend: str) -> None:
@@ -283,15 +297,40 @@ def _backward_call(
     wanted = need_x, "lora_a" in need, "lora_b" in need
     if m is None:
         return LoRALinearBackward(
-            dy, x, part.weight, a, b, None, kept.get("p"), part.scaling, form.dropout_p, seed, (*wanted, False, False),
+            dy,
+            x,
+            part.weight,
+            a,
+            b,
+            None,
+            kept.get("p"),
+            part.scaling,
+            form.dropout_p,
+            seed,
+            (*wanted, False, False),
             form.backend,
-        )  # fmt: skip
+        )
     norm, scale = kept["norm"], kept["column_scale"]
     assert norm is not None and scale is not None
     return DoRALinearBackward(
-        dy, x, part.weight, a, b, norm, scale, kept.get("p"), kept.get("u"), part.scaling, form.dropout_p, seed, False,
-        True, (*wanted, "magnitude" in need, False), m.dtype, form.backend,
-    )  # fmt: skip
+        dy,
+        x,
+        part.weight,
+        a,
+        b,
+        norm,
+        scale,
+        kept.get("p"),
+        kept.get("u"),
+        part.scaling,
+        form.dropout_p,
+        seed,
+        False,
+        True,
+        (*wanted, "magnitude" in need, False),
+        m.dtype,
+        form.backend,
+    )
 
 
 def _q_and_grad_b(call: LoRALinearBackward, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
