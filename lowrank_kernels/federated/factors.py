@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,11 @@ def check_shares(op: str, clients: int, client_weights: Sequence[float] | None) 
     weights = [1.0] * clients if client_weights is None else list(client_weights)
     if not clients or len(weights) != clients:
         raise ValueError(f"{op}: expected one factor and one weight a client, got {clients} and {len(weights)}")
-    if any(isinstance(c, bool) or not isinstance(c, (int, float)) or not 0.0 <= c < math.inf for c in weights) or (
+    if any(isinstance(c, bool) or not isinstance(c, Real) or not 0.0 <= c < math.inf for c in weights) or (
         not 0.0 < sum(weights) < math.inf
     ):
         raise ValueError(f"{op}: expected client_weights of at least 0, not all zero, with a finite sum, got {weights}")
-    return [c / sum(weights) for c in weights]
+    return [float(c / sum(weights)) for c in weights]
 
 
 def check_scaling(op: str, scaling: float, *, divides: bool = False) -> None:

@@ -5,7 +5,8 @@ which are taken as shares of their sum. Leading dimensions are layers of equal s
 are made in float64, in the order of the clients, and rounded once to the dtype of the first client's factors. Nothing
 of the size of W is made.
 
-Raised by all: TypeError and ValueError as :func:`~.factors.check_clients` and :func:`~.factors.check_shares` have them.
+Raised by all: TypeError and ValueError as :func:`~.factors.check_clients` and :func:`~.factors.check_shares` have them;
+ValueError where finite factors give NaN or Inf in the dtype of the result.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def fed_avg(clients: Sequence[Factors], client_weights: Sequence[float] | None =
     check_clients("fed_avg", clients)
     shares = check_shares("fed_avg", len(clients), client_weights)
     alike, s = padded(clients)
-    return _rounded(average([c.lora_a for c in alike], shares), average([c.lora_b for c in alike], shares), s, clients)
+    mean = Factors(average([c.lora_a for c in alike], shares), average([c.lora_b for c in alike], shares), s)
+    return _rounded("fed_avg", mean, clients)
 
 
 @torch.no_grad()
@@ -78,8 +80,8 @@ def ffa_lora(clients: Sequence[Factors], client_weights: Sequence[float] | None 
         if not torch.equal(c.lora_a, whole.cut(c.rank).lora_a):
             raise ValueError(f"ffa_lora: expected one A, shared by all clients, and that of client {place} is another")
     alike, s = padded(clients)
-    mean = average([c.lora_b for c in alike], shares)
-    return Factors(whole.lora_a, mean.to(clients[0].lora_b.dtype), s)
+    mean = Factors(whole.lora_a.detach(), average([c.lora_b for c in alike], shares), s)
+    return _rounded("ffa_lora", mean, clients)._replace(lora_a=mean.lora_a)
 
 
 @torch.no_grad()
@@ -104,7 +106,8 @@ def fed_ex_lora(clients: Sequence[Factors], client_weights: Sequence[float] | No
     a = [c.lora_a - last.lora_a for c in alike[:-1]]
     b = [share * (c.lora_b - centre) for share, c in zip(shares, alike[:-1], strict=False)]
     empty = Factors(last.lora_a[..., :0, :], last.lora_b[..., :0])
-    return mean, _rounded(torch.cat([empty.lora_a, *a], dim=-2), torch.cat([empty.lora_b, *b], dim=-1), s, clients)
+    residual = Factors(torch.cat([empty.lora_a, *a], dim=-2), torch.cat([empty.lora_b, *b], dim=-1), s)
+    return mean, _rounded("fed_ex_lora", residual, clients)
 
 
 @torch.no_grad()
@@ -146,14 +149,13 @@ def flex_lora(
     new_b = (q_b @ u[..., :rank]) * root[..., None, :]
     new_a = root[..., :, None] * (vh[..., :rank, :] @ q_a.mT)
     missing = rank - root.shape[-1]
-    return _rounded(
-        torch.nn.functional.pad(new_a, (0, 0, 0, missing)),
-        torch.nn.functional.pad(new_b, (0, missing)),
-        whole.scaling,
-        clients,
-    )
+    wide_a, wide_b = torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(new_b, (0, missing))
+    return _rounded(op, Factors(wide_a, wide_b, whole.scaling), clients)
 
 
-def _rounded(lora_a: Tensor, lora_b: Tensor, scaling: float, clients: Sequence[Factors]) -> Factors:
-    """In the dtypes of the clients' factors."""
-    return Factors(lora_a.to(clients[0].lora_a.dtype), lora_b.to(clients[0].lora_b.dtype), scaling)
+def _rounded(op: str, found: Factors, clients: Sequence[Factors]) -> Factors:
+    """In the dtypes of the first client's factors. Raises ValueError where that gives NaN or Inf."""
+    a, b = found.lora_a.to(clients[0].lora_a.dtype), found.lora_b.to(clients[0].lora_b.dtype)
+    if not (all_finite(a) and all_finite(b)):
+        raise ValueError(f"{op}: expected a finite result, and the clients' factors overflow {a.dtype} and {b.dtype}")
+    return Factors(a, b, found.scaling)

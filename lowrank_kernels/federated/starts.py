@@ -54,10 +54,12 @@ def random_blocks(shape: tuple[int, int], density: float, generator: torch.Gener
         size: of a block, a multiple of 16; those at the edges may be narrower.
 
     Raises:
-        ValueError: a density that is not above 0 and at most 1.
+        ValueError: a density that is not above 0 and at most 1; a size that is no multiple of 16.
     """
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
         raise ValueError(f"random_blocks: expected density above 0 and at most 1, got {density!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 16 or size % 16:
+        raise ValueError(f"random_blocks: expected size to be a multiple of 16, got {size!r}")
     rows, columns = (-(-side // size) for side in shape)
     count = max(1, round(density * rows * columns))
     chosen = torch.randperm(rows * columns, generator=generator)[:count].sort().values

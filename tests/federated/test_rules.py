@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -168,9 +169,9 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
 
 
 def test_non_contiguous_and_requires_grad() -> None:
-    plain = clients([4, 4])
+    plain = sharing(clients([4, 4]))
     odd = [Factors(f.lora_a.T.contiguous().T.requires_grad_(), f.lora_b.T.contiguous().T, f.scaling) for f in plain]
-    for rule in (fed_avg, flex_lora):
+    for rule in (fed_avg, ffa_lora, flex_lora):
         ours, theirs = rule(odd), rule(plain)
         assert not ours.lora_a.requires_grad
         torch.testing.assert_close(dense(ours), dense(theirs), **EXACT)
@@ -206,6 +207,24 @@ def test_weights_that_are_none(rule: Callable[..., object], weights: list[float]
         rule(sharing(clients([2, 2])), weights)
     with pytest.raises(ValueError, match="got 0 and 0"):
         rule([])
+
+
+def test_weights_of_numpy_are_numbers() -> None:
+    factors = clients([2, 2])
+    ours, theirs = fed_avg(factors, np.array([3, 7])), fed_avg(factors, [3, 7])  # type: ignore[arg-type]
+    assert torch.equal(ours.lora_a, theirs.lora_a) and torch.equal(ours.lora_b, theirs.lora_b)
+
+
+@pytest.mark.parametrize("rule", [fed_avg, ffa_lora, fed_ex_lora, flex_lora])
+def test_a_result_that_overflows_its_dtype_is_refused(rule: Callable[..., object]) -> None:
+    a, b = random(1, K, dtype=torch.float16), random(N, 1)
+    if rule is fed_ex_lora:  # the factors fit, their differences do not
+        a = torch.full((1, K), 6e4, dtype=torch.float16)
+        factors = [Factors(a, b), Factors(-a, 2 * b)]
+    else:
+        factors = [Factors(a, b.half()), Factors(a, 1e12 * b)]
+    with pytest.raises(ValueError, match=rf"{rule.__name__}: expected a finite result, .* overflow torch\.float16"):
+        rule(factors)
 
 
 def test_ffa_refuses_an_a_that_is_not_shared() -> None:
@@ -262,6 +281,9 @@ def test_random_blocks_are_of_the_given_density() -> None:
     assert blocks[:, 0].max() < 7 and blocks[:, 1].max() < 13 and blocks.min() >= 0
     assert len(random_blocks((16, 16), 1e-9, generator)) == 1
     lk.nn.BlockSparseLinear(torch.nn.Linear(200, 100), blocks, 16)  # a mask that the layer takes
+    for size in (0, 8, -16, True, 16.0):
+        with pytest.raises(ValueError, match="random_blocks: expected size"):
+            random_blocks((16, 16), 0.5, generator, size=size)  # type: ignore[arg-type]
     for density in (0.0, 1.5, math.nan, True):
         with pytest.raises(ValueError, match="random_blocks: expected density"):
             random_blocks((16, 16), density, generator)
