@@ -234,9 +234,10 @@ NONSENSE = {
     "no arrays": (rewritten(arrays=lambda record: None), "arrays"),
     "a record of another kind": (rewritten(arrays=lambda record: ConfigRecord({"a": 1})), "expected an ArrayRecord"),
     "no metrics": (rewritten(metrics=lambda record: None), "metrics"),
-    "no examples": (metrics(**{"num-examples": 0}), "num-examples to be a finite number above 0, got 0"),
+    "no examples": (metrics(**{"num-examples": 0}), "num-examples to be a number above 0 and at most 2\\*\\*53, got 0"),
     "examples that are NaN": (metrics(**{"num-examples": math.nan}), "num-examples"),
     "infinitely many": (metrics(**{"num-examples": math.inf}), "num-examples"),
+    "more than can be counted": (metrics(**{"num-examples": 1e308}), "num-examples"),
     "a list of examples": (metrics(**{"num-examples": [1, 2]}), "num-examples"),
     "a rank": (metrics(rank=9), "rank to be an integer from 1 to 4, got 9"),
     "a rank of none": (metrics(rank=0), "got 0"),
@@ -297,6 +298,66 @@ def test_clients_of_one_name_are_told_apart() -> None:
     assert len(strategy.history[0]["clients"]) == 3 and len(strategy.history[1]["left_out"]) == 3
 
 
+class Repeating(InProcessGrid):
+    """Every reply arrives twice."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        return [twice for reply in super().send_and_receive(messages) for twice in (reply, reply)]
+
+
+def test_a_reply_that_arrives_twice_counts_once() -> None:
+    strategy = make("fedavg")
+    strategy.start(Repeating(app(work=nudge), 3), num_rounds=2)
+    assert [list(h["clients"]) for h in strategy.history] == [["client 0", "client 1", "client 2"]] * 2
+    assert equal(weights_of(strategy), weights_of(run("fedavg", 2, client=app(work=nudge))))
+
+
+def test_names_are_one_printable_line_and_hide_no_other_client() -> None:
+    names = {1: "a", 2: "a (node 3)", 3: "a", 4: "b\n\x1b[31mWARNING : c"}
+    client = app(work=nudge, name=lambda context: names[context.node_id])
+    strategy = run("fedavg", nodes=4, client=client)
+    assert sorted(strategy.history[0]["clients"]) == ["a", "a (node 3)", "a (node 3) (node 3)", "b [31mWARNING : c"]
+
+
+def test_a_reply_to_an_earlier_round_is_left_out() -> None:
+    earlier: list[Message] = []
+
+    def late(node: int, server_round: int, reply: Message) -> Message:
+        if node != 3:
+            return reply
+        earlier.append(reply)
+        return earlier[0]
+
+    strategy = run("fedavg", 2, spoil=late, client=app(work=nudge))
+    assert list(strategy.history[1]["clients"]) == ["client 0", "client 1"]
+    assert strategy.history[1]["left_out"] == {"node 0": "it was not asked", "client 2": "no reply in time"}
+
+
+def test_updates_that_overflow_together_change_nothing() -> None:
+    def huge(model: nn.Module, context: Any, settings: dict[str, Any]) -> tuple[int, dict[str, float]]:
+        nudge(model, context, settings)
+        if settings["server-round"] == 1:
+            dict(model.named_parameters())["0.lora_A.weight"].data.fill_(3e38 * (-1) ** context.node_id)
+        return 1, {}
+
+    strategy = run("fedex-lora", 2, nodes=2, client=app(work=huge))
+    first, second = strategy.history
+    assert not first["clients"] and "overflow torch.float32" in first["left_out"]["client 0"]
+    assert len(second["clients"]) == 2 and all(t.isfinite().all() for t in weights_of(strategy).values())
+
+
+def test_a_client_whose_rank_rises_is_back_after_a_round() -> None:
+    now = {"rank": 1}
+    strategy = make("flexlora")
+    grid = InProcessGrid(app(work=nudge, rank=lambda context: now["rank"] if context.node_id == 3 else None), 3)
+    strategy.start(grid, num_rounds=1)
+    now["rank"] = 4
+    strategy.start(grid, num_rounds=3)
+    first, second, third = strategy.history
+    assert first["clients"]["client 2"]["rank"] == 1 and list(second["left_out"]) == ["client 2"]
+    assert third["clients"]["client 2"]["rank"] == 4
+
+
 def test_silence_errors_and_no_one_left() -> None:
     def third(node: int, server_round: int, reply: Message) -> Message | None:
         return None if (node == 3 and server_round == 1) or server_round == 2 else reply
@@ -347,9 +408,22 @@ def test_a_state_is_replaced_whole_or_not_at_all(tmp_path: Any, monkeypatch: Any
     for rule, settings in (("ffa-lora", {}), ("fedavg", {"seed": 1}), ("fedavg", {"privacy": Privacy(1.0, 1.0, 3)})):
         with pytest.raises(ValueError, match=r"server.pt: expected that of this run, got another (rule|seed|privacy)"):
             run(rule, 2, state=path, **settings)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="expected a file that a strategy wrote"):
-        run("fedavg", 2, state=path)
+    whole = torch.load(path, weights_only=True)
+    for foreign in (b"nonsense", before[: len(before) // 2], [1], {"what": 3}, {"what": whole["what"]}, {"round": 1}):
+        if isinstance(foreign, bytes):
+            path.write_bytes(foreign)
+        else:
+            torch.save(foreign, path)
+        with pytest.raises(ValueError, match=r"server\.pt: expected a file that a strategy wrote"):
+            run("fedavg", 2, state=path)
+
+
+def test_a_state_that_cannot_be_written_is_told_before_any_work(tmp_path: Any) -> None:
+    (tmp_path / "file").touch()
+    grid = InProcessGrid(app(work=nudge), 3)
+    with pytest.raises(OSError, match="file"):
+        make("fedavg", state=tmp_path / "file" / "server.pt").start(grid, num_rounds=1)
+    assert not grid.asked
 
 
 @pytest.mark.parametrize("rule", ["fedex-lora", "fed-rac-lora"])
@@ -399,8 +473,11 @@ def test_bytes_are_those_of_the_formula() -> None:
         "fedavg": (factors + bias + 6 * head, factors + bias + 6 * head),
         "ffa-lora": (b + bias + 4 * head, b + bias + 4 * head),
         "fedex-lora": (3 * factors + bias + 10 * head, factors + bias + 6 * head),
+        "federa": (factors + bias + 6 * head, factors + bias + 6 * head),
         "fed-rac-lora": (factors + bias + 6 * head, b + bias + 4 * head),
     }
+    first = run("federa", 1, client=app(work=nudge)).history[0]
+    assert first["bytes_down"] == 3 * expected["federa"][0]  # the start goes once
     for rule, (down, up) in expected.items():
         second = run(rule, 2, client=app(work=nudge)).history[1]
         assert (second["bytes_down"], second["bytes_up"]) == (3 * down, 3 * up), rule
@@ -456,6 +533,9 @@ def test_other_layers_and_configs_are_refused() -> None:
         STRATEGIES["fedavg"](base(), lk.SVFTConfig())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sparse_rounds"):
         STRATEGIES["slora"](base(), CONFIG, sparse_rounds=0)
+    for norm in (math.nan, 0.0, -1, True, "1"):
+        with pytest.raises(ValueError, match="FactorFedAvg: expected max_norm to be a number above 0"):
+            make("fedavg", max_norm=norm)
     with pytest.raises(ValueError, match="expected no initial_arrays"):
         make("fedavg").start(InProcessGrid(app(), 3), ArrayRecord())  # type: ignore[arg-type]
 
@@ -534,6 +614,8 @@ def test_the_budget_ends_a_run_and_outlives_it(tmp_path: Any) -> None:
     run("fedavg", 1, **settings)
     with pytest.raises(PrivacyBudgetExhausted, match="another round would exceed max_epsilon"):
         run("fedavg", 2, **settings)
+    with pytest.raises(ValueError, match=r"expected that of this run, got another privacy: .*configuration"):
+        run("fedavg", 2, **settings | {"privacy": Privacy(1.0, 1.0, 3, delta=1e-3)})
     for rule in ("fedex-lora", "flexlora"):
         with pytest.raises(ValueError, match="depends on each client by itself"):
             make(rule, privacy=Privacy(1.0, 1.0, 3))

@@ -109,6 +109,11 @@ def cut(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer], rank: int, h
     return found
 
 
+def start_without(taken: Mapping[str, Tensor]) -> Tensors:
+    """Factors that start where W was left without them: A and -B of a change of W."""
+    return {name: -t if name.endswith(".lora_B.weight") else t for name, t in taken.items()}
+
+
 @torch.no_grad()
 def assemble(
     model: nn.Module,
@@ -126,8 +131,8 @@ def assemble(
         config: with the ranks of this client.
         tensors: by name; factors of a higher rank are cut to the layer's.
         kept: what earlier rounds have left, in their order. A alone is shared by all from there on; B alone changes W
-            by s B A with that A; both change it by s B A of their own; a block index says what trains instead of
-            factors.
+            by s B A with that A; both change it by s B A of their own, and factors that ``tensors`` lacks start at A
+            and -B; a block index says what trains instead of factors.
         trains: which factors train, "both" or "b".
         cut_by: "first" or "svd", as :func:`cut`.
 
@@ -142,14 +147,17 @@ def assemble(
     report = adapt(model, ranked(model, config, None, trains))
     layers, others = factor_layers(model), other_trained(model)
     shared: Tensors = {}
+    start: Tensors = {}
     for changes in kept:
         for path, layer in layers.items():
             a, b = changes.get(name_a(path)), changes.get(name_b(path))
             if b is not None:
                 merge_lora_(layer.matrix, shared[path] if a is None else a, b, scaling=layer.scaling)
+                if a is not None:
+                    start |= start_without({name_a(path): a, name_b(path): b})
             elif a is not None:
                 shared[path] = a
-    whole = {name_a(path): a for path, a in shared.items()} | dict(tensors)
+    whole = start | {name_a(path): a for path, a in shared.items()} | dict(tensors)
     sizes = {path: Layer.of(layer) for path, layer in layers.items()}
     places: dict[str, Tensor] = dict(others)
     for path, layer in layers.items():

@@ -32,7 +32,19 @@ from ...finite import all_finite
 from ...functional import write_blocks_
 from ...init import init_factors_
 from ...report import Report
-from .adapter import BLOCK, Layer, Tensors, assemble, cut, factor_layers, name_a, name_b, other_trained, ranked
+from .adapter import (
+    BLOCK,
+    Layer,
+    Tensors,
+    assemble,
+    cut,
+    factor_layers,
+    name_a,
+    name_b,
+    other_trained,
+    ranked,
+    start_without,
+)
 from .privacy import Privacy
 from .records import bytes_of, record_of, tensors_of
 
@@ -98,6 +110,10 @@ class LowRankStrategy(FedAvg):
             raise TypeError(f"{name}: expected config to be a LoRAConfig, got {type(config).__name__}")
         if privacy is not None and not self.only_averages:
             raise ValueError(f"{name}: expected no privacy: what this rule sends depends on each client by itself")
+        if max_norm is not None and (
+            isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0.0
+        ):
+            raise ValueError(f"{name}: expected max_norm to be a number above 0, got {max_norm!r}")
         super().__init__(**sampling)
         self.config, self.seed, self.max_norm, self.privacy = config, seed, max_norm, privacy
         self.state = None if state is None else Path(state)
@@ -207,6 +223,7 @@ class LowRankStrategy(FedAvg):
             raise ValueError(f"{type(self).__name__}.start: expected no initial_arrays: the strategy has its own")
         if self.resume():
             logger.info("Going on after round %d of %d, from %s", self.round, num_rounds, self.state)
+        self._save()  # a place that cannot be written is told before a client works
         before = self.round
         evaluation = evaluate_fn and (lambda server_round, arrays: evaluate_fn(before + server_round, arrays))
         self._before = before
@@ -286,12 +303,15 @@ class LowRankStrategy(FedAvg):
         up, silent = 0, set(self._asked)
         for reply in replies:
             node = self._node_of(reply)
+            if node in self._asked and node not in silent:
+                logger.warning("A reply too many of %s is not looked at", self._nodes[node]["name"])
+                continue
             silent.discard(node)
             try:
                 client = self._usable(reply)
             except Exception as error:  # whatever a client sent, the round goes on
                 known = self._nodes.setdefault(node, _unknown(node))
-                known["kept"] = 0  # it may have lost what it kept
+                known |= {"rank": None, "kept": 0}  # it may have lost what it kept, and have another rank
                 left_out[_new_name(known["name"], node, left_out)] = _reason(error)
                 continue
             known = self._nodes.setdefault(node, _unknown(node))
@@ -305,9 +325,15 @@ class LowRankStrategy(FedAvg):
         for name, reason in left_out.items():
             logger.warning("Round %d goes on without %s: %s", self._before + server_round, name, reason)
         found = dict(sorted(found.items()))
-        epsilon = self._combine(list(found.values())) if found else None
+        epsilon, nothing = None, "no client sent anything usable"
+        if found:
+            try:
+                epsilon = self._combine(list(found.values()))
+            except (ValueError, RuntimeError) as error:  # each is usable by itself, and together they overflow
+                nothing, left_out = _reason(error), left_out | dict.fromkeys(found, _reason(error))
+                found = {}
         if not found:
-            logger.warning("Round %d changes nothing: no client sent anything usable", self._before + server_round)
+            logger.warning("Round %d changes nothing: %s", self._before + server_round, nothing)
         self.round = self._before + server_round
         record: dict[str, Any] = {
             "round": self.round,
@@ -342,7 +368,7 @@ class LowRankStrategy(FedAvg):
         for node, asked in self._asked.items():
             if asked["metadata"].message_id and asked["metadata"].message_id == reply.metadata.reply_to_message_id:
                 return node
-        return reply.metadata.src_node_id
+        return 0 if reply.metadata.reply_to_message_id else reply.metadata.src_node_id
 
     def _usable(self, reply: Message) -> dict[str, Any]:
         """What a client sent. Raises where it is not what was asked for."""
@@ -378,7 +404,7 @@ class LowRankStrategy(FedAvg):
         if self.max_norm is not None and norm > self.max_norm:
             raise ValueError(f"expected an update of a norm up to {self.max_norm}, got {norm:.4g}")
         told = reply.content.get("client")
-        name = str(told["name"])[:80] if isinstance(told, ConfigRecord) and "name" in told else None
+        name = _line(str(told["name"]))[:80] if isinstance(told, ConfigRecord) and "name" in told else None
         return {
             "name": name or f"node {self._node_of(reply)}",
             "num-examples": examples,
@@ -413,9 +439,9 @@ class LowRankStrategy(FedAvg):
         tensors = [self.privacy.clip(c["tensors"], c["start"]) for c in clients]
         tensors += [unchanged] * (sampled - len(tensors))
         new = self.combine(tensors, [1.0] * sampled)
+        self.accountant.compose(self.privacy.event(sampled))  # first: nothing is released that is not accounted for
         self.privacy.noise_({name: new[name] for name in unchanged}, sampled)
         self.settle(new)
-        self.accountant.compose(self.privacy.event(sampled))
         spent = self.accountant.get_privacy_spent()
         logger.info(
             "Privacy spent: epsilon %.4g at delta %g, after %d rounds",
@@ -458,23 +484,26 @@ class LowRankStrategy(FedAvg):
         """Go on from the file ``state``; False where there is none yet.
 
         Raises:
-            ValueError: it is of another rule, adapter or seed, or no such file.
+            ValueError: it is of another rule, adapter, seed or privacy, or no such file.
         """
         if self.state is None or not self.state.exists():
             return False
         name = f"{type(self).__name__}: state {self.state}"
         try:
             whole = torch.load(self.state, map_location="cpu", weights_only=True)
-            what = whole["what"]
+            what, accounted = whole["what"], whole["accountant"]
+            found = [whole[key] for key in ("round", "current", "kept", "history")]
+            odd = [key for key, value in self._what().items() if what.get(key) != value]
         except Exception as error:
-            raise ValueError(f"{name}: expected a file that a strategy wrote: {error}") from None
-        odd = [key for key, value in self._what().items() if what.get(key) != value]
-        if odd or (whole["accountant"] is None) is not (self.accountant is None):
+            raise ValueError(f"{name}: expected a file that a strategy wrote: {_reason(error)}") from None
+        if odd or (accounted is None) is not (self.accountant is None):
             raise ValueError(f"{name}: expected that of this run, got another {', '.join(odd) or 'privacy'}")
-        self.round, self.current, self.kept = whole["round"], whole["current"], whole["kept"]
-        self.history = whole["history"]
         if self.accountant is not None:
-            self.accountant.load_state_dict(whole["accountant"])
+            try:
+                self.accountant.load_state_dict(accounted)
+            except ValueError as error:
+                raise ValueError(f"{name}: expected that of this run, got another privacy: {error}") from None
+        self.round, self.current, self.kept, self.history = found
         return True
 
 
@@ -485,12 +514,19 @@ def _unknown(node: int) -> dict[str, Any]:
 
 def _new_name(name: str, node: int, taken: Mapping[str, Any]) -> str:
     """What a node calls itself, with its number where another has that name."""
-    return f"{name} (node {node})" if name in taken else name
+    while name in taken:
+        name = f"{name} (node {node})"
+    return name
+
+
+def _line(text: str) -> str:
+    """On one line, of what can be printed."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _reason(error: Exception) -> str:
     """Its last words, on one line: where a client's traceback says what happened."""
-    return " ".join(str(error).split())[-300:]
+    return _line(str(error))[-300:]
 
 
 def _metrics_of(reply: Message) -> tuple[float, dict[str, float]]:
@@ -500,8 +536,8 @@ def _metrics_of(reply: Message) -> tuple[float, dict[str, float]]:
         raise ValueError(f"expected a MetricRecord, got {type(record).__name__}")
     metrics: dict[str, Any] = {k: v for k, v in record.items() if isinstance(v, (int, float))}
     examples = metrics.pop("num-examples", None)
-    if examples is None or isinstance(examples, bool) or not 0 < examples < math.inf:
-        raise ValueError(f"expected num-examples to be a finite number above 0, got {examples!r}")
+    if examples is None or isinstance(examples, bool) or not 0 < examples <= 2**53:
+        raise ValueError(f"expected num-examples to be a number above 0 and at most 2**53, got {examples!r}")
     return examples, metrics
 
 
@@ -560,7 +596,10 @@ class FlexLoRA(LowRankStrategy):
 
 class FeDeRA(LowRankStrategy):
     """FedAvg of factors that start from W's singular vectors, W keeping the rest (FeDeRA):
-    :func:`~lowrank_kernels.federated.svd_factors`."""
+    :func:`~lowrank_kernels.federated.svd_factors`.
+
+    What is taken out of W is where the factors start, so that it goes to a client once, and no factors beside it.
+    """
 
     def begin(self, model: nn.Module) -> None:
         taken: Tensors = {}
@@ -570,6 +609,12 @@ class FeDeRA(LowRankStrategy):
             self.current |= {name_a(path): a, name_b(path): b}
             taken |= {name_a(path): a, name_b(path): -b}
         self.kept.append(taken)
+
+    def sent(self) -> list[str]:
+        start = start_without(self.kept[0])
+        return [
+            name for name in super().sent() if name not in start or not torch.equal(self.current[name], start[name])
+        ]
 
 
 class FedRACLoRA(LowRankStrategy):
