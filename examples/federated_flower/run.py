@@ -86,6 +86,7 @@ def main() -> int:
     args = parser.parse_args()
     settings = ([f'rule="{args.rule}"'] if args.rule else []) + args.set
     command = ["flwr", "run", str(args.app), "--stream", "--federation-config", f"num-supernodes={args.clients}"]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else `finally` would not run
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         try:

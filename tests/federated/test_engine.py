@@ -76,6 +76,7 @@ def rounds_done(folder: Path) -> int:
     return torch.load(state, weights_only=True)["round"] if state.exists() else 0
 
 
+@pytest.mark.nightly  # of Flower's simulation; test_one_client_is_local_training_bit_for_bit shows the rule without it
 def test_simulation_gives_the_same_bits(tmp_path: Path) -> None:
     settings = {"rule": "fedex-lora", "rounds": 2, "folder": str(tmp_path), "timeout": 3600.0}
     script = f"""
@@ -100,7 +101,7 @@ run_simulation(app, client_app.app, 2, backend_config={{"client_resources": {{"n
     assert_same(tmp_path, without_engine("fedex-lora", 2))
 
 
-@pytest.mark.nightly  # test_simulation_gives_the_same_bits runs the same rounds in Flower's simulation, by its function
+@pytest.mark.nightly  # of `flwr run`; test_one_client_of_fed_rac_lora_is_a_local_chain_bit_for_bit shows the rule
 def test_flwr_run_offline_leaves_nothing_behind(tmp_path: Path) -> None:
     before = set(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines())
     command = [sys.executable, str(Path(run.__file__)), "--app", str(APP), "--rule", "fed-rac-lora", "--clients", "2"]
@@ -109,6 +110,34 @@ def test_flwr_run_offline_leaves_nothing_behind(tmp_path: Path) -> None:
     assert_same(tmp_path, without_engine("fed-rac-lora", 2))
     after = set(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines())
     assert not [args for args in after - before if "superlink" in args or "superexec" in args]
+
+
+def test_a_run_that_is_asked_to_end_stops_what_it_started() -> None:
+    background = "import time; time.sleep(600)"
+    starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {background!r}], start_new_session=True)"
+    script = f"""
+import subprocess, sys
+sys.path.insert(0, {str(Path(run.__file__).parent)!r})
+import run
+started = subprocess.run
+def flwr(command, env):
+    started([sys.executable, "-c", {starts!r}], env=env, check=True)
+    print(env["FLWR_HOME"], flush=True)
+    return started(["sleep", "600"], env=env)
+run.subprocess.run = flwr
+sys.argv = ["run.py"]
+sys.exit(run.main())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        home = Path(process.stdout.readline().strip())
+        try:
+            assert run.left_behind(home)
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM and not home.exists()
+            assert not any(map(run.is_running, run.left_behind(home)))
+        finally:
+            run.stop(home)
 
 
 class Deployment:

@@ -319,6 +319,16 @@ def test_names_are_one_printable_line_and_hide_no_other_client() -> None:
     assert sorted(strategy.history[0]["clients"]) == ["a", "a (node 3)", "a (node 3) (node 3)", "b [31mWARNING : c"]
 
 
+def test_a_client_with_another_alpha_or_metrics_of_our_names_says_so() -> None:
+    other = lk.LoRAConfig(r=4, alpha=13, target_modules=["0", "2"], bias="lora_only")
+    left_out = run("fedavg", client=app(other, nudge)).history[0]["left_out"]
+    assert left_out["node 1"].endswith("expected the server's scaling 3.0 of 0, got 3.25")
+    for name in ("rank", "num-examples"):
+        client = app(work=lambda model, context, settings, name=name: (1, {name: 2}))
+        left_out = run("fedavg", client=client).history[0]["left_out"]
+        assert left_out["node 1"].endswith(f"of other names than the client's own, got {name}")
+
+
 def test_a_reply_to_an_earlier_round_is_left_out() -> None:
     earlier: list[Message] = []
 
@@ -614,6 +624,10 @@ def test_the_budget_ends_a_run_and_outlives_it(tmp_path: Any) -> None:
     run("fedavg", 1, **settings)
     with pytest.raises(PrivacyBudgetExhausted, match="another round would exceed max_epsilon"):
         run("fedavg", 2, **settings)
+    grid = InProcessGrid(app(work=nudge), 3)
+    with pytest.raises(ValueError, match="a population of at least the 3 clients of a round, got 2"):
+        make("fedavg", privacy=Privacy(1.0, 1.0, 2)).start(grid, num_rounds=1)
+    assert not grid.asked
     with pytest.raises(ValueError, match=r"expected that of this run, got another privacy: .*configuration"):
         run("fedavg", 2, **settings | {"privacy": Privacy(1.0, 1.0, 3, delta=1e-3)})
     for rule in ("fedex-lora", "flexlora"):

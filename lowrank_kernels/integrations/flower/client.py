@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,6 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from ...config import LoRAConfig
+from ...nn.lora import LoRALayer
 from .adapter import assemble, block_layers, factor_layers, ranked, trained_tensors
 from .records import record_of, tensors_of
 
@@ -57,8 +59,15 @@ def client_app(
         own = ranked(model, config(context) if callable(config) else config, rank(context), trains)
         tensors = tensors_of(message.content["arrays"])
         report = assemble(model, own, tensors, kept, trains=trains, cut_by=str(settings["cut-by"]))
-        rank_now = {} if block_layers(model) else {"rank": max(layer.r for layer in factor_layers(model).values())}
+        rank_now = {}
+        if not block_layers(model):
+            layers = factor_layers(model)
+            rank_now = {"rank": max(layer.r for layer in layers.values())}
+            _check_scalings(layers, settings["scalings"])
         examples, metrics = work(model, context, settings)
+        taken = sorted({"num-examples", "rank"} & set(metrics))
+        if taken:
+            raise ValueError(f"client_app: expected metrics of other names than the client's own, got {taken[0]}")
         trained = record_of(trained_tensors(model))
         report.undo()  # else model and report hold each other, until Python looks for cycles
         return trained, MetricRecord({"num-examples": examples, **rank_now, **metrics})
@@ -82,6 +91,13 @@ def client_app(
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app
+
+
+def _check_scalings(layers: Mapping[str, LoRALayer], expected: Sequence[float]) -> None:
+    """Raise ValueError for an s that is not the server's: equal factors would be other changes of W."""
+    for (path, layer), s in zip(sorted(layers.items()), expected, strict=True):
+        if not math.isclose(layer.scaling, s, rel_tol=1e-9):
+            raise ValueError(f"client_app: expected the server's scaling {s} of {path}, got {layer.scaling}")
 
 
 def client_name(context: Context, name: Callable[[Context], str] | None = None) -> str:

@@ -74,7 +74,7 @@ class LowRankStrategy(FedAvg):
     Attributes:
         round: how many rounds are finished, over all runs that went on from one another.
         history: a dict a round: ``clients`` (examples, rank, norm, bytes and metrics, by name), ``left_out`` (reasons,
-            by name), ``bytes_down``, ``bytes_up``; ``epsilon`` under ``privacy``.
+            by name), ``bytes_down``, ``bytes_up``, both of training alone; ``epsilon`` under ``privacy``.
 
     Raises:
         TypeError: a config that is no LoRAConfig.
@@ -252,9 +252,14 @@ class LowRankStrategy(FedAvg):
 
     def _check_budget(self, sampled: int) -> None:
         """Raise PrivacyBudgetExhausted where a round with so many clients would exceed ``max_epsilon``."""
-        if self.privacy is None or self.accountant is None or self.privacy.max_epsilon is None or not sampled:
+        if self.privacy is None or self.accountant is None or not sampled:
             return
-        if self.accountant.would_exceed(self.privacy.event(sampled)):
+        if sampled > self.privacy.population:
+            raise ValueError(
+                f"{type(self).__name__}: expected a population of at least the {sampled} clients of a round, got "
+                f"{self.privacy.population}"
+            )
+        if self.privacy.max_epsilon is not None and self.accountant.would_exceed(self.privacy.event(sampled)):
             spent = self.accountant.get_privacy_spent()
             raise PrivacyBudgetExhausted(
                 f"{type(self).__name__}: another round would exceed max_epsilon = {self.privacy.max_epsilon}; "
@@ -286,6 +291,7 @@ class LowRankStrategy(FedAvg):
             "cut-by": self.cut_by,
             "kept-from": first,
             "kept-to": len(self.kept),
+            "scalings": [self.layers[path].scaling for path in sorted(self.layers)],
         }
         content = RecordDict({"arrays": arrays, "kept": kept, "config": ConfigRecord(settings)})
         asking = Message(content, dst_node_id=node, message_type=message.metadata.message_type)
