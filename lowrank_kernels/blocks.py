@@ -132,7 +132,7 @@ def _block(
         of_h = activation is not None and name == names[-1]
         rows = x.new_empty(0, part.weight.shape[-1]) if of_h else x
         check_part(f"{op}: {name}", rows, part, dropout_p, seed, backend)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
     if transformed() or (autocast and any(part.magnitude is not None for part in parts)):
         return _by_separate_calls(x, parts, activation, split, seed, dropout_p=dropout_p, backend=backend)
     if autocast:

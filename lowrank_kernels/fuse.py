@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .report import Replaced, Report, Skipped, count_parameters
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+_OF_OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+"""Arguments of cross-attention: what K and V are made of in the place of hidden_states."""
 _LEFT_ALONE = (
     "a block runs its linears by themselves while one of them is merged, carries hooks, has a gate, VeLoRA or a "
     "dropout of its own, or, with DoRA, is in evaluation, drops its base product's input or differentiates its norm"
@@ -92,11 +95,14 @@ class _FusedAttention(_Fused):
     """q_proj, k_proj and v_proj by ``qkv_lora``: the attention's own forward calls them, and gets what was computed."""
 
     block = "attention"
+    arguments: tuple[str, ...]
+    """Names of the arguments of the module's own forward, in order."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x: Any = args[0] if args else kwargs.get("hidden_states")
-        linears = [getattr(self, name) for name in _ATTENTION]
-        found = _parts(linears, x) if isinstance(x, Tensor) else None
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        x, linears = given.get("hidden_states"), [getattr(self, name) for name in _ATTENTION]
+        crosses = any(v is not None for name, v in given.items() if name in _OF_OTHERS)
+        found = _parts(linears, x) if isinstance(x, Tensor) and not crosses else None
         if found is None:
             return self.plain.forward(self, *args, **kwargs)
         for linear, y in zip(linears, qkv_lora(x, found[0], dropout_p=found[1]), strict=True):
@@ -121,10 +127,15 @@ _BLOCKS: dict[str, Any] = {"attention": _FusedAttention, "mlp": _FusedMLP}
 _CLASSES: dict[tuple[str, Any], Any] = {}
 
 
+def _arguments(plain: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(plain.forward).parameters)[1:]
+
+
 def _fused_class(block: str, plain: Any) -> Any:
     kind = _CLASSES.get((block, plain))
     if kind is None:
-        kind = type(f"Fused{plain.__name__}", (_BLOCKS[block], plain), {"plain": plain, "__doc__": plain.__doc__})
+        members = {"plain": plain, "arguments": _arguments(plain), "__doc__": plain.__doc__}
+        kind = type(f"Fused{plain.__name__}", (_BLOCKS[block], plain), members)
         _CLASSES[block, plain] = kind
     return kind
 
@@ -135,8 +146,8 @@ def fuse(model: nn.Module) -> Report:
     Takes, by their structure, every module with ``q_proj``, ``k_proj`` and ``v_proj``, and every one that computes
     down_proj(f(gate_proj(x)) ∘ up_proj(x)) or has a ``gate_up_proj`` for both (Llama, Qwen2 and 3, Mistral, Gemma,
     Phi3, SmolLM, and models like them), of which at least one linear is adapted: by ``adapt`` with LoRA or DoRA, or
-    PEFT's layers after ``accelerate``. What an MLP computes is tried on numbers first, and its f recognised by its
-    values. The block is then :func:`lowrank_kernels.qkv_lora` or :func:`lowrank_kernels.mlp_lora`.
+    PEFT's layers after ``accelerate``. What an MLP computes is tried on numbers first, in both modes, and its f
+    recognised by its values; cross-attention runs its linears by themselves. The block is then :func:`lowrank_kernels.qkv_lora` or :func:`lowrank_kernels.mlp_lora`.
 
     A module's class changes and nothing else: parameters, names, checkpoints, merging and hooks on it stay. The order
     in which gradients of x are added up may change by rounding; with dropout, linears of one x share a mask.
@@ -219,7 +230,15 @@ def _why_not(module: nn.Module, block: str, linears: Sequence[str]) -> str | Non
         return "its forward was replaced on the instance"
     if any(t.is_meta for t in module.parameters()):
         return "it is on the meta device: fuse the model when its weights are there"
-    return None if block == "attention" else _why_no_mlp(module, of)
+    return _why_no_attention(module, of) if block == "attention" else _why_no_mlp(module, of)
+
+
+def _why_no_attention(module: nn.Module, linears: Sequence[nn.Module]) -> str | None:
+    if len({_shape(linear)[1] for linear in linears}) > 1:
+        return f"its {', '.join(_ATTENTION)} take inputs of different widths"
+    if "hidden_states" not in _arguments(type(module)):
+        return "its forward takes no hidden_states"
+    return None
 
 
 def _activation(module: Any) -> str | None:
@@ -245,21 +264,35 @@ def _why_no_mlp(module: Any, linears: Sequence[Any]) -> str | None:
     weight: Any = frozen_weight(getattr(linears[0], "base_layer", linears[0]))
     rows = torch.linspace(-1.0, 1.0, 2 * _shape(linears[0])[1]).view(2, -1)
     rows = rows.to(weight.device, weight.dtype)
-    training = [(child, child.training) for child in module.modules()]
+    modes = [(child, child.training) for child in module.modules()]
     try:
-        module.eval()
-        with torch.no_grad():
-            ys = [linear(rows) for linear in linears[:-1]]
-            gate, up = ys[0].chunk(2, -1) if len(ys) == 1 else ys
-            expected, found = linears[-1](ACTIVATIONS[activation].value(gate) * up), module(rows)
+        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            for training in (False, True):  # a dropout, or a clamp of what is large, is to show
+                module.train(training)
+                for linear in linears:
+                    linear.eval()
+                reached = max(float(linear(rows).abs().max()) for linear in linears[:-1])
+                for x in (rows, rows * (_LARGE / reached if reached else 1.0)):
+                    if not _computes(module, linears, activation, x):
+                        return "its forward is not down(f(gate(x)) ∘ up(x))" + " in training" * training
     except Exception as error:  # whatever its forward wants
         return f"its forward takes no rows of x: {type(error).__name__}"
     finally:
-        for child, mode in training:
+        for child, mode in modes:
             child.training = mode
-    tolerance = 32 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
-    if not (
-        isinstance(found, Tensor) and found.shape == expected.shape and (found - expected).abs().max() <= tolerance
-    ):
-        return "its forward is not down(f(gate(x)) ∘ up(x))"
     return None
+
+
+_LARGE = 100.0
+"""Beyond the clamps of models' MLPs, which are at 7 to 16; its square is within float16's range."""
+
+
+def _computes(module: Any, linears: Sequence[Any], activation: str, x: Tensor) -> bool:
+    """True where module(x) is down(f(gate(x)) ∘ up(x))."""
+    ys = [linear(x) for linear in linears[:-1]]
+    gate, up = ys[0].chunk(2, -1) if len(ys) == 1 else ys
+    expected, found = linears[-1](ACTIVATIONS[activation].value(gate) * up), module(x)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    tolerance = 32 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+    return bool((found - expected).abs().max() <= tolerance)

@@ -10,6 +10,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from .dora import DoRALinear, DoRALinearBackward
 from .frozen import FrozenLinear, check_frozen_linear, plan_frozen_linear
 from .library import NAMESPACE, _library, traced, unseen
 from .lora import LoRALinear, LoRALinearBackward
-from .operands import as_rows, scaling_error, unit_columns
+from .operands import as_rows, like_rows_of, scaling_error, unit_columns
 from .planning import OWN, Plan
 
 
@@ -458,7 +459,7 @@ def _forward(x: Tensor, seed: Tensor | None, operands: Sequence[Tensor], form_te
         forms = form.parts[group.start : group.stop]
         ys, of_parts = _linears(rows, parts[group.start : group.stop], forms, form, _seed_of(seed, number))
         kept += [found[name] for of, found in zip(forms, of_parts, strict=True) for name in of.kept]
-    outputs = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+    outputs = [like_rows_of(x, y) for y in ys]
     return [*outputs, *between, *kept] if form.records else outputs
 
 
@@ -605,10 +606,15 @@ class _Block(torch.autograd.Function):
         needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[5:]]
         if all(dy is None for dy in dys):
             return (None,) * (len(needs) + 4)
+        form = form_from(ctx.form)
+        if form.activation is None:  # a linear whose output nobody used has no gradients
+            used = [dys[part] is not None for part, _ in _places(form)]
+            needs[1:] = [need and of_used for need, of_used in zip(needs[1:], used, strict=True)]
         x, seed, *rest = ctx.saved_tensors
         operands, saved = rest[: ctx.operands], rest[ctx.operands :]
         args = dys, x, seed, operands, saved, ctx.form, needs
-        with torch.autocast(next(dy for dy in dys if dy is not None).device.type, enabled=False):
+        device = next(dy for dy in dys if dy is not None).device.type
+        with torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
             if unseen():
                 found = _backward(*args)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from typing import Any
 
 import peft
@@ -196,13 +197,21 @@ class Other(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.wrong == "arguments":
             raise KeyError("x")
-        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.wrong == "order":
+            gate, up = up, gate
+        if self.wrong == "clamp":
+            gate, up = gate.clamp(max=16.0), up.clamp(-16.0, 16.0)
+        h = self.act_fn(gate) * up
+        return self.down_proj(nn.functional.dropout(h, 0.1, self.training and self.wrong == "dropout"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
         ("order", "its forward is not down"),
+        ("clamp", "its forward is not down"),
+        ("dropout", "its forward is not down(f(gate(x)) ∘ up(x)) in training"),
         ("activation", "its activation is none of silu"),
         ("arguments", "its forward takes no rows of x: KeyError"),
     ],
@@ -210,10 +219,55 @@ class Other(nn.Module):
 def test_what_only_looks_like_an_mlp_is_left(wrong: str, reason: str) -> None:
     model = nn.Sequential(Other(wrong))
     lk.adapt(model, lk.LoRAConfig(r=2, target_modules=["up_proj"]))
+    state = torch.get_rng_state()
     report = lk.fuse(model)
     assert report.replaced == ()
     assert report.skipped[0].reason.startswith(reason)
     assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Attention(nn.Module):
+    """q (k · v) of hidden_states, or with k and v of other states."""
+
+    def __init__(self, of_others: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 12), nn.Linear(of_others, 12), nn.Linear(of_others, 12)
+
+    def forward(self, hidden_states: Tensor, key_value_states: Tensor | None = None) -> Tensor:
+        other = hidden_states if key_value_states is None else key_value_states
+        return self.q_proj(hidden_states) * (self.k_proj(other) * self.v_proj(other)).sum(0)
+
+
+def test_cross_attention_runs_its_linears_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList([Attention(8), Attention(6)])
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    with_trained_factors(model)
+    x, other, narrow = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 6)
+    expected = [model[0](x), model[0](x, other), model[0](x, key_value_states=other), model[1](x, narrow)]
+    report = lk.fuse(model)
+    assert [r.name for r in report.replaced] == ["0"]
+    assert "different widths" in report.skipped[0].reason
+    calls, qkv_lora = [], lk.qkv_lora
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return qkv_lora(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["lowrank_kernels.fuse"], "qkv_lora", counted)
+    found = [model[0](x), model[0](x, other), model[0](x, key_value_states=other), model[1](x, narrow)]
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == 1
+
+
+def test_an_attention_of_other_arguments_is_left() -> None:
+    class OfQueries(Attention):
+        def forward(self, query: Tensor) -> Tensor:  # type: ignore[override]
+            return self.q_proj(query)
+
+    model = nn.Sequential(OfQueries(8))
+    lk.adapt(model, lk.LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert lk.fuse(model).skipped[0].reason == "its forward takes no hidden_states"
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
@@ -395,3 +396,42 @@ def test_a_bad_call_is_refused_by_name(change: Callable[[Any], dict[str, Any]], 
 def test_linears_of_one_x_need_a_list_of_parts(parts: Any) -> None:
     with pytest.raises(ValueError, match="qkv_lora: expected parts to be a list of one LoRAPart or more"):
         lk.qkv_lora(torch.zeros(3, K), parts)
+
+
+class Listening(TorchDispatchMode):
+    """Sends calls through the dispatcher, as profilers, counters of operations and selective checkpointing do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_unused_output_is_no_error_where_something_listens() -> None:
+    parts = [part(N, K, rank, bias=True) for rank in (4, 5, 6)]
+    x = random(M, K).requires_grad_()
+    leaves = [x, *(t for p in parts for t in (p.lora_a, p.lora_b, p.bias))]
+    expected = torch.autograd.grad(lk.qkv_lora(x, parts)[1].sum(), leaves, allow_unused=True)
+    with Listening():
+        found = torch.autograd.grad(lk.qkv_lora(x, parts)[1].sum(), leaves, allow_unused=True)
+    assert (
+        [g is None for g in found] == [g is None for g in expected] == [False] + [True] * 3 + [False] * 3 + [True] * 3
+    )
+    assert all(f is None or torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(M, K), (2, 3, K)], ids=str)
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    parts, down = [part(F, K, 4), part(F, K, 4)], part(N, F, 4)
+    x = random(*shape).requires_grad_()
+    ys, y = lk.qkv_lora(x, parts), lk.mlp_lora(x, *parts, down)
+    expected = torch.autograd.grad(sum(t.mul(2).sum() for t in (*ys, y)), x, retain_graph=True)[0]
+    found = torch.autograd.grad(sum(t.mul_(2).sum() for t in (*ys, y)), x)[0]
+    assert torch.equal(found, expected)
+
+
+def test_on_the_meta_device_gradients_have_their_shapes() -> None:
+    factors = torch.empty(4, K, device="meta").requires_grad_(), torch.empty(N, 4, device="meta").requires_grad_()
+    x = torch.empty(2, 3, K, device="meta").requires_grad_()
+    (y,) = lk.qkv_lora(x, [LoRAPart(torch.empty(N, K, device="meta"), *factors)])
+    assert y.shape == (2, 3, N)
+    y.sum().backward()
+    assert [t.grad.shape for t in (x, *factors) if t.grad is not None] == [x.shape, *(t.shape for t in factors)]
