@@ -11,7 +11,7 @@ from torch import Tensor
 from .functional import dora_linear, frozen_linear, lora_linear
 from .ops.blocks import LoRAPart, check_part, lora_block
 from .ops.library import transformed
-from .ops.operands import backend_error, floats_error, number_error, raise_error, seed_tensor
+from .ops.operands import backend_error, floats_error, number_error, raise_error, seed_tensor, under_autocast
 from .reference.blocks import ACTIVATIONS, mlp_hidden_ref
 from .weights import in_dtype, like
 
@@ -132,7 +132,7 @@ def _block(
         of_h = activation is not None and name == names[-1]
         rows = x.new_empty(0, part.weight.shape[-1]) if of_h else x
         check_part(f"{op}: {name}", rows, part, dropout_p, seed, backend)
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    autocast = under_autocast(x)
     if transformed() or (autocast and any(part.magnitude is not None for part in parts)):
         return _by_separate_calls(x, parts, activation, split, seed, dropout_p=dropout_p, backend=backend)
     if autocast:

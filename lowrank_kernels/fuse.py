@@ -147,7 +147,8 @@ def fuse(model: nn.Module) -> Report:
     down_proj(f(gate_proj(x)) ∘ up_proj(x)) or has a ``gate_up_proj`` for both (Llama, Qwen2 and 3, Mistral, Gemma,
     Phi3, SmolLM, and models like them), of which at least one linear is adapted: by ``adapt`` with LoRA or DoRA, or
     PEFT's layers after ``accelerate``. What an MLP computes is tried on numbers first, in both modes, and its f
-    recognised by its values; cross-attention runs its linears by themselves. The block is then :func:`lowrank_kernels.qkv_lora` or :func:`lowrank_kernels.mlp_lora`.
+    recognised by its values; cross-attention runs its linears by themselves. The block is then
+    :func:`lowrank_kernels.qkv_lora` or :func:`lowrank_kernels.mlp_lora`.
 
     A module's class changes and nothing else: parameters, names, checkpoints, merging and hooks on it stay. The order
     in which gradients of x are added up may change by rounding; with dropout, linears of one x share a mask.

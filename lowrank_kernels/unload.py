@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapt import forget_adaptation, trained_before, weight_owners
 from .finite import all_finite
 from .functional import stack_column_scale
+from .fuse import unfuse
 from .names import named_modules, named_parameters
 from .nn.block_sparse import BlockSparseLinear
 from .nn.coded import CodedLinear
@@ -101,6 +102,7 @@ def merge_and_unload(model: nn.Module, *, adapter: int | None = None, requantize
     for module in list(model.modules()):
         forget_adaptation(module)
         module.__dict__.pop("trains_whole", None)
+    unfuse(model)
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import dora_linear, lora_linear
+from ..ops.operands import under_autocast
 from .base_only import runs_base_alone
 from .dora import DoRALayer, column_scale
 from .frozen import is_tracked_view, must_be_called, why_not_plain
@@ -282,7 +283,7 @@ def lies_in_rows(x: Tensor, conv: Any) -> bool:
         return False
     if is_patch(conv):
         return True
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
     if library_convolves(dtype, x.device):
         return False
     elements = math.prod(conv.kernel_size) * math.prod(x.shape[:-d])

@@ -14,6 +14,7 @@ from ..finite import all_finite
 from ..functional import RoutedRows, check_flag, experts_column_scale, experts_linear, plan_experts
 from ..init.factors import init_factors_
 from ..merge import check_float16_range, merge_dora_, merge_lora_
+from ..ops.operands import under_autocast
 from ..stack import LoRAStack, Place
 from .base_only import runs_base_alone
 from .frozen import FLOAT_DTYPES, AroundBase, has_hooks
@@ -368,7 +369,7 @@ def run_experts(
     up, down = weights
     k, width = top_k_index.shape[-1], hidden_states.shape[-1]
     x = hidden_states.reshape(-1, width)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not under_autocast(x):
         x = x.to(weights[up].dtype)  # as transformers' own products do
     routed = plan_experts(top_k_index.reshape(-1), experts.num_experts)
     order, rows = routed.order.long(), routed.sorted()

@@ -17,6 +17,7 @@ from ..finite import all_finite
 from ..functional import check_flag, fold_gate, lora_linear
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
+from ..ops.operands import under_autocast
 from ..weights import ROUNDINGS, FrozenWeight
 from .base_only import runs_base_alone
 from .coded import CodedLinear
@@ -202,7 +203,7 @@ class LoRALayer(AroundBase):
 
     def _correct(self, x: Tensor) -> Tensor:
         """s lora_B(lora_A(x)), by calling both, in the factors' dtype where there is no autocast."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if not under_autocast(x):
             x = x.to(self.lora_A.weight.dtype)
         p = self.lora_A(x)
         if self.lora_gate is not None:

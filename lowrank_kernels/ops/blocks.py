@@ -26,7 +26,7 @@ from .dora import DoRALinear, DoRALinearBackward
 from .frozen import FrozenLinear, check_frozen_linear, plan_frozen_linear
 from .library import NAMESPACE, _library, traced, unseen
 from .lora import LoRALinear, LoRALinearBackward
-from .operands import as_rows, like_rows_of, scaling_error, unit_columns
+from .operands import as_rows, like_rows_of, scaling_error, under_autocast, unit_columns
 from .planning import OWN, Plan
 
 
@@ -613,8 +613,8 @@ class _Block(torch.autograd.Function):
         x, seed, *rest = ctx.saved_tensors
         operands, saved = rest[: ctx.operands], rest[ctx.operands :]
         args = dys, x, seed, operands, saved, ctx.form, needs
-        device = next(dy for dy in dys if dy is not None).device.type
-        with torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext():
+        dy = next(dy for dy in dys if dy is not None)
+        with torch.autocast(dy.device.type, enabled=False) if under_autocast(dy) else nullcontext():
             if unseen():
                 found = _backward(*args)
             else:

@@ -31,6 +31,11 @@ def like_rows_of(x: Tensor, rows: Tensor) -> Tensor:
     return made
 
 
+def under_autocast(x: Tensor) -> bool:
+    """True where autocast is on for x's device; there is none of the meta device, and torch raises when asked."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def unit_columns(matrix: Tensor) -> Tensor:
     """The matrix itself where neighbours of a row are adjacent, else a copy whose are."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
@@ -147,7 +152,7 @@ def frozen_error(
     op: str, x: Tensor, weight: Tensor | FrozenWeight, cure: str = "or train it with torch.nn.functional.linear"
 ) -> Exception | None:
     """The error of a W that has another dtype than x outside of autocast, or that trains."""
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not under_autocast(x):
         return TypeError(
             f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; "
             f"cast x, or run under torch.autocast"

@@ -11,7 +11,7 @@ from ..cpp import cpp
 from ..reference.dropout import dropout_keep_mask_ref
 from ..weights import grad_product, product
 from .library import define_trained
-from .operands import as_rows, device_error, floats_error, like_rows_of, product_error, vector_error
+from .operands import as_rows, device_error, floats_error, like_rows_of, product_error, under_autocast, vector_error
 
 
 class VeLoRALinear(NamedTuple):
@@ -66,7 +66,7 @@ def check_velora_linear(call: VeLoRALinear) -> Exception | None:
     op, (x, weight, bias, vector) = "velora_linear", call
     error = floats_error(op, x=x, weight=weight, velora_vector=vector) or product_error(op, x, weight)
     error = error or device_error(op, x, weight=weight) or velora_error(op, x, vector)
-    if error is None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if error is None and weight.dtype != x.dtype and not under_autocast(x):
         error = TypeError(
             f"{op}: expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; cast x, or run under "
             f"torch.autocast"

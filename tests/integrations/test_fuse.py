@@ -148,6 +148,7 @@ def test_copies_pickles_merging_and_hooks() -> None:
     with lk.base_only(model):
         base = model(input_ids=IDS).logits
     lk.merge_and_unload(model)
+    assert fused(model) == []
     assert not torch.allclose(base, model(input_ids=IDS).logits, atol=1e-3)
     torch.testing.assert_close(model(input_ids=IDS).logits, before["logits"], rtol=1e-4, atol=1e-5)
 

@@ -334,3 +334,19 @@ def test_gradients_of_gradients_are_refused() -> None:
     (grad,) = torch.autograd.grad(LoRAExperts(Experts(2), R)(x, index, weights).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"gradients of gradients|once_differentiable"):
         torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("kind", ["experts", "velora", "lora"])
+def test_on_the_meta_device_a_layer_gives_its_shapes(kind: str) -> None:
+    x = torch.empty(3, H, device="meta")
+    with torch.device("meta"):
+        if kind == "experts":
+            y = LoRAExperts(Experts(4), r=2)(x, torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2))
+        elif kind == "velora":
+            y = lk.velora_linear(x, torch.empty(H, H, dtype=torch.float32), velora_vector=torch.empty(4))
+        else:
+            layer = lk.nn.LoRALinear(nn.Linear(H, H), r=2)
+            layer.lora_A.register_forward_hook(lambda *_: None)  # its factors are called
+            y = layer(x)
+    assert y.is_meta
+    assert y.shape == (3, H)

@@ -422,9 +422,9 @@ def test_an_unused_output_is_no_error_where_something_listens() -> None:
 def test_outputs_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     parts, down = [part(F, K, 4), part(F, K, 4)], part(N, F, 4)
     x = random(*shape).requires_grad_()
-    ys, y = lk.qkv_lora(x, parts), lk.mlp_lora(x, *parts, down)
-    expected = torch.autograd.grad(sum(t.mul(2).sum() for t in (*ys, y)), x, retain_graph=True)[0]
-    found = torch.autograd.grad(sum(t.mul_(2).sum() for t in (*ys, y)), x)[0]
+    ys, y = lk.qkv_lora(x, parts), lk.mlp_lora(x, parts[0], parts[1], down)
+    expected = torch.autograd.grad([t.mul(2).sum() for t in (*ys, y)], x, retain_graph=True)[0]
+    found = torch.autograd.grad([t.mul_(2).sum() for t in (*ys, y)], x)[0]
     assert torch.equal(found, expected)
 
 
