@@ -100,7 +100,8 @@ class _FusedAttention(_Fused):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
-        x, linears = given.get("hidden_states"), [getattr(self, name) for name in _ATTENTION]
+        x: Any = given.get("hidden_states")
+        linears = [getattr(self, name) for name in _ATTENTION]
         crosses = any(v is not None for name, v in given.items() if name in _OF_OTHERS)
         found = _parts(linears, x) if isinstance(x, Tensor) and not crosses else None
         if found is None:

@@ -274,7 +274,7 @@ def _backward_linears(
         else:
             plan = lora._plan_backward.known(call)
             if plan.backend == "cpu" and plan.base != OWN and plan.ready:
-                q, grads[i]["lora_b"] = _q_and_grad_b(call, plan)
+                q, grads[i]["lora_b"] = _q_and_grad_b(call, plan) if any(call.needs) else (None, None)
                 if need_x:
                     total = _plus(total, dy, part.weight)
                 if q is not None:
