@@ -150,11 +150,15 @@ def test_one_weight_alone_may_be_adapted(parameters: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_may_come_in_any_order(dtype: torch.dtype) -> None:
+    """Bit for bit where this package multiplies; in float32 PyTorch does, and rounds rows by their place."""
     layer = random_factors(LoRAExperts(Experts(4).to(dtype), R))
     x, index, weights = routed(30, 4, 2, dtype)
     turn = torch.randperm(30, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        assert torch.equal(layer(x[turn], index[turn], weights[turn]), layer(x, index, weights)[turn])
+        turned, straight = layer(x[turn], index[turn], weights[turn]), layer(x, index, weights)[turn]
+    if dtype == torch.bfloat16:
+        assert torch.equal(turned, straight)
+    torch.testing.assert_close(turned, straight, rtol=1e-5, atol=1e-6 * float(straight.abs().max()))
 
 
 @pytest.mark.parametrize(
