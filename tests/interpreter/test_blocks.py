@@ -32,9 +32,11 @@ def one_by_one(x: Tensor, gate: LoRAPart, up: LoRAPart, down: LoRAPart, dropout_
     return op(torch.nn.functional.silu(op(x, gate, 3)) * op(x, up, 3), down, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "dora", "dropout_p"),
+    [(torch.float32, False, 0.3), (torch.float32, True, 0.0), (torch.float16, False, 0.0), (torch.float16, True, 0.3)],
+    ids=str,
+)
 def test_an_mlp_is_its_parts(dtype: torch.dtype, dora: bool, dropout_p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     sizes = ((F, K, 4), (F, K, 7), (N, F, 1))
