@@ -34,7 +34,7 @@ ALLOWED = {
     "merge": ({"finite", "ops"}, {"torch"}),
     "report": ({"weights"}, {"torch"}),
     "init": ({"names", "finite", "gradients", "nn", "functional", "merge"}, {"torch"}),
-    "nn": ({"blocks", "finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
+    "nn": ({"blocks", "ops", "finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
     "rider": (set(), {"torch"}),
     "losses": ({"config", "names", "patterns"}, {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge", "rider"}, {"torch"}),
@@ -47,7 +47,7 @@ ALLOWED = {
     "adapt": ({"names", "config", "nn", "read_weights", "report"}, {"torch"}),
     "quantize": ({"adapt", "config", "names", "nn", "read_weights", "report", "weights"}, {"torch"}),
     "base_only": ({"adapt", "names", "nn"}, {"torch"}),
-    "unload": ({"names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
+    "unload": ({"fuse", "names", "adapt", "finite", "functional", "nn", "weights"}, {"torch"}),
     "adapters": (
         {"names", "adapt", "config", "finite", "functional", "nn", "patterns", "report", "weights"},
         {"torch", "safetensors", "gguf"},
