@@ -86,6 +86,7 @@ from .ops.operands import (
     raise_error,
     scaling_error,
     seed_tensor,
+    under_autocast,
     vector_error,
 )
 from .ops.plain import (
@@ -654,6 +655,7 @@ __all__ = [
     "svft_linear",
     "svft_pattern",
     "transformed",
+    "under_autocast",
     "write_blocks_",
 ]
 

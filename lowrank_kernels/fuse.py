@@ -166,17 +166,18 @@ def fuse(model: nn.Module) -> Report:
     replaced, skipped, taken = [], [], []
     for name, module in named_modules(model):
         for block, linears in _candidates(module):
-            reason = _why_not(module, block, linears)
+            activation = _activation(module) if block == "mlp" else None
+            reason = _why_not(module, block, linears, activation)
             if reason is not None:
                 skipped.append(Skipped(name, reason))
                 continue
-            taken.append((module, block, linears))
-            replaced.append(_replaced(name, module, block, linears))
-    undo = [lambda: unfuse(*(module for module, _, _ in taken))]
-    for module, block, linears in taken:
+            taken.append((module, block, linears, activation))
+            replaced.append(_replaced(name, module, block, linears, activation))
+    undo = [lambda: unfuse(*(module for module, *_ in taken))]
+    for module, block, linears, activation in taken:
         if block == "mlp":
             module.__dict__["fused_linears"] = linears
-            module.__dict__["fused_activation"] = _activation(module)
+            module.__dict__["fused_activation"] = activation
         module.__class__ = _fused_class(block, type(module))
     return Report("Blocks", tuple(replaced), tuple(skipped), *count_parameters(model), (_LEFT_ALONE,), _undo=undo)
 
@@ -200,10 +201,10 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
             break
 
 
-def _replaced(name: str, module: nn.Module, block: str, linears: Sequence[str]) -> Replaced:
+def _replaced(name: str, module: nn.Module, block: str, linears: Sequence[str], activation: str | None) -> Replaced:
     of = [getattr(module, linear) for linear in linears]
     shape = sum(_shape(linear)[0] for linear in of) if block == "attention" else _shape(of[-1])[0], _shape(of[0])[1]
-    what = f"f = {_activation(module)}" if block == "mlp" else "of one x"
+    what = "of one x" if activation is None else f"f = {activation}"
     return Replaced(name, block, shape, 0, size=f"{', '.join(linears)}: one node, {what}")
 
 
@@ -215,7 +216,7 @@ def _is_adapted(linear: nn.Module) -> bool:
     return hasattr(linear, "as_part")
 
 
-def _why_not(module: nn.Module, block: str, linears: Sequence[str]) -> str | None:
+def _why_not(module: nn.Module, block: str, linears: Sequence[str], activation: str | None) -> str | None:
     if isinstance(module, _Fused):
         return "already fused"
     of = [getattr(module, name) for name in linears]
@@ -232,7 +233,7 @@ def _why_not(module: nn.Module, block: str, linears: Sequence[str]) -> str | Non
         return "its forward was replaced on the instance"
     if any(t.is_meta for t in module.parameters()):
         return "it is on the meta device: fuse the model when its weights are there"
-    return _why_no_attention(module, of) if block == "attention" else _why_no_mlp(module, of)
+    return _why_no_attention(module, of) if block == "attention" else _why_no_mlp(module, of, activation)
 
 
 def _why_no_attention(module: nn.Module, linears: Sequence[nn.Module]) -> str | None:
@@ -258,9 +259,8 @@ def _activation(module: Any) -> str | None:
     return next(close, None)
 
 
-def _why_no_mlp(module: Any, linears: Sequence[Any]) -> str | None:
+def _why_no_mlp(module: Any, linears: Sequence[Any], activation: str | None) -> str | None:
     """None where the module, on two rows of numbers, gives what the formula of its own linears does."""
-    activation = _activation(module)
     if activation is None:
         return f"its activation is none of {', '.join(ACTIVATIONS)}"
     weight: Any = frozen_weight(getattr(linears[0], "base_layer", linears[0]))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import dora_linear, lora_linear
-from ..ops.operands import under_autocast
+from ..functional import dora_linear, lora_linear, under_autocast
 from .base_only import runs_base_alone
 from .dora import DoRALayer, column_scale
 from .frozen import is_tracked_view, must_be_called, why_not_plain

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..finite import all_finite
-from ..functional import RoutedRows, check_flag, experts_column_scale, experts_linear, plan_experts
+from ..functional import RoutedRows, check_flag, experts_column_scale, experts_linear, plan_experts, under_autocast
 from ..init.factors import init_factors_
 from ..merge import check_float16_range, merge_dora_, merge_lora_
-from ..ops.operands import under_autocast
 from ..stack import LoRAStack, Place
 from .base_only import runs_base_alone
 from .frozen import FLOAT_DTYPES, AroundBase, has_hooks

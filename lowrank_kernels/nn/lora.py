@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..blocks import LoRAPart
 from ..finite import all_finite
-from ..functional import check_flag, fold_gate, lora_linear
+from ..functional import check_flag, fold_gate, lora_linear, under_autocast
 from ..init.factors import INITS, init_factors_
 from ..merge import merge_lora_
-from ..ops.operands import under_autocast
 from ..weights import ROUNDINGS, FrozenWeight
 from .base_only import runs_base_alone
 from .coded import CodedLinear

@@ -89,7 +89,7 @@ def form_of(
     parts: Sequence[LoRAPart], activation: str | None, split: bool, records: bool, dropout_p: float, backend: str
 ) -> str:
     """The form as the dispatcher carries it; see :func:`form_from`."""
-    lines = [f"{activation or ''}\t{int(split)}\t{int(records)}\t{dropout_p!r}\t{backend}"]
+    lines = [f"{activation or ''}\t{int(split)}\t{int(records)}\t{float(dropout_p)!r}\t{backend}"]
     for part in parts:
         weight = part.weight
         name, count = ("", 1) if isinstance(weight, Tensor) else (_name_of(weight), len(weight.parts()))
@@ -97,7 +97,7 @@ def form_of(
         for letter, t in zip("abimn", part[1:6], strict=True):
             if t is not None:
                 letters += letter.upper() if records and t.requires_grad else letter
-        lines.append(f"{name}\t{count}\t{letters}\t{part.scaling!r}")
+        lines.append(f"{name}\t{count}\t{letters}\t{float(part.scaling)!r}")
     return "\n".join(lines)
 
 
@@ -183,11 +183,13 @@ def check_part(where: str, x: Tensor, part: LoRAPart, dropout_p: float, seed: Te
         raise scaling
     call = lora_call(x, part, dropout_p, seed, False, backend)
     call = FrozenLinear(x, part.weight, part.bias, backend) if call is None else call
-    check, planner = _CHECKED[type(call)]
+    check, plan = _CHECKED[type(call)]
+    error: Exception | None = None
     try:
-        error = check(call) if traced() else None
-        if not traced():
-            planner(call)
+        if traced():
+            error = check(call)
+        else:
+            plan(call)
     except (ValueError, TypeError) as raised:
         error = raised
     if error is not None:

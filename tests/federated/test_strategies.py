@@ -25,27 +25,11 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 
 from lowrank_kernels.integrations.flower import STRATEGIES, LowRankStrategy, Privacy, client_app
 from tests.federated.in_process import InProcessGrid
+from tests.federated.tiny_app.tiny.task import base, train
 
 CONFIG = lk.LoRAConfig(r=4, alpha=12, target_modules=["0", "2"], bias="lora_only")
 EXAMPLES = {1: 10, 2: 20, 3: 70}
 RULES = list(STRATEGIES)
-
-
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 16))
-
-
-def train(model: nn.Module, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.02)
-    for _ in range(4):
-        x = torch.randn(32, 24, generator=generator)
-        loss = (model(x) - x[:, :16].flip(1).sin()).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
 
 
 def fit(model: nn.Module, context: Any, settings: dict[str, Any]) -> tuple[int, dict[str, float]]:

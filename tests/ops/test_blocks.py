@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -350,6 +351,18 @@ def test_transforms_see_the_formula() -> None:
     ours = torch.func.vmap(torch.func.grad(lambda row: lk.mlp_lora(row[None], *parts).sum()))(x)
     theirs = torch.func.vmap(torch.func.grad(lambda row: separate_mlp(row[None], *parts, "silu").sum()))(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [np.float64(1.5), np.float32(1.5), 2], ids=lambda n: type(n).__name__)
+def test_a_scaling_of_numpy_or_an_integer_is_a_number(number: Any) -> None:
+    GENERATOR.manual_seed(17)
+    given, x = part(N, K, 3), random(M, K)
+    if isinstance(number, np.float32):
+        with pytest.raises(TypeError, match="qkv_lora: part 0: expected scaling to be a number, got float32"):
+            lk.qkv_lora(x, [given._replace(scaling=number)])
+    else:
+        ours, plain = (lk.qkv_lora(x, [given._replace(scaling=s)])[0] for s in (number, float(number)))
+        assert torch.equal(ours, plain)
 
 
 def mlp_operands() -> dict[str, Any]:

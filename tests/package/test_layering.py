@@ -34,7 +34,7 @@ ALLOWED = {
     "merge": ({"finite", "ops"}, {"torch"}),
     "report": ({"weights"}, {"torch"}),
     "init": ({"names", "finite", "gradients", "nn", "functional", "merge"}, {"torch"}),
-    "nn": ({"blocks", "ops", "finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
+    "nn": ({"blocks", "finite", "functional", "init", "merge", "stack", "weights"}, {"torch"}),
     "rider": (set(), {"torch"}),
     "losses": ({"config", "names", "patterns"}, {"torch"}),
     "chain": ({"names", "finite", "nn", "init", "merge", "rider"}, {"torch"}),

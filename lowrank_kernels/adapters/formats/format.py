@@ -73,6 +73,15 @@ def features(adapter: Adapter) -> dict[str, list[str]]:
 
 
 FLOAT64 = {"float64": "save the adapter in float32 first"}
+FACTORS_OF_LINEARS = {
+    "DoRA": MERGE,
+    "lora_bias": MERGE,
+    "embeddings": MERGE,
+    "convolutions": MERGE,
+    "weights trained whole": MERGE,
+    **FLOAT64,
+}
+"""What is beyond a format that holds factors of linears and nothing else."""
 
 
 def is_file(path: Path, suffix: str) -> bool:

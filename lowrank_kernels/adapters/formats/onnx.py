@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Factors
 from ..folder import write_aside
-from .format import FLOAT64, MAX_TENSORS, MERGE, Format, Options, is_file, paired
+from .format import FACTORS_OF_LINEARS, MAX_TENSORS, Format, Options, is_file, paired
 
 _IDENTIFIER = b"TORT"
 _FORMAT_VERSION = 1
@@ -198,13 +198,6 @@ FORMAT = Format(
     is_one,
     write,
     read,
-    {
-        "DoRA": MERGE,
-        "lora_bias": MERGE,
-        "embeddings": MERGE,
-        "convolutions": MERGE,
-        "weights trained whole": MERGE,
-        **FLOAT64,
-    },
+    FACTORS_OF_LINEARS,
     "ONNX Runtime",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..adapter import Adapter, Factors
 from ..folder import PREFIX
-from .format import FLOAT64, MERGE, Format, Options, is_file, names_in, paired, save_tensors, tensors_of
+from .format import FACTORS_OF_LINEARS, Format, Options, is_file, names_in, paired, save_tensors, tensors_of
 
 _ENDS = {".lora_A.weight": "a", ".lora_B.weight": "b"}
 
@@ -38,13 +38,6 @@ FORMAT = Format(
     is_one,
     write,
     read,
-    {
-        "DoRA": MERGE,
-        "lora_bias": MERGE,
-        "embeddings": MERGE,
-        "convolutions": MERGE,
-        "weights trained whole": MERGE,
-        **FLOAT64,
-    },
+    FACTORS_OF_LINEARS,
     "OpenVINO GenAI",
 )

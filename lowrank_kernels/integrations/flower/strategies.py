@@ -307,8 +307,7 @@ class LowRankStrategy(FedAvg):
         found: dict[str, dict[str, Any]] = {}
         left_out: dict[str, str] = {}
         up, silent = 0, set(self._asked)
-        for reply in replies:
-            node = self._node_of(reply)
+        for node, reply in sorted(((self._node_of(r), r) for r in replies), key=lambda pair: pair[0]):
             if node in self._asked and node not in silent:
                 logger.warning("A reply too many of %s is not looked at", self._nodes[node]["name"])
                 continue
