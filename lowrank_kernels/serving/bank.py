@@ -131,6 +131,10 @@ class _SlicedPart(NamedTuple):
         return self._joined("bias")
 
 
+class NoRoom(ValueError):
+    """An adapter does not fit the budget beside those that are pinned or in use."""
+
+
 @dataclass
 class _Adapter:
     """What the bank knows of an adapter. Guarded by the bank's lock."""
@@ -145,6 +149,22 @@ class _Adapter:
     batches: int = 0  # that use it now
     used: int = 0  # when it was last asked for
     retired: bool = False  # unloaded or replaced, and kept for the batches that started with it
+
+
+class Held:
+    """An adapter that stays on the device as it is, until it is given back; or the base alone."""
+
+    def __init__(self, adapter: _Adapter | None) -> None:
+        self._adapter = adapter
+
+    @property
+    def _slot(self) -> int:
+        return -1 if self._adapter is None or self._adapter.slot is None else self._adapter.slot
+
+    @property
+    def content_hash(self) -> str:
+        """The identity of its factors and scalings; "" for the base alone."""
+        return "" if self._adapter is None else self._adapter.content_hash
 
 
 class _Served(NamedTuple):
@@ -371,29 +391,49 @@ class AdapterBank:
             RuntimeError: from a layer outside of any batch while one is open in another thread; open
                 ``bank.batch([None])`` there for the base alone.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        held = self.hold([names] if isinstance(names, str) else list(names))
+        try:
+            with self.run(held, cu_seqlens=cu_seqlens):
+                yield
+        finally:
+            self.release(held)
+
+    def hold(self, names: Sequence[str | None]) -> list[Held]:
+        """Keep adapters on the device as they are now, whatever is loaded, replaced or unloaded, until ``release``.
+
+        Raises:
+            ValueError: a name that the bank does not know.
+            NoRoom: adapters that, with others that are pinned or held, do not fit the budget.
+        """
         with self._lock:
             wanted = [None if name is None else self._known(name) for name in names]
-            adapters = list({id(a): a for a in wanted if a is not None}.values())
+            adapters = [a for a in wanted if a is not None]
             for adapter in adapters:  # counted first, so that bringing one in does not evict another
                 adapter.batches += 1
-            try:
+        try:
+            with self._lock:
                 for adapter in adapters:
                     self._make_resident(adapter)
                     adapter.used = next(self._clock)
-            except BaseException:
-                self._leave(adapters)
-                raise
-            ids = [-1 if a is None or a.slot is None else a.slot for a in wanted]
-        try:
             self._follow_weights(adapters)
-            with self._lock:
-                batch = _Batch(ids, cu_seqlens, len(self._slots), self._served)
-            with self._batches.open(batch):
-                yield
-        finally:
+        except BaseException:
             with self._lock:
                 self._leave(adapters)
+            raise
+        return [Held(a) for a in wanted]
+
+    def release(self, held: Sequence[Held]) -> None:
+        """Let go of what ``hold`` gave, once."""
+        with self._lock:
+            self._leave([h._adapter for h in held if h._adapter is not None])
+
+    @contextmanager
+    def run(self, held: Sequence[Held], *, cu_seqlens: Tensor | Sequence[int] | None = None) -> Iterator[None]:
+        """As ``batch``, with adapters that are held."""
+        with self._lock:
+            batch = _Batch([h._slot for h in held], cu_seqlens, len(self._slots), self._served)
+        with self._batches.open(batch):
+            yield
 
     def _leave(self, adapters: Sequence[_Adapter]) -> None:
         for adapter in adapters:
@@ -573,7 +613,7 @@ class AdapterBank:
         idle = [a for a in self._slots if a is not None and not (a.pinned or a.batches or a.retired)]
         idle.sort(key=lambda a: (a is not instead_of, a.used))
         if over > sum(a.nbytes for a in idle):
-            raise ValueError(
+            raise NoRoom(
                 f"AdapterBank: expected room for {adapter.name!r} of {adapter.nbytes} bytes within the budget of "
                 f"{self.budget_bytes}, but adapters that are pinned or in a running batch leave "
                 f"{self.budget_bytes - self.nbytes + sum(a.nbytes for a in idle)}"
@@ -702,4 +742,4 @@ def _fused_linears(model: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> 
     return found
 
 
-__all__ = ["AdapterBank", "BankLinear"]
+__all__ = ["AdapterBank", "BankLinear", "Held", "NoRoom"]
