@@ -66,7 +66,11 @@ ALLOWED = {
     "reversible": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "side": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "prune": ({"functional", "names", "nn", "rider", "unload"}, {"torch"}),
-    "serving": ({"names", "adapters", "config", "functional", "nn", "stack", "weights"}, {"torch", *WEB}),
+    # The engine stands on transformers' attention interface, as the bank stands on torch's modules.
+    "serving": (
+        {"names", "adapters", "config", "functional", "nn", "stack", "weights"},
+        {"torch", "transformers", "llguidance", *WEB},
+    ),
     "bench": (None, {"torch", "matplotlib"}),
     "integrations": (None, None),
     "inspect": (
