@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +80,7 @@ class LoRAStack:
         self.lora_a, self.lora_b, self.magnitude = lora_a, lora_b, magnitude
         self.slices = (lora_b.shape[1],) if slices is None else tuple(slices)
         self.places = tuple(places)
-        self.table, self.scalings = table_and_scalings or self._tensors()
+        self._tensors = table_and_scalings  # made when they are first read
         self._measure()
 
     # -------------------------------------------------------------------------------------------------- making
@@ -147,18 +149,7 @@ class LoRAStack:
 
         The factors of an adapter that is removed stay readable until another adapter is added in their place.
         """
-        return self._with(self.lora_a, self.lora_b, self.magnitude, (self.table, self.scalings))
-
-    def _with(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        magnitude: Tensor | None,
-        table_and_scalings: tuple[Tensor, Tensor] | None = None,
-    ) -> LoRAStack:
-        """The same places in other tensors."""
-        slices = self.slices if self.is_sliced else None
-        return LoRAStack(lora_a, lora_b, self.places, magnitude, slices=slices, table_and_scalings=table_and_scalings)
+        return copy.copy(self)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -213,7 +204,10 @@ class LoRAStack:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRAStack:
         """A stack with copies on another device or in another dtype; of what is there already, itself."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device, dtype)
-        return self._with(self.lora_a.to(device, dtype), self.lora_b.to(device, dtype), magnitude)
+        slices = self.slices if self.is_sliced else None
+        return LoRAStack(
+            self.lora_a.to(device, dtype), self.lora_b.to(device, dtype), self.places, magnitude, slices=slices
+        )
 
     def with_spare(self, each: int) -> LoRAStack:
         """The same adapters with an id of rank 0 after every ``each`` of them: for rows without an adapter."""
@@ -255,9 +249,8 @@ class LoRAStack:
                 f"LoRAStack.{verb}: expected factors of (K, N) = ({self.in_features}, {self.out_features}), "
                 f"got ({lora_a.shape[-1]}, {lora_b.shape[1]})"
             )
-        ranks = self.ranks
-        adapter = next((i for i, r in enumerate(ranks) if r == 0), len(ranks)) if at is None else at
-        if adapter < 0 or (adapter < len(ranks) and ranks[adapter]):
+        adapter = next((i for i, p in enumerate(self.places) if p.rank == 0), len(self)) if at is None else at
+        if adapter < 0 or (adapter < len(self) and self.places[adapter].rank):
             raise ValueError(f"LoRAStack.{verb}: expected at to be a free id, got {at}")
         start = self.first_gap(place.rank)
         own = slice(start, start + place.rank)
@@ -327,6 +320,8 @@ class LoRAStack:
 
     def first_gap(self, rank: int) -> int:
         """First row of the first run of ``rank`` free ones; it may reach past the end."""
+        if self.rows_used == self._end:
+            return self._end
         start = 0
         for place in sorted(p for p in self.places if p.rank):
             if place.start - start >= rank:
@@ -334,21 +329,46 @@ class LoRAStack:
             start = place.start + place.rank
         return start
 
+    def _measure(self) -> None:
+        self.max_rank: int = max([0, *self.ranks])
+        self.has_dora: bool = self.magnitude is not None and any(place.magnitude >= 0 for place in self.places)
+        self.rows_used: int = sum(self.ranks)
+        self._end: int = max((place.start + place.rank for place in self.places if place.rank), default=0)
+
     def _set(self, adapter: int, place: Place) -> None:
         places = [*self.places, *[_NOWHERE] * (adapter + 1 - len(self))]
         places[adapter] = place
-        self._place(places)
+        if place.rank:  # one more: no look at the others, so that loading N adapters costs N times one
+            self.places, self._tensors = tuple(places), None
+            self.max_rank = max(self.max_rank, place.rank)
+            self.has_dora = self.has_dora or place.magnitude >= 0
+            self.rows_used += place.rank
+            self._end = max(self._end, place.start + place.rank)
+        else:
+            self._place(places)
 
     def _place(self, places: Sequence[Place]) -> None:
         self.places = tuple(places)
-        self.table, self.scalings = self._tensors()  # new ones, so that a snapshot keeps its own
+        self._tensors = None  # new ones, so that a snapshot keeps its own
         self._measure()
 
-    def _measure(self) -> None:
-        self.max_rank = max([0, *self.ranks])
-        self.has_dora = self.magnitude is not None and any(place.magnitude >= 0 for place in self.places)
+    @property
+    def table(self) -> Tensor:
+        """(G, 3), or (S, G, 3) of a sliced stack: each adapter's first row, rank and row of ``magnitude``."""
+        return self._made_tensors()[0]
 
-    def _tensors(self) -> tuple[Tensor, Tensor]:
+    @property
+    def scalings(self) -> Tensor:
+        """(G,), or (S, G): float32."""
+        return self._made_tensors()[1]
+
+    def _made_tensors(self) -> tuple[Tensor, Tensor]:
+        if self._tensors is None:
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self._tensors = self._make_tensors()
+        return self._tensors
+
+    def _make_tensors(self) -> tuple[Tensor, Tensor]:
         of = self._ranks_and_scalings()
         table = [[(p.start, r, p.magnitude) for p, (r, _) in zip(self.places, each, strict=True)] for each in of]
         lead = (len(self.slices),) if self.is_sliced else ()

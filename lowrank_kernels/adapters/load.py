@@ -99,12 +99,26 @@ class AdapterFile(NamedTuple):
         return Adapter(modules, others)
 
 
-def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFile:
-    """Read and check a folder as :func:`load_adapter` does, and raise as it does; the model is not touched."""
+class Expected(NamedTuple):
+    """What an adapter's settings say of its file, for one model."""
+
+    config: LoRAConfig
+    plan: Plan
+    base: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    embeddings: set[str]
+
+
+def read_adapter(model: nn.Module, folder: str | os.PathLike[str], known: list[Expected] | None = None) -> AdapterFile:
+    """Read and check a folder as :func:`load_adapter` does, and raise as it does; the model is not touched.
+
+    ``known`` keeps what was found for a model that does not change, so that the next adapter of the same settings is
+    not matched again.
+    """
     folder = Path(folder)
     if format_of(folder) not in (None, "peft"):
         with TemporaryDirectory() as place:
-            return read_adapter(model, convert(folder, place, to="peft", base=model))
+            return read_adapter(model, convert(folder, place, to="peft", base=model), known)
     if not is_folder(folder):
         raise ValueError(f"load_adapter: expected a folder, got {str(folder)!r:.500}")
     config = read_config(inside(folder, CONFIG_FILE), (name for name, _ in named_modules(model)))
@@ -113,18 +127,12 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
             f"load_adapter: expected {WEIGHTS_FILE} in {folder}, found adapter_model.bin, a pickle, which can run "
             f"code when read; load it with PEFT if you trust it, and save it again"
         )
-    plan = match_targets(model, config)
-    touched = {**plan.targets, **plan.experts, **plan.whole}
-    absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
-    if absent:
-        raise ValueError(
-            f"load_adapter: expected a model with its weights, got some on the meta device: {few(absent)}; load those "
-            f"first: an adapter on the meta device would be lost"
-        )
-    check_patterns_agree(folder, config, plan.matrices())
-    base = _base_tensors(model, plan)
-    shapes = _expected_shapes(base, config, plan)
-    embeddings = _embeddings(model) - plan.targets.keys()
+    expected = next((one for one in known or () if one.config == config), None)
+    if expected is None:
+        expected = _expected(model, folder, config)
+        if known is not None:
+            known[:] = [*known[-7:], expected]
+    _, plan, base, shapes, embeddings = expected
     tensors = read_tensors(
         inside(folder, WEIGHTS_FILE),
         shapes,
@@ -139,6 +147,21 @@ def read_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterFil
         plan = replace(plan, whole=whole_modules(model, config))
         check_can_train_whole(model, plan.whole)
     return AdapterFile(config, plan, _of_our_experts(tensors, config, plan))
+
+
+def _expected(model: nn.Module, folder: Path, config: LoRAConfig) -> Expected:
+    plan = match_targets(model, config)
+    touched = {**plan.targets, **plan.experts, **plan.whole}
+    absent = [name for name, module in touched.items() if any(p.is_meta for p in module.parameters())]
+    if absent:
+        raise ValueError(
+            f"load_adapter: expected a model with its weights, got some on the meta device: {few(absent)}; load those "
+            f"first: an adapter on the meta device would be lost"
+        )
+    check_patterns_agree(folder, config, plan.matrices())
+    base = _base_tensors(model, plan)
+    shapes = _expected_shapes(base, config, plan)
+    return Expected(config, plan, base, shapes, _embeddings(model) - plan.targets.keys())
 
 
 def _of_our_experts(tensors: dict[str, Tensor], config: LoRAConfig, plan: Plan) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterFile, read_adapter
 from ..adapters.folder import same_values
+from ..adapters.load import Expected
 from ..config import DoRAConfig
 from ..functional import dora_column_scale, fold_gate, multi_lora_linear
 from ..names import named_modules, place, submodule
@@ -29,6 +30,8 @@ from ..stack import LoRAStack
 from ..weights import Weight
 from ..weights import rows as rows_of
 from .fingerprint import fingerprint
+
+_GROWS_BY = 2  # a stack that is full, by this part of itself: N adapters then cost N copies, not N² / 2
 
 
 class _Part(NamedTuple):
@@ -291,6 +294,8 @@ class AdapterBank:
                 self._parts_of[part] = whole, slice(end - width, end)
         self._fingerprints: dict[str, Tensor] = {}  # of the weights that DoRA's norms are over
         self._rescalings = 0
+        self._biased: set[str] = set()  # linears to which an adapter has added a bias
+        self._known_settings: list[Expected] = []
 
     # ------------------------------------------------------------------------------------------------- adapters
 
@@ -475,7 +480,7 @@ class AdapterBank:
     def _read(self, folder: Path) -> tuple[Mapping[str, _Part | _SlicedPart], str]:
         """An adapter's parts by linear, on the host, and its content hash: everything that can fail, before anything
         changes. Of the same content there is one copy, whatever its names and files are."""
-        file = read_adapter(self._plain, folder)
+        file = read_adapter(self._plain, folder, self._known_settings)
         content = file.adapter().content_hash()
         with self._lock:
             copies = (a.parts for a in self._adapters.values() if a.content_hash == content and a.parts is not None)
@@ -574,8 +579,10 @@ class AdapterBank:
     ) -> None:
         """Give an adapter a slot and copy its parts into the stacks; evicts others for it. Raises before it changes."""
         self._make_room(adapter, instead_of)
-        for name in parts:
+        for name, part in parts.items():
             self._wrap(name)
+            if part.bias is not None:
+                self._biased.add(name)
         slot = next((i for i, a in enumerate(self._slots) if a is None), len(self._slots))
         if slot == len(self._slots):
             self._slots.append(None)
@@ -598,8 +605,11 @@ class AdapterBank:
         stack = self._stacks[name]
         rank = max(each[0].shape[0] for each in (factors if slices else [factors]) if each is not None)
         rows = stack.lora_b.shape[0]
-        if rows - sum(stack.ranks) >= rank and stack.first_gap(rank) + rank > rows:
-            stack.compact()  # makes new tensors: running batches keep theirs
+        if stack.first_gap(rank) + rank > rows:  # new tensors: running batches keep theirs
+            if rows - stack.rows_used >= rank:
+                stack.compact()
+            else:
+                stack.reserve(max(stack.first_gap(rank) + rank, rows + rows // _GROWS_BY))
         if slices:
             stack.add_sliced(factors, at=slot)
         else:
@@ -658,7 +668,9 @@ class AdapterBank:
         self._served = MappingProxyType(served)
 
     def _snapshot(self, name: str, stack: LoRAStack) -> _Served:
-        parts = {i: a.parts[name] for i, a in enumerate(self._slots) if a and a.parts and name in a.parts}
+        parts: dict[int, _Part | _SlicedPart] = {}
+        if stack.has_dora or name in self._biased:
+            parts = {i: a.parts[name] for i, a in enumerate(self._slots) if a and a.parts and name in a.parts}
         norm_and_scale = None
         if stack.has_dora:
             assert stack.magnitude is not None

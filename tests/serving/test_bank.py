@@ -773,7 +773,7 @@ def test_adapters_of_the_whole_and_of_its_parts(tmp_path):
             bank.unload("whole dora")  # a gap in the stack, filled again
             bank.load("whole dora", tmp_path / "whole dora")
         assert bank._adapters["q and v"].nbytes == 4 * 6 * (3 * 16 + 24)
-        assert bank._stacks["qkv_proj"].lora_b.shape == (3 + 2 + 6 + 2 + 2, 24)
+        assert bank._stacks["qkv_proj"].rows_used == 3 + 2 + 6 + 2 + 2
     assert isinstance(torch_model.qkv_proj, torch.nn.Linear) and not hasattr(torch_model, "q_proj")
 
 
