@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -169,16 +170,46 @@ def _writable(text: str, home: Path) -> Path:
     return Path(text)
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise ValueError where nothing can listen on this address."""
+def api_key(text: str) -> str:
+    """A key as a header can bring it."""
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError("expected a key of printable ASCII without spaces")
+    return text
+
+
+def host_name(text: str) -> str:
+    """A name that a request may be for, without a port."""
+    if text != "*" and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})", text):
+        raise _expected("a host's name without a port, or '*'", text)
+    return text
+
+
+def origin(text: str) -> str:
+    """Where a page comes from, as browsers say it."""
+    if text != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]{1,260}", text):
+        raise _expected("an origin such as https://example.com, or '*'", text)
+    return text.lower()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound to this address, and does not listen yet.
+
+    Raises:
+        ValueError: nothing can listen there.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"--host, --port: expected an address to listen on, got {host}:{port}: {why}") from None
+    return bound
 
 
 def _expected(wanted: str, got: str) -> argparse.ArgumentTypeError:

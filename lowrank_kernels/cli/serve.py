@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ import torch
 
 from . import arguments
 from .train import DTYPES, add_base_argument, store_base
+
+_OTHER_FILES = 128
+"""Descriptors that are kept for what is no connection: adapters' files, libraries, logs."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,19 +28,54 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="folder of adapters, all of which are loaded, or the folder of one",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=arguments.port, default=8000, help="default 8000")
-    parser.add_argument("--budget-mib", type=arguments.count, help="of adapters on the device (default: no limit)")
-    parser.add_argument("--max-batch", type=arguments.count, default=16, help="rows that run together (default 16)")
-    parser.add_argument("--wait-ms", type=arguments.number(), default=5.0, help="to wait for more rows (default 5)")
-    parser.add_argument("--max-queue", type=arguments.count, default=256, help="rows that may wait (default 256)")
-    parser.add_argument(
+    listen = parser.add_argument_group("who may ask")
+    listen.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
+    listen.add_argument("--port", type=arguments.port, default=8000, help="default 8000; 0: any that is free")
+    listen.add_argument(
+        "--api-key",
+        type=arguments.api_key,
+        action="append",
+        default=[],
+        help="that requests have to bring; may be given again (default: LRK_API_KEY, or none)",
+    )
+    listen.add_argument(
+        "--allowed-host",
+        type=arguments.host_name,
+        action="append",
+        default=[],
+        help="name that requests may be for, beside localhost, --host and addresses; '*' for any; may be given again",
+    )
+    listen.add_argument(
+        "--allowed-origin",
+        type=arguments.origin,
+        action="append",
+        default=[],
+        help="of other sites' pages that may ask, as https://example.com; '*' for any; may be given again",
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--budget-mib", type=arguments.count, help="of adapters on the device (default: no limit)")
+    limits.add_argument("--max-rows", type=arguments.count, default=16, help="rows that run together (default 16)")
+    limits.add_argument("--max-queue", type=arguments.count, default=256, help="rows that may wait (default 256)")
+    limits.add_argument(
+        "--chunk-tokens", type=arguments.count, default=128, help="of prompts beside running rows (default 128)"
+    )
+    limits.add_argument("--cache-tokens", type=arguments.count, help="whose keys and values are kept, of all rows")
+    limits.add_argument(
         "--max-length", type=arguments.count, help="tokens of prompt and completion (default: the model's)"
     )
-    parser.add_argument("--max-body-kib", type=arguments.count, default=1024, help="of a request (default 1024)")
-    parser.add_argument(
+    limits.add_argument("--max-body-kib", type=arguments.count, default=1024, help="of a request (default 1024)")
+    limits.add_argument("--max-connections", type=arguments.count, default=512, help="default 512")
+    limits.add_argument(
+        "--head-seconds", type=arguments.number(above=0.0), default=10.0, help="for a request's head (default 10)"
+    )
+    limits.add_argument(
+        "--body-seconds", type=arguments.number(above=0.0), default=30.0, help="for a request's body (default 30)"
+    )
+    limits.add_argument(
         "--grace", type=arguments.whole(0), default=60, help="seconds for running requests when it ends (default 60)"
     )
+    parser.add_argument("--strict", action="store_true", help="refuse fields that are not known, not ignore them")
+    parser.add_argument("--no-access-log", action="store_true", help="no line for each request")
     parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add_base_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default float32 on CPU, bfloat16 on GPU)")
@@ -42,38 +83,84 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
-        from ..serving.server import create_app, is_adapter, load_all
+        from ..serving.server import Safety, create_app, is_adapter, load_all
+        from ..serving.server.connections import run_server
     except ImportError as error:
         raise ValueError(f"lrk serve needs the extra: pip install 'lowrank_kernels[serve]' ({error})") from None
     from ..integrations.transformers import load_language_model
-    from ..serving import AdapterBank
-    from ..serving.batcher import Batcher
+    from ..serving import AdapterBank, Engine
 
-    arguments.check_address(args.host, args.port)
-    dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
-    print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
-    model, tokenizer = load_language_model(args.model, dtype, args.device)
-    store_base(model, args.base)
-    name = Path(args.model).name
-    with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
-        batcher = Batcher(
-            bank,
-            tokenizer,
-            max_batch=args.max_batch,
-            wait_seconds=args.wait_ms / 1000,
-            max_queue=args.max_queue,
-            max_length=args.max_length,
+    if not args.api_key and (key := os.environ.get("LRK_API_KEY")):
+        args.api_key = [_key_of_environment(key)]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if args.max_connections > files - _OTHER_FILES:
+        raise ValueError(
+            f"--max-connections: expected at most {max(0, files - _OTHER_FILES)}, got {args.max_connections}; this "
+            f"process may open {files} files (ulimit -n), of which {_OTHER_FILES} are kept for others"
         )
-        try:
-            for folder, reason in load_all(batcher, args.adapters, name).items():
-                print(f"{folder} not loaded: {reason}", file=sys.stderr)
-            if is_adapter(args.adapters):
-                print(f"{args.adapters} is one adapter's own folder: serving that", file=sys.stderr)
-            print(f"{name} with {len(bank.names())} adapters, up to {args.max_batch} rows together", file=sys.stderr)
-            app = create_app(batcher, name, args.adapters, max_body_bytes=args.max_body_kib << 10)
-            uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=args.grace)
-        finally:
-            batcher.close()
+    _log_to_stderr(access=not args.no_access_log)
+    with arguments.bound_socket(args.host, args.port) as listener:
+        dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+        print(f"loading {args.model} as {dtype} on {args.device}", file=sys.stderr)
+        model, tokenizer = load_language_model(args.model, dtype, args.device)
+        store_base(model, args.base)
+        name = Path(args.model).name
+        with AdapterBank(model, None if args.budget_mib is None else args.budget_mib << 20) as bank:
+            engine = Engine(
+                bank,
+                tokenizer,
+                max_rows=args.max_rows,
+                chunk_tokens=args.chunk_tokens,
+                max_queue=args.max_queue,
+                max_length=args.max_length,
+                cache_tokens=args.cache_tokens,
+            )
+            try:
+                for folder, reason in load_all(engine, args.adapters, name).items():
+                    print(f"{folder} not loaded: {reason}", file=sys.stderr)
+                if is_adapter(args.adapters):
+                    print(f"{args.adapters} is one adapter's own folder: serving that", file=sys.stderr)
+                print(f"{name} with {len(bank.names())} adapters, up to {args.max_rows} rows together", file=sys.stderr)
+                safety = Safety(
+                    hosts=["localhost", args.host, *args.allowed_host],
+                    origins=args.allowed_origin,
+                    keys=args.api_key,
+                    max_body_bytes=args.max_body_kib << 10,
+                    body_seconds=args.body_seconds,
+                )
+                app = create_app(engine, name, args.adapters, safety=safety, strict=args.strict)
+                listener.listen(128)
+                host, port = listener.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                print(f"listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+                run_server(
+                    app,
+                    engine,
+                    listener,
+                    max_connections=args.max_connections,
+                    head_seconds=args.head_seconds,
+                    grace=args.grace,
+                )
+            finally:
+                engine.close(drain=False)
+    if engine.failed is not None:
+        print(f"lrk serve: the engine has failed: {engine.failed}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _key_of_environment(key: str) -> str:
+    try:
+        return arguments.api_key(key)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"LRK_API_KEY: {error}") from None
+
+
+def _log_to_stderr(*, access: bool) -> None:
+    """The package's notes, and a line for each request."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("lowrank_kernels")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("lowrank_kernels.access").setLevel(logging.INFO if access else logging.WARNING)

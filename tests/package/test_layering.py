@@ -13,7 +13,7 @@ import lowrank_kernels
 
 ROOT = Path(lowrank_kernels.__file__).parent
 OPTIONAL = {"transformers", "peft", "safetensors", "matplotlib", "numpy", "scipy", "sklearn", "tqdm", "gguf", "flwr"}
-OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn"})
+OPTIONAL |= (WEB := {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"})
 
 # layer -> what it may import: parts of this package, and packages from outside.
 ALLOWED = {

@@ -1,50 +1,88 @@
-"""The HTTP server over a :class:`Batcher`: OpenAI's completions, chat and models; adapters come and go; metrics."""
+"""The HTTP server over an :class:`~lowrank_kernels.serving.Engine`: what clients of OpenAI and vLLM ask for.
+
+Adapters come and go while it runs. ``lrk serve`` runs it; :func:`create_app` makes the application.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
-from ..batcher import Batcher
-from .bodies import AdapterBody, ChatBody, CompletionBody
-from .errors import add_handlers
+from ..engine import Engine
+from .documents import describe
+from .errors import ErrorBody, add_handlers
 from .folders import adapter_folder, is_adapter, load_all
+from .guard import Guard, KeyCheck
 from .limits import BodyLimit
-from .metrics import CountRequests
-from .routes import adapter_routes, health_routes, openai_routes
+from .metrics import Observer
+from .routes import BODIES, add_adapter_routes, add_health_routes, add_openai_routes, add_token_routes
 from .service import Service
 
-__all__ = ["AdapterBody", "ChatBody", "CompletionBody", "adapter_folder", "create_app", "is_adapter", "load_all"]
+__all__ = ["ErrorBody", "Safety", "adapter_folder", "create_app", "is_adapter", "load_all"]
 
 
-def create_app(batcher: Batcher, model_name: str, adapters: Path, *, max_body_bytes: int = 1 << 20) -> FastAPI:
-    """The application; it closes the batcher when it shuts down, after what was queued is done.
+@dataclass(frozen=True)
+class Safety:
+    """Who may ask, and how much.
 
     Args:
-        batcher: over the bank whose adapters are served.
-        model_name: the base's, which no adapter may have.
-        adapters: the folder below which ``POST /v1/adapters`` finds its folders.
+        hosts: names that requests may be for; addresses need no leave. "*" for any.
+        origins: of other sites' pages that may ask. "*" for any.
+        keys: any of which a request has to bring; none: everyone may ask.
         max_body_bytes: of a request.
-
-    Status codes: 404 for a model that is not there, 413 for a body too large, 422 for a request that cannot be
-    served as it is (tokens over the limit, unknown fields, a folder that holds no good adapter), 429 for a full queue,
-    503 when shutting down, each with an error in OpenAI's form.
+        body_seconds: for a body to come.
     """
-    service = Service(batcher, model_name, adapters)
+
+    hosts: Collection[str] = ("localhost",)
+    origins: Collection[str] = ()
+    keys: Collection[str] = ()
+    max_body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+
+
+def create_app(
+    engine: Engine,
+    model_name: str,
+    adapters: Path,
+    *,
+    safety: Safety | None = None,
+    strict: bool = False,
+) -> FastAPI:
+    """The application; it closes the engine when it shuts down, after what was queued is done.
+
+    Args:
+        engine: over the bank whose adapters are served.
+        model_name: the base's, which no adapter may have.
+        adapters: the folder below which adapters to load are found.
+        safety: default: of this machine alone, without a key.
+        strict: refuse fields that are not known, instead of ignoring them.
+
+    Every error has OpenAI's form (:class:`ErrorBody`); ``GET /openapi.json`` says which status an endpoint answers.
+    """
+    safety = safety or Safety()
+    service = Service(engine, model_name, adapters, strict=strict)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(batcher.close)
+        await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="lowrank_kernels", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
-    app.add_middleware(CountRequests, metrics=service.metrics)
+    app = FastAPI(title="lowrank_kernels", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    # The last one added is the first that a request meets.
+    app.add_middleware(BodyLimit, limit=safety.max_body_bytes, seconds=safety.body_seconds)
+    app.add_middleware(KeyCheck, keys=safety.keys)
+    if safety.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(safety.origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Guard, hosts=safety.hosts, origins=safety.origins)
+    app.add_middleware(Observer, metrics=service.metrics)
     add_handlers(app)
-    for routes in (openai_routes, adapter_routes, health_routes):
-        app.include_router(routes(service))
+    for add in (add_openai_routes, add_adapter_routes, add_token_routes, add_health_routes):
+        add(app, service)
+    describe(app, BODIES)
     return app

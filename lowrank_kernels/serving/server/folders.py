@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...adapters import format_of
 from ...adapters.folder import CONFIG_FILE
-from ..batcher import Batcher
+from ..engine import Engine
 
 
 def adapter_folder(root: Path, folder: str) -> Path:
@@ -26,7 +26,7 @@ def adapter_folder(root: Path, folder: str) -> Path:
     return found
 
 
-def load_all(batcher: Batcher, root: Path, model_name: str) -> dict[str, str]:
+def load_all(engine: Engine, root: Path, model_name: str) -> dict[str, str]:
     """Load each adapter in ``root`` under its folder's name, or its file's without the suffix; why others could not be.
 
     Where ``root`` is itself an adapter's folder, that one is loaded, under its name.
@@ -38,9 +38,9 @@ def load_all(batcher: Batcher, root: Path, model_name: str) -> dict[str, str]:
         try:
             if name == model_name:
                 raise ValueError("that is the name of the base model")
-            if name in batcher.bank.names():
+            if name in engine.bank.names():
                 raise ValueError(f"{path.name} has the name of another adapter")
-            batcher.load(name, path if own else adapter_folder(root, path.name))
+            engine.load(name, path if own else adapter_folder(root, path.name))
         except Exception as error:
             failed[name] = str(error)
     return failed

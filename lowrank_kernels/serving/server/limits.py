@@ -1,7 +1,8 @@
-"""The largest body that the server reads."""
+"""The largest body that the server reads, and how long it waits for one."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,28 +10,30 @@ from .errors import error_response
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 to a body of more than ``limit`` bytes, by its content-length or as it arrives."""
+    """ASGI middleware: reads the whole body, then hands the request on.
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self.app, self.limit = app, limit
+    Answers 413 to a body of more than ``limit`` bytes, by its content-length or as it arrives, and 408 to one that has
+    not come after ``seconds``.
+    """
+
+    def __init__(self, app: Any, limit: int, seconds: float) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > self.limit:
-            return await self._refuse(scope, receive, send)
-        # Read the whole body here, so that what follows gets one within the limit.
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None  # the client is gone
-            body += message.get("body", b"")
-            if len(body) > self.limit:
-                return await self._refuse(scope, receive, send)
-            if not message.get("more_body", False):
-                break
+        try:
+            body = None if not said.isdigit() or int(said) > self.limit else await self._read(receive)
+        except asyncio.TimeoutError:
+            late = error_response(
+                408, f"expected the body within {self.seconds:g} seconds", headers={"Connection": "close"}
+            )
+            return await late(scope, receive, send)
+        except _Gone:
+            return None
+        if body is None:
+            return await error_response(413, f"expected a body of at most {self.limit} bytes")(scope, receive, send)
         given = False
 
         async def whole() -> Any:
@@ -42,5 +45,24 @@ class BodyLimit:
 
         return await self.app(scope, whole, send)
 
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        await error_response(413, f"expected a body of at most {self.limit} bytes")(scope, receive, send)
+    async def _read(self, receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+        """The body; None where it is too large."""
+
+        async def all_of_it() -> bytes | None:
+            parts, size = [], 0
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise _Gone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > self.limit:
+                    return None
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+
+        return await asyncio.wait_for(all_of_it(), self.seconds)
+
+
+class _Gone(Exception):
+    """The client has closed the connection."""
