@@ -138,6 +138,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
             raise ValueError(f"{op}: {name}: {error}; nothing has changed") from error
         if weight is None or not name:
             continue
+        if any(hasattr(part, "full_tensor") for part in weight.parts()):
+            raise ValueError(f"{op}: {name}: its weight is sharded; gather the model first; nothing has changed")
         owner = place(model, name)[0]
         if getattr(owner, "merged", False):
             raise ValueError(f"{op}: {name}: an adapter is merged into it; call unmerge_() first; nothing has changed")

@@ -160,7 +160,8 @@ def _with_factors(layers: Mapping[str, LoRALayer], tensors: Mapping[str, Tensor]
     """The tensors with A and B of LoRA in the place of LaMDA's."""
     found = {name: t for name, t in tensors.items() if ".lamda_" not in name}
     for name, layer in layers.items():
-        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = (f.detach() for f in layer.factors())
+        assert isinstance(layer, LaMDALinear)
+        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.whole_factors()
     return found
 
 

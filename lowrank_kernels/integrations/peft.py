@@ -39,6 +39,7 @@ from ..nn.experts import expert_stack, expert_weights, from_peft, run_experts, w
 from ..nn.frozen import has_global_hooks, has_hooks
 from ..nn.lora import LoRALinear, add_bias
 from ..nn.matrix import frozen_weight, matrix_shape
+from ..nn.sharded import is_dtensor
 from ..report import Replaced, Report, Skipped, count_parameters
 
 _LEFT_TO_PEFT = (
@@ -341,7 +342,10 @@ def _why_not_layer(layer: Any) -> str | None:
         if why_not is None and layer.parameter_name not in expert_weights(base):
             why_not = f"{layer.parameter_name} is no weight that its experts multiply by"
         return why_not
-    why_not = _CLASSES[type(layer)].ours.why_not(layer.base_layer)
+    base = layer.base_layer
+    if getattr(base, "_is_fsdp_managed_module", False) and type(base) is nn.Linear and is_dtensor(base.weight):
+        return "its base layer is sharded by itself; shard the layer as a whole" if has_hooks(base) else None
+    why_not = _CLASSES[type(layer)].ours.why_not(base)
     return why_not
 
 

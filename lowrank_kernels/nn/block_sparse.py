@@ -21,7 +21,7 @@ from ..functional import (
 )
 from .base_only import runs_base_alone
 from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
-from .sharded import is_dtensor, why_not_written
+from .sharded import fill_, whole, why_not_written
 
 
 class BlockSparseLinear(AroundBase):
@@ -72,7 +72,7 @@ class BlockSparseLinear(AroundBase):
         weight = base_layer.weight
         self.block_size = check_block_size(op, block_size)
         try:
-            index = torch.as_tensor(block_index)
+            index = block_index if isinstance(block_index, Tensor) else torch.as_tensor(block_index, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{op}: expected block_index of integers (n_blocks, 2), got {block_index!r:.60}") from None
         if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
@@ -190,13 +190,30 @@ class BlockSparseLinear(AroundBase):
             self._written_version = version
         return self
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Take the blocks from W as it is now, as at construction: for a model that was adapted on the meta device, and
+        got its weights afterwards. Of shards (FSDP2) every rank has to call this, and each gathers W.
+
+        Raises:
+            ValueError: a layer that is merged, or whose weights are on the meta device.
+        """
+        if self._merged or any(p.is_meta for p in self.parameters()):
+            raise ValueError(
+                "BlockSparseLinear.reset_parameters: expected an unmerged layer with its weights at hand; call "
+                "unmerge_(), or to_empty(device=...) and load the base model's weights first"
+            )
+        original = read_blocks(whole(self.base_layer.weight.detach()), self.block_index, self.block_size)
+        self.original_blocks.copy_(original)
+        fill_(self.blocks, original)
+
     def merge_(self) -> BlockSparseLinear:
         """Write the blocks into W; forward is then the plain linear, without gradients for them.
 
         Raises:
             ValueError: a weight that cannot be written just now, or is sharded. The layer is then as it was.
         """
-        reason = "its weight is sharded" if is_dtensor(self.base_layer.weight) else why_not_written(self.base_layer)
+        reason = why_not_written(self.base_layer, whole=True)
         if reason is not None:
             raise ValueError(f"BlockSparseLinear.merge_: expected a weight that takes the blocks, but {reason}")
         self.write_back_()

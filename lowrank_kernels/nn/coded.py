@@ -25,6 +25,7 @@ class CodedLinear(nn.Module):
         self._settings = f"{weight.format} {weight.settings()}"
         codes, *others = weight.parts()
         self.weight = nn.Parameter(codes, requires_grad=False)
+        self._codes_dtype = codes.dtype
         self._made: tuple[tuple[Tensor, ...], CodedWeight] | None = None  # of these tensors, whatever they hold
         self._others = tuple(f"weight_{i}" for i in range(1, 1 + len(others)))
         for name, part in zip(self._others, others, strict=True):
@@ -34,6 +35,12 @@ class CodedLinear(nn.Module):
     def stored_weight(self) -> CodedWeight:
         """The weight as ops take it."""
         tensors = (self.weight, *(self.get_buffer(name) for name in self._others))
+        if self.weight.dtype != self._codes_dtype:
+            raise ValueError(
+                f"CodedLinear: expected codes of {self._codes_dtype}, got {self.weight.dtype}: something has cast them, "
+                f"as FSDP2's MixedPrecisionPolicy(param_dtype=...) casts 8-bit floats; shard with param_dtype=None and "
+                f"use autocast, or store the base as nf4 or int8"
+            )
         if self._made is not None and not torch.compiler.is_compiling():
             known, weight = self._made
             if all(a is b for a, b in zip(known, tensors, strict=True)):

@@ -69,7 +69,7 @@ class _LoRAConv(LoRALayer):
         like: Any = {key: getattr(base, key) for key in ("kernel_size", "stride", "padding")}
         self.lora_A = empty(self.kind, base.in_channels, self.r, bias=False, **like, **options)
         self.lora_B = empty(self.kind, self.r, base.out_channels, kernel_size=1, bias=lora_bias, **options)
-        start_(self, init, train)
+        start_(self, train)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.weight.flatten(1), self.gated(self.lora_B.weight).flatten(1)

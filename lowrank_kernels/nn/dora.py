@@ -17,7 +17,7 @@ from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALayer, LoRALinear
 from .matrix import as_matrix, frozen_weight, matrix_shape, weight_shape, write_matrix_
-from .sharded import by_rows_like, is_dtensor, own_part, whole
+from .sharded import by_rows_like, fill_, is_dtensor, own_part, whole, why_not_written
 
 
 class _Merged(NamedTuple):
@@ -60,6 +60,20 @@ class DoRALayer(LoRALayer):
         with torch.no_grad():
             norm = dora_weight_norm(self.matrix.detach(), lora_a, lora_b, scaling=self.scaling)
         self.lora_magnitude_vector = nn.Parameter(norm.to(lora_a.dtype).view(self.along_n(base_layer)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        sharded = is_dtensor(self.weight)
+        reason = why_not_written(self.base_layer) if sharded else None
+        if reason is not None or (sharded and not isinstance(self.matrix, Tensor)):
+            reason = reason or "it is a shard of codes"
+            raise ValueError(f"{type(self).__name__}.reset_parameters: expected whole rows of W, but {reason}")
+        super().reset_parameters()
+        (a, b), weight = self.factors(), self.matrix.detach()
+        weight = own_part(weight) if sharded else weight
+        norm = dora_weight_norm(weight, whole(a), self._rows_of_weight(b), scaling=self.scaling)
+        every = whole(by_rows_like(self.weight, norm)) if sharded else norm
+        fill_(self.lora_magnitude_vector, every.view(self.along_n(self.base_layer)))
 
     @classmethod
     def shapes(cls, base_layer: nn.Module, r: int, lora_bias: bool = False) -> dict[str, tuple[int, ...]]:

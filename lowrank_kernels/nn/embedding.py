@@ -70,12 +70,20 @@ class LoRAEmbedding(LoRALayer):
 
     def make_factors(self, init: str, train: str, lora_bias: bool, **options: Any) -> None:
         a, b = (torch.empty(shape, **options) for shape in LoRAEmbedding.shapes(self.base_layer, self.r).values())
-        init_factors_(a, b, "gaussian" if init == "kaiming" else init, sampled="a" if train == "b" else "b")
-        if init in ("kaiming", "gaussian"):
-            (a if train == "b" else b).mul_(self.r)  # from a deviation of 1 / R to 1
+        self.start_factors_(a, b)
         train_a, train_b = TRAIN[train]
         self.lora_embedding_A = nn.Parameter(a, requires_grad=train_a)
         self.lora_embedding_B = nn.Parameter(b, requires_grad=train_b)
+
+    @classmethod
+    def sampled_of(cls, train: str) -> str:
+        return "a" if train == "b" else "b"
+
+    def start_factors_(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        normal = self.init in ("kaiming", "gaussian")
+        init_factors_(lora_a, lora_b, "gaussian" if normal else self.init, sampled=self.sampled)
+        if normal:
+            (lora_a if self.sampled == "a" else lora_b).mul_(self.r)  # from a deviation of 1 / R to 1
 
     @property
     def num_embeddings(self) -> int:

@@ -279,6 +279,8 @@ class LoRAExperts(AroundBase):
     def prepare_merge(self) -> list[Callable[[], Any]]:
         """What merges each expert, once all that could stop it is known not to. Raises what ``merge_`` raises."""
         op, merges = "LoRAExperts.merge_", list[Callable[[], Any]]()
+        if any(is_dtensor(p) for p in self.parameters()):
+            raise ValueError(f"{op}: expected whole weights and factors, got shards; gather the model first")
         weights = expert_weights(self.base_layer)
         for name, of in self.adapters.items():
             for key, p in of.named_parameters():

@@ -16,6 +16,7 @@ from .base_only import runs_base_alone
 from .frozen import is_tracked_view, must_be_called
 from .lora import LoRALayer, LoRALinear
 from .matrix import frozen_weight, matrix_shape
+from .sharded import whole
 
 EXACT_UP_TO = 2000
 """Width of W above which its leading singular vectors come from a randomised decomposition."""
@@ -96,8 +97,16 @@ class LaMDALinear(LoRALayer):
             b = b.detach()
         elif self.frozen_columns:
             b = torch.cat([b[:, : self.frozen_columns].detach(), b[:, self.frozen_columns :]], dim=1)
+        return self.lamda_A, self._b_from(b, self.lamda_S)
+
+    def _b_from(self, b: Tensor, s: Tensor) -> Tensor:
         with torch.autocast(b.device.type, enabled=False):  # rounded, two large products would not cancel
-            return self.lamda_A, b @ self.lamda_S - self.lamda_start
+            return b @ s - self.lamda_start
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B S - B₀ S₀ without gradients; of shards gathered, which every rank has to call."""
+        a, b, s = (whole(p.detach()) for p in (self.lamda_A, self.lamda_B, self.lamda_S))
+        return a, self._b_from(b, s)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer
@@ -122,6 +131,13 @@ class LaMDALinear(LoRALayer):
     def _correct(self, x: Tensor) -> Tensor:
         a, b = self.factors()
         return self.scaling * linear(linear(x.to(a.dtype), a), b)
+
+    def reset_parameters(self) -> None:
+        """Refused: the factors are parts of W's decomposition."""
+        raise ValueError(
+            "LaMDALinear.reset_parameters: expected a layer that starts from samples, and this one starts from W's "
+            "singular vectors; adapt the model when its weights are there"
+        )
 
     def change_ranks_(self, keep: Sequence[int], added: int = 0, *, scaling: float | None = None) -> None:
         """Refused: the rank is that of a part of W's decomposition."""

@@ -22,7 +22,7 @@ from .base_only import runs_base_alone
 from .coded import CodedLinear
 from .frozen import AroundBase, is_tracked_view, must_be_called, why_not_frozen, why_not_plain
 from .matrix import as_matrix, frozen_weight, is_conv1d, matrix_shape, write_matrix_
-from .sharded import is_dtensor, own_part, whole, why_not_written
+from .sharded import fill_, is_dtensor, own_part, whole, why_not_written
 from .velora import Projecting
 
 logger = logging.getLogger("lowrank_kernels")
@@ -53,6 +53,10 @@ class LoRALayer(AroundBase):
     """What ``base_layer`` is, in words."""
     lora_A: Any
     lora_B: Any
+    init: str
+    """How the factors start."""
+    sampled: str
+    """The factor that is sampled at the start, "a" or "b"; the other is zero."""
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class LoRALayer(AroundBase):
         self._merged: Any = None
         self.base_layer = base_layer
         self.register_parameter("lora_gate", None)
+        self.init, self.sampled = init, self.sampled_of(train)
         self.make_factors(init, train, lora_bias, device=weight.device, dtype=dtype)
         if gate:
             self.lora_gate = nn.Parameter(torch.ones(r, device=weight.device, dtype=dtype))
@@ -114,14 +119,48 @@ class LoRALayer(AroundBase):
         """:meth:`shapes`, and the gate's, for which PEFT has no name."""
         return cls.shapes(base_layer, r, lora_bias) | ({"lora_gate": (r,)} if gate else {})
 
+    @classmethod
+    def sampled_of(cls, train: str) -> str:
+        """Which factor is sampled where ``train`` says what trains: the one that the trained one is zero beside."""
+        return "b" if train == "a" else "a"
+
     def gated(self, lora_b: Tensor) -> Tensor:
         """B ∘ gate, where there is one."""
         return lora_b if self.lora_gate is None else fold_gate(lora_b, self.lora_gate)
 
+    def reset_parameters(self) -> None:
+        """Start the correction as at construction, over the weight as it is now: the factors are sampled anew, gates
+        are 1, and DoRA's magnitudes the norms of the rows.
+
+        For a model that was adapted on the meta device, and got its weights afterwards. Of shards (FSDP2) every rank
+        has to call this; they hold what rank 0 has drawn.
+
+        Raises:
+            ValueError: a layer that is merged, or whose weights are on the meta device.
+        """
+        if self.merged or any(p.is_meta for p in self.parameters()):
+            raise ValueError(
+                f"{type(self).__name__}.reset_parameters: expected an unmerged layer with its weights at hand; call "
+                f"unmerge_(), or to_empty(device=...) and load the base model's weights first"
+            )
+        a, b = self.factor_parameters()
+        drawn = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (a, b)]
+        self.start_factors_(*drawn)
+        for p, values in zip((a, b), drawn, strict=True):
+            fill_(p, values)
+        if self.lora_bias is not None:
+            fill_(self.lora_bias, torch.zeros(self.out_features))
+        if self.lora_gate is not None:
+            fill_(self.lora_gate, torch.ones(self.r))
+
+    def start_factors_(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Sample one factor and set the other to zero; both have the shapes of their parameters."""
+        init_factors_(lora_a.flatten(1), lora_b.flatten(1), self.init, sampled=self.sampled)
+
     def factor_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters of A (R, ...) and B (N, R, ...)."""
-        a, b, *_ = (attrgetter(name)(self) for name in self.shapes(self.base_layer, self.r))
-        return a, b
+        name_a, name_b, *_ = self.shapes(self.base_layer, self.r)
+        return attrgetter(name_a)(self), attrgetter(name_b)(self)
 
     @torch.no_grad()
     def change_ranks_(self, keep: Sequence[int], added: int = 0, *, scaling: float | None = None) -> None:
@@ -445,7 +484,7 @@ class LoRALinear(Projecting, LoRALayer):
         empty = torch.nn.utils.skip_init
         self.lora_A = empty(nn.Linear, self.in_features, self.r, bias=False, **options)
         self.lora_B = empty(nn.Linear, self.r, self.out_features, bias=lora_bias, **options)
-        start_(self, init, train)
+        start_(self, train)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.weight, self.gated(self.lora_B.weight)
@@ -530,12 +569,9 @@ def _reshape_(p: nn.Parameter, values: Tensor) -> None:
     p.data = values
 
 
-def start_(layer: Any, init: str, train: str) -> None:
+def start_(layer: Any, train: str) -> None:
     """Sample or zero the factors ``lora_A`` and ``lora_B`` of a layer, and let those train that shall."""
-    a, b = (factor.detach() for factor in layer.factors())
-    init_factors_(a, b, init, sampled="b" if train == "a" else "a")
-    if layer.lora_bias is not None:
-        nn.init.zeros_(layer.lora_bias)
+    layer.start_factors_(*(p.detach() for p in layer.factor_parameters()))
     for factor, trains in zip((layer.lora_A, layer.lora_B), TRAIN[train], strict=True):
         factor.requires_grad_(trains)
 
@@ -587,6 +623,8 @@ def check_requantize(op: str, base: nn.Module, requantize: str | None) -> None:
             f"{op}: expected requantize=None for a {type(base).__name__}, whose weight is never written; make it dense "
             f"(lk.dequantize_)"
         )
+    if is_dtensor(base.weight):
+        raise ValueError(f"{op}: expected a whole weight to round again, got a shard; gather the model first")
     if requantize not in ROUNDINGS:
         raise ValueError(f"{op}: expected requantize to be one of {', '.join(ROUNDINGS)}, got {requantize!r}")
 

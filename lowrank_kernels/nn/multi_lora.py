@@ -226,7 +226,7 @@ class MultiLoRALinear(AroundBase):
                 f"MultiLoRALinear.merge_: expected a dense weight to merge into, got one stored as {stored.format}; "
                 f"lk.dequantize_ makes it dense"
             )
-        reason = why_not_written(self.base_layer)
+        reason = why_not_written(self.base_layer, whole=True)
         if reason is not None:
             raise ValueError(f"MultiLoRALinear.merge_: expected a weight that can be changed in place, but {reason}")
         stack, weight = self.stack, self.base_layer.weight

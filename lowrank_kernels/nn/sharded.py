@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .matrix import weight_shape
@@ -19,6 +20,17 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
+@torch.no_grad()
+def fill_(tensor: Any, values: Tensor) -> None:
+    """Write whole values into a tensor: into a DTensor rank 0's, of which every rank, which all call this, takes its
+    part."""
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
 def own_part(tensor: Any) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
@@ -31,8 +43,11 @@ def by_rows_like(weight: Any, part: Tensor) -> Any:
     )
 
 
-def why_not_written(base: Any) -> str | None:
-    """Why a change of the weight of ``base`` in place would fail or be lost just now; None where it stays."""
+def why_not_written(base: Any, *, whole: bool = False) -> str | None:
+    """Why a change of the weight of ``base`` in place would fail or be lost just now; None where it stays.
+
+    ``whole``: a change that takes all of the weight at once, and not each rank its own rows.
+    """
     weight: Any = base.weight
     if weight.is_meta:
         return "its weight is on the meta device, as of a module that is offloaded; load it first"
@@ -42,6 +57,8 @@ def why_not_written(base: Any) -> str | None:
             f"first, under FSDP by FullyShardedDataParallel.summon_full_params"
         )
     if is_dtensor(weight):
+        if whole:
+            return "its weight is sharded; gather the model first"
         if not isinstance(base, nn.Linear):
             return f"its weight is sharded, which only that of an nn.Linear may be, not of a {type(base).__name__}"
         rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)

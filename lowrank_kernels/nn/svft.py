@@ -216,7 +216,11 @@ class SVFTLinear(AroundBase):
             ValueError: as :meth:`write_`. The layer is then as it was.
         """
         if self._merged is None:
-            before = self.base_layer.weight.detach().clone() if why_not_written(self.base_layer) is None else None
+            before = (
+                self.base_layer.weight.detach().clone()
+                if why_not_written(self.base_layer, whole=True) is None
+                else None
+            )
             self.write_()
             self._merged = before
         return self
@@ -229,7 +233,7 @@ class SVFTLinear(AroundBase):
             ValueError: a weight that cannot be written just now. The layer is then as it was.
         """
         if self._merged is not None:
-            reason = why_not_written(self.base_layer)
+            reason = why_not_written(self.base_layer, whole=True)
             if reason is not None:
                 raise ValueError(f"SVFTLinear.unmerge_: expected a weight that can be changed in place, but {reason}")
             self.base_layer.weight.copy_(self._merged)
@@ -252,7 +256,7 @@ class SVFTLinear(AroundBase):
             )
         if isinstance(frozen_weight(base), FrozenWeight):
             raise ValueError(f"{op}: expected a dense weight to merge into; lk.dequantize_ makes it so")
-        reason = why_not_written(base)
+        reason = why_not_written(base, whole=True)
         if reason is not None:
             raise ValueError(f"{op}: expected a weight that can be changed in place, but {reason}")
         if not all_finite(self.values.detach()):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import velora_linear, velora_vector
 from .frozen import AroundBase, check_weight_may_be_read, check_wrappable
+from .sharded import is_dtensor
 
 
 class Projecting(nn.Module):
@@ -57,6 +58,11 @@ class Projecting(nn.Module):
         is one, which a state may have brought, and where the mean is not finite. Waits for the device."""
         v = self.velora_vector
         if not v.any():
+            if is_dtensor(self.weight) or getattr(self.base_layer, "_is_fsdp_managed_module", False):
+                raise ValueError(
+                    f"{type(self).__name__}: expected velora_vector to be made before the model is sharded, since each "
+                    f"rank would make another one of its own batch; call lk.init.velora_ on the same batch first"
+                )
             v.copy_(velora_vector(x, len(v), mask))
         self.velora_made = bool(v.any())
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..functional import block_adamw_, check_flag
 from ..nn.block_sparse import BlockSparseLinear
+from ..nn.sharded import is_dtensor
 from .settings import check_betas, check_model, check_number
 
 
@@ -59,6 +60,11 @@ class BlockAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"BlockAdamW: expected only blocks to train, and {', '.join(others[:3])} train too; freeze them, or "
                 f"use torch.optim.AdamW for all"
+            )
+        if any(is_dtensor(p) for layer in self._layers for p in (layer.blocks, layer.base_layer.weight)):
+            raise ValueError(
+                "BlockAdamW: expected whole blocks, got shards (DTensor), which its kernel cannot write into W; use "
+                "torch.optim.AdamW, which trains the blocks as well"
             )
         wrong = [layer.blocks.dtype for layer in self._layers if layer.blocks.dtype != torch.bfloat16]
         if stochastic_rounding and wrong:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.sharded import is_dtensor
 from .settings import check_betas, check_model, check_number
 from .wide import load_wide_state, step_adamw
 
@@ -62,6 +63,11 @@ def factor_groups(model: nn.Module) -> list[dict[str, Any]]:
         if a.requires_grad != b.requires_grad:
             raise ValueError("factor_groups: expected both factors of a layer to train, found a frozen one")
         if a.requires_grad:
+            if is_dtensor(a) or is_dtensor(b):
+                raise ValueError(
+                    "factor_groups: expected whole factors, got shards (DTensor), whose products A Aᵀ and BᵀB are of "
+                    "their own rows alone; train a sharded model with AdamW or lora_plus"
+                )
             params += [a, b]
             scaling.append(s)
     if not params:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import tempfile
-import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_kernels as lk
+
+from tests.distributed.two_ranks import close, mesh, on_two_ranks, refuses
 
 CONFIGS = [lk.LoRAConfig(r=4), lk.LoRAConfig(r=4, lora_bias=True), lk.DoRAConfig(r=4)]
 FACTORS = [lk.LoRAConfig(r=4), lk.DoRAConfig(r=4)]
@@ -53,23 +51,6 @@ def reference_gradients(model, whole):
     """Of the mean of the ranks' losses."""
     (sum(model(x).square().sum() for x in whole) / 2).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-5)
-
-
-def refuses(message, call, *args):
-    try:
-        call(*args)
-    except ValueError as error:
-        assert re.search(message, str(error)), error
-        return
-    raise AssertionError(f"{call} did not refuse")
-
-
-def mesh():
-    return dist.device_mesh.init_device_mesh("cpu", (2,))
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDP
@@ -488,40 +469,4 @@ CHECKS = [
 ]
 
 
-def run_all(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for check in CHECKS:
-        try:
-            check()
-            said = "passed"
-        except Exception:
-            said = traceback.format_exc()
-        (Path(folder) / f"{check.__name__}.{rank}").write_text(said)
-        dist.barrier()
-    sys.stdout.flush()
-    # gloo's threads may still let go of tensors, for which they take the interpreter's lock: one that is being
-    # torn down ends them, and the process, by SIGABRT (pytorch/pytorch#179291).
-    os._exit(0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    context = torch.multiprocessing.spawn(run_all, (str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            break
-    return folder
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_on_two_ranks(folder, check, rank):
-    file = folder / f"{check.__name__}.{rank}"
-    assert file.exists(), "the processes did not get there"
-    said = file.read_text()
-    assert said == "passed", said
+test_on_two_ranks = on_two_ranks(CHECKS)
