@@ -1,4 +1,4 @@
-"""Load on the batcher and the bank for a while: nothing wrong, nothing lost, memory flat. A tiny Llama on a CPU.
+"""Load on the engine and the bank for a while: nothing wrong, nothing lost, memory flat. A tiny Llama on a CPU.
 
     python benchmarks/soak_serving.py [--minutes 20] [--threads 2] [--json FILE]
 
@@ -30,7 +30,7 @@ import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels.serving import AdapterBank
-from lowrank_kernels.serving.batcher import Batcher, Generation, QueueFull
+from lowrank_kernels.serving.engine import Engine, Generation, QueueFull
 
 RANKS = (1, 2, 3, 5, 7, 8, 16)
 TOKENS = 6
@@ -134,7 +134,7 @@ class Soak:
             sizes.append(self.bank.nbytes - before)
         self.bank.budget_bytes = resident * max(sizes)
         self.bank.load(self.names[0], folder / self.names[0])  # evicts down to the budget
-        self.batcher = Batcher(self.bank, NoTokenizer(), max_batch=min(16, resident), wait_seconds=0.001, max_queue=64)
+        self.engine = Engine(self.bank, NoTokenizer(), max_rows=min(16, resident), max_queue=64, cache_tokens=2048)
         self.corrupt = folder / "corrupt"
         self.corrupt.mkdir()
         for file in (folder / self.names[0]).iterdir():
@@ -159,7 +159,7 @@ class Soak:
                 name = None if draw.random() < 0.1 else self.names[place]
                 jobs.append(Generation(name, self.expected[name][0], draw.randrange(1, TOKENS + 1)))
             try:
-                self.batcher.submit(jobs)
+                self.engine.submit(jobs)
             except QueueFull:
                 self.count("queue full")
                 continue
@@ -221,7 +221,7 @@ class Soak:
         self.stop.set()
         for thread in threads:
             thread.join(120)
-        self.batcher.close()
+        self.engine.close()
         ends = sum(self.counts[kind] for kind in ("right", "wrong", "cancelled", "unloaded", "failed", "lost"))
         quarter = max(1, len(memory) // 4)
         early, late = (statistics.median(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
@@ -230,8 +230,7 @@ class Soak:
             "adapters": len(self.names),
             "budget_bytes": self.bank.budget_bytes,
             "adapter_bytes": self.bank.nbytes,
-            "batches": self.batcher.batches,
-            "rows": self.batcher.rows,
+            "engine": self.engine.counts,
             "counts": dict(sorted(self.counts.items())),
             "unaccounted": self.counts["asked"] - ends,
             "memory": {"second_quarter": early, "last_quarter": late, "growth": late / early - 1},

@@ -13,8 +13,7 @@ import torch
 
 import lowrank_kernels as lk
 
-from ..serving import AdapterBank
-from ..serving.batcher import Batcher, Generation
+from ..serving import AdapterBank, Engine, Generation
 from .batches import encode
 from .docstrings import MODULES, Example
 from .environment import environment
@@ -71,9 +70,9 @@ def _last_logits(model: Any, tokenizer: Any, prompts: list[list[int]], device: t
     return model(**inputs, position_ids=positions).logits[:, -1].float()
 
 
-def _answers(batcher: Batcher, names: list[str | None], prompts: list[list[int]]) -> list[str]:
+def _answers(engine: Engine, names: list[str | None], prompts: list[list[int]]) -> list[str]:
     jobs = [Generation(name, prompt, 40, stop=('"""',)) for name, prompt in zip(names, prompts, strict=True)]
-    batcher.submit(jobs)
+    engine.submit(jobs)
     return [job.future.result().text for job in jobs]
 
 
@@ -119,24 +118,24 @@ def run(args: argparse.Namespace) -> int:
     with AdapterBank(model) as bank:
         for library in LIBRARIES:
             bank.load(library, args.output / "adapters" / library)
-        batcher = Batcher(bank, tokenizer, max_batch=len(names), wait_seconds=0.1)
-        texts = _answers(batcher, names, prompts)
-        batches = batcher.batches
-        batcher.close()
+        engine = Engine(bank, tokenizer, max_rows=len(names))
+        texts = _answers(engine, names, prompts)
+        engine.close()
         with bank.batch(names):
             mixed = _last_logits(model, tokenizer, prompts, device)
-    print(f"\n{len(names)} requests, {len({*names})} different models, answered in {batches} batch", file=sys.stderr)
+    steps = engine.counts["steps"]
+    print(f"\n{len(names)} requests, {len({*names})} different models, answered in {steps} steps", file=sys.stderr)
 
     difference, same = 0.0, []
     for name in dict.fromkeys(names):
         of_name = [row for row, other in enumerate(names) if other == name]
         with AdapterBank(base if name is None else _merged(base, args.output / "adapters" / name)) as bank:
-            batcher = Batcher(bank, tokenizer, max_batch=1)
+            engine = Engine(bank, tokenizer, max_rows=1)
             for row in of_name:
-                same.append(_answers(batcher, [None], [prompts[row]])[0] == texts[row])
+                same.append(_answers(engine, [None], [prompts[row]])[0] == texts[row])
                 alone = _last_logits(bank.model, tokenizer, [prompts[row]], device)[0]
                 difference = max(difference, float((mixed[row] - alone).abs().max() / alone.abs().max()))
-            batcher.close()
+            engine.close()
     for name, example, text, equal in zip(names, shown, texts, same, strict=True):
         print(f"{example.prompt.splitlines()[1]}\n    {name or 'base'}: {' '.join(text.split())}")
         print(f"    {'as' if equal else 'NOT as'} its model alone says")

@@ -37,7 +37,7 @@ class CodedLinear(nn.Module):
         tensors = (self.weight, *(self.get_buffer(name) for name in self._others))
         if self.weight.dtype != self._codes_dtype:
             raise ValueError(
-                f"CodedLinear: expected codes of {self._codes_dtype}, got {self.weight.dtype}: something has cast them, "
+                f"CodedLinear: expected codes of {self._codes_dtype}, got {self.weight.dtype}: something cast them, "
                 f"as FSDP2's MixedPrecisionPolicy(param_dtype=...) casts 8-bit floats; shard with param_dtype=None and "
                 f"use autocast, or store the base as nf4 or int8"
             )

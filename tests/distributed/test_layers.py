@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_kernels as lk
-
 from tests.distributed.two_ranks import close, mesh, on_two_ranks, refuses
 
 CONFIGS = [lk.LoRAConfig(r=4), lk.LoRAConfig(r=4, lora_bias=True), lk.DoRAConfig(r=4)]

@@ -81,7 +81,7 @@ class Schedule:
         self.jobs = []
 
     def arrive(self):
-        name, count = self.random.choice([*NAMES, "comes and goes"]), self.random.randint(1, 6)
+        name, count = self.random.choice([*NAMES, "comes and goes"]), self.random.randint(1, 5)
         priority = self.random.choice([0, 0, 1])
         job = Generation(name, self.random.choice(PROMPTS), count, priority=priority)
         self.engine.submit([job])
@@ -102,7 +102,7 @@ class Schedule:
     there = None
 
     def run(self):
-        for _ in range(6):
+        for _ in range(5):
             self.random.choices([self.arrive, self.cancel, self.load, self.unload], [8, 1, 1, 1])[0]()
             for _ in range(self.random.randint(0, 3)):
                 self.engine.step()
