@@ -75,7 +75,8 @@ class Schedule:
             make_tokenizer(),
             max_rows=self.random.choice([2, 5, 5]),
             chunk_tokens=self.random.choice([5, 16, 128]),
-            cache_tokens=self.random.choice([64, 70, 300]),
+            cache_tokens=self.random.choice([40, 40, 300]),
+            max_length=40,
             background=False,
         )
         self.jobs = []
@@ -130,7 +131,7 @@ def run_schedules(seeds, bank, folders, greedy, monkeypatch):
         counts = Schedule(seed, bank, folders, greedy).run()
         preemptions += counts["preemptions"]
         cached += counts["cached_prompt_tokens"]
-    assert preemptions > 10 and cached > 1000  # both have happened
+    assert preemptions >= 10 and cached > 200  # both have happened
 
 
 def test_each_row_is_its_merged_models_in_any_schedule(bank, folders, greedy, monkeypatch):
