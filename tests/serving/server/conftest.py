@@ -1,13 +1,16 @@
 """An application over a tiny model, and what its adapters say."""
 
 import shutil
+import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
+import uvicorn
 
 from lowrank_kernels.serving import AdapterBank, Engine
 from lowrank_kernels.serving.server import Safety, create_app
-from tests.serving.server.asking import Client
+from tests.serving.server.asking import PATIENCE, Client
 from tests.serving.tiny_model import make_model, make_tokenizer
 
 
@@ -46,6 +49,25 @@ def app(engine, root):
 @pytest.fixture
 def client(app):
     return Client(app)
+
+
+@pytest.fixture
+def url(app):
+    """The application behind a port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    port = Future()
+    startup = server.startup
+
+    async def startup_and_tell(sockets=None):
+        await startup(sockets)
+        port.set_result(server.servers[0].sockets[0].getsockname()[1])
+
+    server.startup = startup_and_tell
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield f"http://localhost:{port.result(PATIENCE)}/v1"
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture(scope="module")

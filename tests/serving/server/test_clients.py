@@ -1,35 +1,12 @@
 """Clients that people have, over HTTP: openai, litellm and langchain, whole answers and streams."""
 
-import threading
-from concurrent.futures import Future
-
 import pytest
-import uvicorn
 
-from tests.serving.server.asking import PATIENCE, prompt_of
+from tests.serving.server.asking import prompt_of
 from tests.serving.tiny_model import make_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Who?"}]
 RENDERED = "user:Who?|"
-
-
-@pytest.fixture
-def url(app):
-    """The application behind a port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
-    port = Future()
-    startup = server.startup
-
-    async def startup_and_tell(sockets=None):
-        await startup(sockets)
-        port.set_result(server.servers[0].sockets[0].getsockname()[1])
-
-    server.startup = startup_and_tell
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield f"http://localhost:{port.result(PATIENCE)}/v1"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture
