@@ -35,6 +35,7 @@ from .ops.dora import (
     dora_linear_directly,
     dora_linear_remembering,
     magnitude_error,
+    norm_of_shards,
     pair_of,
     plan_dora_linear,
 )
@@ -414,6 +415,8 @@ def dora_linear(
         x, weight, lora_a, lora_b, magnitude, weight_sq_norm, norm, scale, bias,
         scaling, dropout_p, None, dropout_base, detach_norm, False, backend,
     )  # fmt: skip
+    if hasattr(weight, "device_mesh"):
+        call = norm_of_shards(call)
     if traced():
         raise_error(check_dora_linear(call))
         call, plan = _seeded(call, dropout_seed, "dora_linear"), None

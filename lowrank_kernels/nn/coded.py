@@ -37,9 +37,9 @@ class CodedLinear(nn.Module):
         tensors = (self.weight, *(self.get_buffer(name) for name in self._others))
         if self.weight.dtype != self._codes_dtype:
             raise ValueError(
-                f"CodedLinear: expected codes of {self._codes_dtype}, got {self.weight.dtype}: something cast them, "
-                f"as FSDP2's MixedPrecisionPolicy(param_dtype=...) casts 8-bit floats; shard with param_dtype=None and "
-                f"use autocast, or store the base as nf4 or int8"
+                f"CodedLinear: expected codes of {self._codes_dtype}, got {self.weight.dtype}: something has cast "
+                f"them, as FSDP2's MixedPrecisionPolicy(param_dtype=...) casts 8-bit floats; use param_dtype=None and "
+                f"autocast, or store the base as nf4 or int8"
             )
         if self._made is not None and not torch.compiler.is_compiling():
             known, weight = self._made

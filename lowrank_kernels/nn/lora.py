@@ -572,6 +572,8 @@ def _reshape_(p: nn.Parameter, values: Tensor) -> None:
 def start_(layer: Any, train: str) -> None:
     """Sample or zero the factors ``lora_A`` and ``lora_B`` of a layer, and let those train that shall."""
     layer.start_factors_(*(p.detach() for p in layer.factor_parameters()))
+    if layer.lora_bias is not None:
+        nn.init.zeros_(layer.lora_bias)
     for factor, trains in zip((layer.lora_A, layer.lora_B), TRAIN[train], strict=True):
         factor.requires_grad_(trains)
 

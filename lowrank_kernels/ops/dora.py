@@ -46,6 +46,7 @@ from .operands import (
     frozen_error,
     like_rows_of,
     number_error,
+    raise_error,
     scaling_error,
     unit_columns,
     vector,
@@ -465,6 +466,14 @@ class ScaleCache:
 
     def __reduce__(self) -> Any:
         return ScaleCache, ()
+
+
+def norm_of_shards(call: DoRALinear) -> DoRALinear:
+    """The call with n and g where W is a DTensor that is cut along K."""
+    raise_error(check_dora_linear(call))
+    from .sharding import with_norm
+
+    return with_norm(call)
 
 
 def dora_linear_directly(call: DoRALinear) -> Tensor:

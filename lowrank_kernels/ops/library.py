@@ -100,8 +100,7 @@ class Op:
         first = call[0]
         if (unobserved(call) if unseen is None else unseen) and not (isinstance(first, Tensor) and _is_batched(first)):
             return self.direct(call, plan)
-        _refuse_shards(self.name, call)
-        return self.dispatched(call)
+        return self.dispatched(_for_shards(self.name, call))
 
 
 def define(
@@ -233,12 +232,31 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def _refuse_shards(name: str, args: tuple[Any, ...]) -> None:
-    if any(isinstance(a, Tensor) and hasattr(a, "device_mesh") for a in args):
+def _for_shards(name: str, call: Any) -> Any:
+    """The call, once DTensors in it are known to have sharding rules (``ops/sharding.py``), with one dropout seed."""
+    sharded = next((a for a in call if isinstance(a, Tensor) and hasattr(a, "device_mesh")), None)
+    if sharded is None:
+        return call
+    from .sharding import ready, same_seed
+
+    if not ready(name.removesuffix("_backward")):
         raise TypeError(
             f"{name}: expected plain tensors, got a DTensor, for which there is no sharding rule; give each rank's own "
             f"part (to_local()), or the whole (full_tensor())"
         )
+    seed = getattr(call, "dropout_seed", None)
+    if seed is not None and not hasattr(seed, "device_mesh"):
+        call = call._replace(dropout_seed=same_seed(seed, sharded))
+    plain = [
+        f for f, a in zip(call._fields, call, strict=True) if isinstance(a, Tensor) and not hasattr(a, "device_mesh")
+    ]
+    if plain or (hasattr(call, "weight") and not isinstance(call.weight, Tensor)):
+        what = f"a plain tensor for {plain[0]}" if plain else f"a weight stored as {call.weight.format}"
+        raise TypeError(
+            f"{name}: expected DTensors throughout where one operand is a DTensor, got {what}; distribute all of them "
+            f"over the same mesh"
+        )
+    return call
 
 
 def unobserved(args: tuple[Any, ...]) -> bool:

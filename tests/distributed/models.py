@@ -121,13 +121,15 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def as_one_process(alone, parallel, *, steps=2, rtol=1e-4, fused=True, call=None, whole_batch=False) -> None:
+def as_one_process(
+    alone, parallel, *, steps=2, rtol=1e-4, fused=True, call=None, whole_batch=False, groups=list
+) -> None:
     """Loss, gradients and parameters of ``steps`` steps are those of one process with all of the batch.
 
     ``rtol``: of the norm of each gradient, whose sums over tokens have another order. ``call``: what is called in the
-    place of ``parallel``. ``whole_batch``: each rank gets all of it.
+    place of ``parallel``. ``whole_batch``: each rank gets all of it. ``groups``: makes parameter groups.
     """
-    optimizers = [torch.optim.AdamW(trained(m), lr=1e-2, fused=fused) for m in (alone, parallel)]
+    optimizers = [torch.optim.AdamW(groups(trained(m)), lr=1e-2, fused=fused) for m in (alone, parallel)]
     for step in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()

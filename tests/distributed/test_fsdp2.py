@@ -1,4 +1,4 @@
-"""FSDP2 over adapted models: one process's loss and gradients, adapters gathered, runs that go on elsewhere."""
+"""FSDP2 over adapted models: loss and gradients are those of one process, adapters are gathered, runs resume."""
 
 from __future__ import annotations
 

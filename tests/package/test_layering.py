@@ -66,6 +66,7 @@ ALLOWED = {
     "reversible": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "side": ({"layer_stack", "names", "nn", "over_base", "report"}, {"torch"}),
     "prune": ({"functional", "names", "nn", "rider", "unload"}, {"torch"}),
+    "distributed": ({"names", "nn", "report"}, {"torch"}),
     # The engine stands on transformers' attention interface, as the bank stands on torch's modules.
     "serving": (
         {"names", "adapters", "config", "functional", "nn", "stack", "weights"},
