@@ -90,15 +90,15 @@ def parallelize(model: nn.Module, mesh: Any, plan: Mapping[str, str] | None = No
     found: dict[str, tuple[nn.Module, _Style]] = {}
     skipped: list[Skipped] = []
     for name, module in named_modules(model):
-        style = next((s for pattern, s in plan.items() if _names(pattern, name)), None)
-        if style in _STYLES:
-            found[name] = module, _STYLES[style]
-        elif style in _LEFT_WHOLE and not any(p.requires_grad for p in module.parameters()):
+        named = next((s for pattern, s in plan.items() if _names(pattern, name)), None)
+        if named in _STYLES:
+            found[name] = module, _STYLES[named]
+        elif named in _LEFT_WHOLE and not any(p.requires_grad for p in module.parameters()):
             skipped.append(Skipped(name, "stays whole on every rank"))
-        elif style is not None:
+        elif named is not None:
             raise ValueError(
-                f"{_OP}: {name}: expected one of {', '.join(_STYLES)}, got {style!r}"
-                f"{', of a module that trains' if style in _LEFT_WHOLE else ''}; nothing has changed"
+                f"{_OP}: {name}: expected one of {', '.join(_STYLES)}, got {named!r}"
+                f"{', of a module that trains' if named in _LEFT_WHOLE else ''}; nothing has changed"
             )
     if not found:
         raise ValueError(f"{_OP}: expected a plan that names linears of the model, got {dict(plan)!r:.200}")

@@ -226,12 +226,12 @@ class AcceleratedCutLinear(_OverLinear, PeftLinear):
         base, (name,) = self.base_layer, adapters
         lora_a, lora_b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
         columns, mesh = base._hf_tp_plan == "colwise", base.weight.device_mesh
-        a, b, bias = (None if t is None else _on_mesh(t, mesh) for t in (lora_a.weight, lora_b.weight, lora_b.bias))
+        bias = None if lora_b.bias is None else _on_mesh(lora_b.bias, mesh)
         y = lora_linear(
             distributed_input(x, mesh, not columns),
             base.weight,
-            a,
-            b,
+            _on_mesh(lora_a.weight, mesh),
+            _on_mesh(lora_b.weight, mesh),
             add_bias(base.bias, bias, scaling, base.weight.dtype),
             scaling=scaling,
             dropout_p=self._dropout(name),

@@ -239,6 +239,8 @@ def _for_shards(name: str, call: Any) -> Any:
         return call
     from .sharding import ready, same_seed
 
+    of: Any = sharded
+
     if not ready(name.removesuffix("_backward")):
         raise TypeError(
             f"{name}: expected plain tensors, got a DTensor, for which there is no sharding rule; give each rank's own "
@@ -246,7 +248,7 @@ def _for_shards(name: str, call: Any) -> Any:
         )
     seed = getattr(call, "dropout_seed", None)
     if seed is not None and not hasattr(seed, "device_mesh"):
-        call = call._replace(dropout_seed=same_seed(seed, sharded))
+        call = call._replace(dropout_seed=same_seed(seed, of))
     plain = [
         f for f, a in zip(call._fields, call, strict=True) if isinstance(a, Tensor) and not hasattr(a, "device_mesh")
     ]

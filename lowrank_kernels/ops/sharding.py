@@ -237,8 +237,8 @@ def with_norm(call: DoRALinear) -> DoRALinear:
     columns = [p if p.is_shard(1) else Replicate() for p in weight.placements]
     parts = weight, _placed(call.lora_a, mesh, columns), _placed(call.lora_b, mesh, rows)
     with torch.no_grad():
-        local = [t.to_local() for t in parts]
-        own: Tensor = call_dora_weight_norm(DoRAWeightNorm(*local, call.scaling, None, None, call.backend))[0]
+        w, a, b = (t.to_local() for t in parts)
+        own: Tensor = call_dora_weight_norm(DoRAWeightNorm(w, a, b, call.scaling, None, None, call.backend))[0]
         summands = [Partial() if p.is_shard(1) else p for p in weight.placements]
         shape, stride = weight.shape[:1], (1,)
         squares = DTensor.from_local(own.square(), mesh, summands, run_check=False, shape=shape, stride=stride)
@@ -254,7 +254,8 @@ def _placed(t: Any, mesh: Any, placements: Any) -> DTensor:
             f"dora_linear: expected DTensors throughout, got a plain tensor of shape {tuple(t.shape)} beside a sharded "
             f"weight; distribute it over the same mesh"
         )
-    placed: DTensor = t.detach().redistribute(mesh, placements)
+    whole: Any = t.detach()
+    placed: DTensor = whole.redistribute(mesh, placements)
     return placed
 
 
