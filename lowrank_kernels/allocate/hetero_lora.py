@@ -16,7 +16,7 @@ from ..names import named_modules
 from ..nn.frozen import drop_compiled
 from ..nn.matrix import frozen_weight, is_linear
 from ..rider import Rider, check_integer, history_of, note
-from .ranks import adapted_parts, check_score, evaluating, gated_layers, hold_gates_
+from .ranks import adapted_parts, check_score, evaluating, gated_layers, hold_gates_, over_processes
 
 PROXIES = ("grad_norm", "snip", "synflow")
 
@@ -33,6 +33,9 @@ class HeteroLoRA(Rider):
     Modules are taken from the best score down, as long as they fit into what is left of the budget. A module that is
     off has gates of 0, and keeps its values: it adds nothing, gets no gradient and no step. At the start B = 0, so that
     ``snip`` and ``synflow`` are 0 everywhere, and ``grad_norm`` sees B alone: therefore the warm-up.
+
+    Where torch.distributed runs several processes, sums that make a score are averaged over them, so that all choose
+    the same modules, whatever batches each has.
 
     Args:
         model: adapted with ``gate=True``; gates say what is on, and do not train; trained ones are first put into B.
@@ -144,7 +147,8 @@ class HeteroLoRA(Rider):
             self._turn(was)
         pairs = zip(flat[::2], flat[1::2], strict=True)
         sums = {path: float(a + b) for path, (a, b) in zip(parameters, pairs, strict=True)}
-        found = {path: check_score("HeteroLoRA", total, path) for path, total in sums.items()}
+        means = zip(sums, over_processes(list(sums.values()), flat[0].device), strict=True)
+        found = {path: check_score("HeteroLoRA", total, path) for path, total in means}
         return {path: total**0.5 for path, total in found.items()} if self.proxy == "grad_norm" else found
 
     def _by_gradients(self, parameters: list[Any]) -> list[Tensor]:

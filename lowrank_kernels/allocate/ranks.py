@@ -191,6 +191,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
+def over_processes(values: list[float], device: torch.device) -> list[float]:
+    """The mean of each value over the processes of torch.distributed, which all call this; the values where it does not
+    run."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums)
+    return [float(v) for v in sums / torch.distributed.get_world_size()]
+
+
 def check_score(op: str, value: Any, what: str) -> float:
     """A score as a number. Raises ValueError where it is not finite."""
     number = float(value)
