@@ -1,4 +1,4 @@
-"""Tensor parallelism: `torchrun --nproc-per-node 2 examples/tensor_parallel.py [--model NAME] [--steps N] [--save FOLDER]`.
+"""Tensor parallelism: `torchrun --nproc-per-node 2 examples/tensor_parallel.py [--model NAME] [--save FOLDER]`.
 
 The linears of a DoRA model are cut over the ranks by the model's own plan. All ranks see the same batch, and compute
 the loss and the gradients of one process. Without --model it trains a two-layer Llama of random weights to continue a
