@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from .bodies import Body
 from .errors import ErrorBody
@@ -27,8 +28,9 @@ _ALWAYS = (401, 403, 408, 413, 500)
 
 def documented(*statuses: int, body: type[Body] | None = None, streams: bool = False) -> dict[str, Any]:
     """The keywords of a route: its body, its errors beside those that every endpoint has."""
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
     responses: dict[int | str, Any] = {
-        status: {"model": ErrorBody, "description": _STATUSES[status]} for status in sorted({*statuses, *_ALWAYS})
+        status: {"content": error, "description": _STATUSES[status]} for status in sorted({*statuses, *_ALWAYS})
     }
     if streams:
         responses[200] = {"description": "The answer; its pieces if ``stream``.", "content": {"text/event-stream": {}}}
@@ -40,13 +42,14 @@ def documented(*statuses: int, body: type[Body] | None = None, streams: bool = F
 
 
 def describe(app: FastAPI, bodies: Sequence[type[Body]]) -> None:
-    """Have ``app.openapi()`` tell of bodies too, which the endpoints read themselves."""
+    """Have ``app.openapi()`` tell of bodies and errors too, which the endpoints read and answer themselves."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schemas = found.setdefault("components", {}).setdefault("schemas", {})
-            for kind in bodies:
+            kinds: list[type[BaseModel]] = [*bodies, ErrorBody]
+            for kind in kinds:
                 schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
             for operations in found["paths"].values():

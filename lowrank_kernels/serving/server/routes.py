@@ -224,8 +224,9 @@ def add_adapter_routes(app: FastAPI, service: Service) -> None:
         return {"name": body.name} | ({} if unused is None else {"note": unused})
 
     @app.delete("/v1/adapters/{name}", status_code=204, response_class=Response, **documented(404))
-    async def unload_ours(name: str) -> None:
+    async def unload_ours(name: str) -> Response:
         await unload(name)
+        return Response(status_code=204)
 
     @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, **documented(400, body=LoadLoRABody))
     async def load_as_vllm(request: Request) -> str:
