@@ -234,12 +234,10 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 def _for_shards(name: str, call: Any) -> Any:
     """The call, once DTensors in it are known to have sharding rules (``ops/sharding.py``), with one dropout seed."""
-    sharded = next((a for a in call if isinstance(a, Tensor) and hasattr(a, "device_mesh")), None)
+    sharded: Any = next((a for a in call if isinstance(a, Tensor) and hasattr(a, "device_mesh")), None)
     if sharded is None:
         return call
     from .sharding import ready, same_seed
-
-    of: Any = sharded
 
     if not ready(name.removesuffix("_backward")):
         raise TypeError(
@@ -248,10 +246,9 @@ def _for_shards(name: str, call: Any) -> Any:
         )
     seed = getattr(call, "dropout_seed", None)
     if seed is not None and not hasattr(seed, "device_mesh"):
-        call = call._replace(dropout_seed=same_seed(seed, of))
-    plain = [
-        f for f, a in zip(call._fields, call, strict=True) if isinstance(a, Tensor) and not hasattr(a, "device_mesh")
-    ]
+        call = call._replace(dropout_seed=same_seed(seed, sharded))
+    tensors = {field: a for field, a in zip(call._fields, call, strict=True) if isinstance(a, Tensor)}
+    plain = [field for field, a in tensors.items() if not hasattr(a, "device_mesh")]
     if plain or (hasattr(call, "weight") and not isinstance(call.weight, Tensor)):
         what = f"a plain tensor for {plain[0]}" if plain else f"a weight stored as {call.weight.format}"
         raise TypeError(

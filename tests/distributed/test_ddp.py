@@ -24,8 +24,8 @@ def methods_train_as_in_one_process():
 
 
 def all_methods_do():
-    for name in METHODS:
-        as_one_process(METHODS[name](), DistributedDataParallel(METHODS[name]()))
+    for name in METHODS:  # gloo broadcasts no 8-bit floats
+        as_one_process(METHODS[name](), DistributedDataParallel(METHODS[name](), init_sync=name != "LoRA over fp8"))
 
 
 def accumulated_gradients_are_those_of_one_process():
@@ -93,4 +93,4 @@ CHECKS = [
 ]
 test_on_two_ranks = on_two_ranks(CHECKS)
 # methods_train_as_in_one_process shows the same of some methods
-test_of_all_methods_on_two_ranks = pytest.mark.nightly(on_two_ranks([all_methods_do]))
+test_of_all_methods_on_two_ranks = pytest.mark.nightly(on_two_ranks([all_methods_do], limit=1200))

@@ -33,8 +33,8 @@ def every_method_trains_as_in_one_process():
 
 
 def every_other_method_does_and_keeps_weights_or_not():
-    for name in METHODS:
-        for reshard in (True, False):
+    for reshard in (True, False):
+        for name in METHODS:
             as_one_process(METHODS[name](), shard(METHODS[name](), reshard_after_forward=reshard))
 
 
@@ -216,5 +216,5 @@ def test_one_process_goes_on_from_two(tmp_path_factory, name):
 
 # every_method_trains_as_in_one_process shows the same of seven methods, activations_are_recomputed without a compiler
 test_of_all_methods_on_two_ranks = pytest.mark.nightly(
-    on_two_ranks([every_other_method_does_and_keeps_weights_or_not, compiled_models_train])
+    on_two_ranks([every_other_method_does_and_keeps_weights_or_not, compiled_models_train], limit=1200)
 )

@@ -292,4 +292,4 @@ CHECKS = [
 ]
 test_on_two_ranks = on_two_ranks(CHECKS)
 # models_train_as_in_one_process shows the same without a compiler
-test_of_compiled_models_on_two_ranks = pytest.mark.nightly(on_two_ranks([compiled_models_are_right]))
+test_of_compiled_models_on_two_ranks = pytest.mark.nightly(on_two_ranks([compiled_models_are_right], limit=1200))

@@ -55,9 +55,9 @@ def _run_all(rank: int, folder: str, checks: Sequence[Callable[[], Any]]) -> Non
     os._exit(0)
 
 
-def _start(folder: Path, checks: Sequence[Callable[[], Any]]) -> None:
+def _start(folder: Path, checks: Sequence[Callable[[], Any]], limit: float) -> None:
     context = torch.multiprocessing.spawn(_run_all, (str(folder), checks), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + limit
     while not context.join(timeout=5):
         if time.monotonic() > deadline:
             for process in context.processes:
@@ -65,15 +65,16 @@ def _start(folder: Path, checks: Sequence[Callable[[], Any]]) -> None:
             break
 
 
-def on_two_ranks(checks: Sequence[Callable[[], Any]]) -> Any:
-    """A test of every check on both ranks. The first one that runs starts the two processes, for all of them."""
+def on_two_ranks(checks: Sequence[Callable[[], Any]], limit: float = 240) -> Any:
+    """A test of every check on both ranks. The first one that runs starts the two processes, for all of them, and
+    ends them after ``limit`` seconds."""
     ran: list[Path] = []
 
     def folder(tmp_path_factory):
         """Where the processes work, once they have ended."""
         if not ran:
             ran.append(tmp_path_factory.mktemp("two_ranks"))
-            _start(ran[0], checks)
+            _start(ran[0], checks, limit)
         return ran[0]
 
     @pytest.mark.parametrize("check", checks, ids=lambda check: check.__name__)
