@@ -28,6 +28,11 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="folder of adapters, all of which are loaded, or the folder of one",
     )
+    parser.add_argument(
+        "--state",
+        type=arguments.state_file,
+        help="file in which the loaded adapters are noted; if it is there, those are loaded, not all of --adapters",
+    )
     listen = parser.add_argument_group("who may ask")
     listen.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine)")
     listen.add_argument("--port", type=arguments.port, default=8000, help="default 8000; 0: any that is free")
@@ -83,7 +88,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from ..serving.server import Safety, create_app, is_adapter, load_all
+        from ..serving.server import Safety, State, create_app, is_adapter, load_all
         from ..serving.server.connections import run_server
     except ImportError as error:
         raise ValueError(f"lrk serve needs the extra: pip install 'lowrank_kernels[serve]' ({error})") from None
@@ -99,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
             f"--max-connections: expected at most {max(0, files - _OTHER_FILES)}, got {args.max_connections}; this "
             f"process may open {files} files (ulimit -n), of which {_OTHER_FILES} are kept for others"
         )
+    if args.state is not None and is_adapter(args.adapters):
+        raise ValueError("--state: needs a folder of adapters, and --adapters is one adapter's own")
+    state = None if args.state is None else State(args.state)
     _log_to_stderr(access=not args.no_access_log)
     with arguments.bound_socket(args.host, args.port) as listener:
         dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
@@ -117,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
                 cache_tokens=args.cache_tokens,
             )
             try:
-                for folder, reason in load_all(engine, args.adapters, name).items():
+                load = load_all if state is None else state.load
+                for folder, reason in load(engine, args.adapters, name).items():
                     print(f"{folder} not loaded: {reason}", file=sys.stderr)
                 if is_adapter(args.adapters):
                     print(f"{args.adapters} is one adapter's own folder: serving that", file=sys.stderr)
@@ -129,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
                     max_body_bytes=args.max_body_kib << 10,
                     body_seconds=args.body_seconds,
                 )
-                app = create_app(engine, name, args.adapters, safety=safety, strict=args.strict)
+                app = create_app(engine, name, args.adapters, safety=safety, strict=args.strict, state=state)
                 listener.listen(128)
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host

@@ -159,6 +159,7 @@ BAD: dict[str, dict[str, tuple[str, ...]]] = {
         "--host": ("no.such.host.invalid", "1.2.3.4"),
         "--port": ("x", "", "-1", "99999999", "65536", "1.5"),
         "--budget-mib": INTEGERS,
+        "--state": (*FILES, "{file}"),
         "--api-key": ("", "two words", "\u00e9", "a\nb"),
         "--allowed-host": ("", "a:80", "http://a", "[::1]"),
         "--allowed-origin": ("", "a.example", "ftp://a.example", "https://a.example/path", "null"),

@@ -23,8 +23,9 @@ from .limits import BodyLimit
 from .metrics import Observer
 from .routes import BODIES, add_adapter_routes, add_health_routes, add_openai_routes, add_token_routes
 from .service import Service
+from .state import State
 
-__all__ = ["ErrorBody", "Safety", "adapter_folder", "create_app", "is_adapter", "load_all"]
+__all__ = ["ErrorBody", "Safety", "State", "adapter_folder", "create_app", "is_adapter", "load_all"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def create_app(
     *,
     safety: Safety | None = None,
     strict: bool = False,
+    state: State | None = None,
 ) -> FastAPI:
     """The application; it closes the engine when it shuts down, after what was queued is done.
 
@@ -62,11 +64,12 @@ def create_app(
         adapters: the folder below which adapters to load are found.
         safety: default: of this machine alone, without a key.
         strict: refuse fields that are not known, instead of ignoring them.
+        state: where the adapters that are loaded and unloaded are noted.
 
     Every error has OpenAI's form (:class:`ErrorBody`); ``GET /openapi.json`` says which status an endpoint answers.
     """
     safety = safety or Safety()
-    service = Service(engine, model_name, adapters, strict=strict)
+    service = Service(engine, model_name, adapters, strict=strict, state=state)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

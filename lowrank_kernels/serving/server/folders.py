@@ -33,8 +33,7 @@ def load_all(engine: Engine, root: Path, model_name: str) -> dict[str, str]:
     """
     failed = {}
     own = is_adapter(root)
-    for path in [root.resolve()] if own else sorted(p for p in root.iterdir() if is_adapter(p)):
-        name = path.name if path.is_dir() else path.stem
+    for name, path in named(root):
         try:
             if name == model_name:
                 raise ValueError("that is the name of the base model")
@@ -44,6 +43,12 @@ def load_all(engine: Engine, root: Path, model_name: str) -> dict[str, str]:
         except Exception as error:
             failed[name] = str(error)
     return failed
+
+
+def named(root: Path) -> list[tuple[str, Path]]:
+    """The names and paths of the adapters in ``root``, or of the one that it is."""
+    paths = [root.resolve()] if is_adapter(root) else sorted(p for p in root.iterdir() if is_adapter(p))
+    return [(path.name if path.is_dir() else path.stem, path) for path in paths]
 
 
 def is_adapter(path: Path) -> bool:

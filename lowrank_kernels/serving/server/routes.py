@@ -190,13 +190,18 @@ async def _constraint(service: Service, body: Sampling, schema: dict[str, Any] |
 def add_adapter_routes(app: FastAPI, service: Service) -> None:
     """Adapters that come and go while the server runs, by our paths and by vLLM's."""
 
+    changing = asyncio.Lock()  # the file of the state tells of changes in the order that they were made
+
     async def load(name: str, folder: str, pin: bool = False) -> str | None:
         if name == service.model_name:
             raise ApiError(400, f"{name!r} is the name of the base model")
         try:
             path = adapter_folder(service.adapters, folder)
             try:
-                unused = await asyncio.to_thread(service.engine.load, name, path, pin=pin)
+                async with changing:
+                    unused = await asyncio.to_thread(service.engine.load, name, path, pin=pin)
+                    if service.state is not None:
+                        await asyncio.to_thread(service.state.note, name, folder, pin)
             except (ValueError, TypeError, OSError) as error:
                 raise ValueError(str(error).replace(str(path), folder)) from None
         except ValueError as error:
@@ -207,7 +212,10 @@ def add_adapter_routes(app: FastAPI, service: Service) -> None:
 
     async def unload(name: str) -> None:
         try:
-            await asyncio.to_thread(service.engine.unload, name)
+            async with changing:
+                await asyncio.to_thread(service.engine.unload, name)
+                if service.state is not None:
+                    await asyncio.to_thread(service.state.forget, name)
         except ValueError as error:
             raise ApiError(404, str(error), code="model_not_found") from None
         service.metrics.forget(name)

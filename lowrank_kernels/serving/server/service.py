@@ -18,6 +18,7 @@ from ..engine import Closed, Completion, Delta, Engine, Generation, QueueFull
 from .bodies import Message, Tool
 from .errors import ApiError
 from .metrics import Metrics
+from .state import State
 
 KEEP_ALIVE_SECONDS = 15.0
 """After which a stream in which nothing has come says that it is still there."""
@@ -33,13 +34,16 @@ class Service:
         model_name: the base's, which no adapter may have.
         adapters: the folder below which adapters are found.
         strict: refuse fields that are not known.
+        state: where the adapters that are loaded and unloaded are noted; None for nowhere.
         started: when, in seconds since the epoch.
         open_requests: that are being answered.
     """
 
-    def __init__(self, engine: Engine, model_name: str, adapters: Path, *, strict: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, model_name: str, adapters: Path, *, strict: bool = False, state: State | None = None
+    ) -> None:
         self.engine, self.model_name, self.adapters, self.strict = engine, model_name, adapters, strict
-        self.bank, self.tokenizer = engine.bank, engine.tokenizer
+        self.bank, self.tokenizer, self.state = engine.bank, engine.tokenizer, state
         self.metrics = Metrics(self._now)
         self.started, self.open_requests = int(time.time()), 0
         # One thread: a tokenizer is not made for several. What waits for it does not stop the event loop.
