@@ -92,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
         from ..serving.server.connections import run_server
     except ImportError as error:
         raise ValueError(f"lrk serve needs the extra: pip install 'lowrank_kernels[serve]' ({error})") from None
-    os.environ["TQDM_DISABLE"] = "1"  # no progress bars in logs; tqdm reads it when it is imported
     from ..integrations.transformers import load_language_model
     from ..serving import AdapterBank, Engine
 

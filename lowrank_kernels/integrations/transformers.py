@@ -39,11 +39,12 @@ def load_language_model(name: str, dtype: torch.dtype, device: torch.device | st
         FileNotFoundError: no such package or folder.
         ImportError: ``transformers`` is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # its own bar is not turned off by that
     options: dict[str, Any] = {"local_files_only": True}
     if name in _PACKAGED:
         folder = _packaged_folder(name)

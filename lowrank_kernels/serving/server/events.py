@@ -29,9 +29,13 @@ class EventStream(Response):
         self._answer, self._rows, self._note = answer, rows, note
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        gone, said = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._say(scope, send))
+        gone, said = asyncio.ensure_future(disconnected(receive)), asyncio.ensure_future(self._say(send))
         try:
             await asyncio.wait([gone, said], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the server ends, and its grace is over
+            said.cancel()
+            await asyncio.gather(said, return_exceptions=True)
+            await self._end(send, ApiError(503, "the server is shutting down"))
         finally:
             self._rows.close()
             gone.cancel()
@@ -39,27 +43,31 @@ class EventStream(Response):
             self._note(self._answer)
         await asyncio.gather(said, return_exceptions=not said.done() or said.cancelled())
 
-    async def _say(self, scope: Any, send: Any) -> None:
+    async def _say(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
-        async def write(data: str) -> None:
-            await send({"type": "http.response.body", "body": f"{data}\n\n".encode(), "more_body": True})
-
-        async def tell(chunks: Iterator[dict[str, Any]]) -> None:
-            for chunk in chunks:
-                await write(f"data: {json.dumps(chunk, ensure_ascii=False)}")
-
-        answer = self._answer
+        answer, failed = self._answer, None
         try:
-            await tell(answer.begin())
+            await self._tell(send, answer.begin())
             async for event in self._rows:
                 if event is None:
-                    await write(": still here")
+                    await self._write(send, ": still here")
                 else:
-                    await tell(answer.chunks(*event))
+                    await self._tell(send, answer.chunks(*event))
             if answer.body.usage_at_end:
-                await tell(iter([answer.last()]))
+                await self._tell(send, iter([answer.last()]))
         except ApiError as error:
-            await tell(iter([error.body()]))
-        await write("data: [DONE]")
+            failed = error
+        await self._end(send, failed)
+
+    async def _end(self, send: Any, error: ApiError | None) -> None:
+        if error is not None:
+            await self._tell(send, iter([error.body()]))
+        await self._write(send, "data: [DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _tell(self, send: Any, chunks: Iterator[dict[str, Any]]) -> None:
+        for chunk in chunks:
+            await self._write(send, f"data: {json.dumps(chunk, ensure_ascii=False)}")
+
+    async def _write(self, send: Any, event: str) -> None:
+        await send({"type": "http.response.body", "body": f"{event}\n\n".encode(), "more_body": True})

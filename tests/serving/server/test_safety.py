@@ -176,6 +176,21 @@ def test_a_stream_in_which_nothing_comes_says_that_it_is_there(app, bank, monkey
     assert said.startswith(b": still here\n\n") and said.endswith(b"data: [DONE]\n\n")
 
 
+def test_a_stream_that_outlives_the_grace_ends_with_an_error(app, bank):
+    held = Held(bank.model)
+    content = httpx.Request("POST", "http://t", json=body("lora", 0, stream=True)).content
+
+    async def time_is_up(task):
+        await asyncio.to_thread(held.entered.wait, PATIENCE)
+        task.cancel()
+        await asyncio.wait([task])
+        held.go.set()
+
+    sent = ask(app, content, then=time_is_up)
+    said = b"".join(message.get("body", b"") for message in sent)
+    assert b"shutting down" in said and said.endswith(b"data: [DONE]\n\n") and not sent[-1]["more_body"]
+
+
 def test_every_status_is_documented(client):
     document = client.get("/openapi.json").json()
     for path, operations in document["paths"].items():
