@@ -25,7 +25,7 @@ from .text import TextStream
 
 _log = logging.getLogger(__name__)
 _WORTH_REUSING = 8  # tokens of a common beginning
-_ROUNDING = 4096  # tokens of the default cache a row, at most
+_USUAL_LENGTH = 1024  # tokens of a row, for which the default cache has room
 
 
 class _Row:
@@ -86,8 +86,8 @@ class Engine:
         chunk_tokens: of prompts in a step, so that running rows do not wait long for a new one's prompt.
         max_queue: generations that may wait.
         max_length: tokens of a prompt and its completion; default: the positions that the model has.
-        cache_tokens: whose keys and values are kept, of all rows; default: ``max_rows`` times ``max_length``, of which
-            at most 4096 count.
+        cache_tokens: whose keys and values are kept, of all rows; default: ``max_rows`` times 1024, or ``max_length``
+            where that is more.
         background: run steps on a thread of the engine's own; else call ``step``.
 
     Raises:
@@ -112,7 +112,7 @@ class Engine:
         positions = getattr(text_config, "max_position_embeddings", None)
         max_length = max_length if max_length is not None else positions or 2048
         if cache_tokens is None:
-            cache_tokens = max(max_length, max_rows * min(max_length, _ROUNDING))
+            cache_tokens = max(max_length, max_rows * _USUAL_LENGTH)
         limits = {"max_rows": max_rows, "chunk_tokens": chunk_tokens, "max_queue": max_queue, "max_length": max_length}
         for name, value in limits.items():
             if value < 1:
