@@ -131,9 +131,7 @@ _RULES: dict[str, tuple[Any, Any, list[Rule]]] = {
         [
             Rule({"x": 0}, {"y": 0, "p": 0, "u": 0}, _undropped),
             Rule(
-                dict.fromkeys(
-                    ("weight", "lora_b", "magnitude", "weight_sq_norm", "norm", "column_scale", "bias"), 0
-                ),
+                dict.fromkeys(("weight", "lora_b", "magnitude", "weight_sq_norm", "norm", "column_scale", "bias"), 0),
                 {"y": -1, "u": 1, "norm": 0, "column_scale": 0},
             ),
             Rule(
@@ -147,9 +145,7 @@ _RULES: dict[str, tuple[Any, Any, list[Rule]]] = {
         DoRALinearBackward,
         DoRALinearGradients._fields,
         [
-            Rule(
-                {"grad_y": 0, "x": 0, "p": 0, "u": 0}, {"x": 0, **_ROWS_LORA, "magnitude": SUM}, _undropped
-            ),
+            Rule({"grad_y": 0, "x": 0, "p": 0, "u": 0}, {"x": 0, **_ROWS_LORA, "magnitude": SUM}, _undropped),
             Rule(
                 {"grad_y": -1, "weight": 0, "lora_b": 0, "norm": 0, "column_scale": 0, "u": 1},
                 {"x": SUM, "lora_a": SUM, "lora_b": 0, "magnitude": 0, "bias": 0},
@@ -161,7 +157,7 @@ _RULES: dict[str, tuple[Any, Any, list[Rule]]] = {
             ),
         ],
     ),
-}  # fmt: skip
+}
 _registered: set[str] = set()
 
 
