@@ -21,18 +21,19 @@ $(SETUP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: venv
 	$(BIN)/lrk demo
 
-# Two suites at once, about as long as each other; the second, which interprets and compiles the GPU kernels, says what it
-# found at its end. Threads that wait leave the core to the other suite.
+# Two lanes at once, about as long as each other, each with its 25 slowest tests; the second, which interprets and compiles
+# the GPU kernels first, says what it found at its end. Threads that wait leave the core to the other lane.
+SECOND_LANE := tests/proof tests/integrations tests/bench
 test: venv
 	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 test-run test-kernels
 
 test-run:
-	$(BIN)/python -m pytest tests --ignore tests/interpreter --ignore tests/proof
+	$(BIN)/python -m pytest --durations=25 tests --ignore tests/interpreter $(addprefix --ignore ,$(SECOND_LANE))
 
 test-kernels:
-	@{ TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter; interpreted=$$?; \
-	  $(BIN)/python -m pytest tests/proof; compiled=$$?; } > $(VENV)/kernels.log 2>&1; \
-	  cat $(VENV)/kernels.log; exit $$((interpreted | compiled))
+	@{ TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=25 tests/interpreter; interpreted=$$?; \
+	  $(BIN)/python -m pytest --durations=25 $(SECOND_LANE); others=$$?; } > $(VENV)/kernels.log 2>&1; \
+	  cat $(VENV)/kernels.log; exit $$((interpreted | others))
 
 # What proves over a larger grid what `make test` proves; then a million random calls against float64, of which a miss
 # is printed as a test.

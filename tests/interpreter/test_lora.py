@@ -112,7 +112,8 @@ def _grad_y(M: int, N: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     ("strategy", "M", "dropout_p"),
     [
-        (strategy, M, dropout_p)
+        # Each strategy at both sizes, with and without dropout; the other pairs nightly.
+        pytest.param(strategy, M, dropout_p, marks=[] if (M == 40) == (dropout_p > 0.0) else pytest.mark.nightly)
         for strategy in STRATEGIES
         for M in (40, 150)
         for dropout_p in (0.0, 0.1)
@@ -159,8 +160,15 @@ def test_unaligned_rows_and_float32(strategy: Strategy, M: int) -> None:
 
 
 @pytest.mark.usefixtures("rows_of_a_dot_alone")
-@pytest.mark.parametrize("strategy", ["fused", "two_kernel"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("arch", "strategy"),
+    [
+        ("sm_80", "fused"),
+        ("sm_90", "two_kernel"),
+        pytest.param("sm_80", "two_kernel", marks=pytest.mark.nightly),  # the tiles of one with the strategy of another
+        pytest.param("sm_90", "fused", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_row_does_not_feel_its_batch(arch: str, strategy: Strategy) -> None:
     """y, P, Q and dX of a row are the same bits alone, among few and among many, wherever it stands."""
     K, N, R = 520, 392, 16
@@ -282,11 +290,19 @@ def _peft_style(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scali
     return result.to(x.dtype)
 
 
-@pytest.mark.parametrize("factor_dtype", [None, F32], ids=["half factors", "float32 factors"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "dtype", [BF16, pytest.param(F16, marks=pytest.mark.nightly)]
-)  # two bytes, the one and the other
+    ("dtype", "dropout_p", "factor_dtype"),
+    [
+        (BF16, 0.0, F32),
+        (BF16, 0.1, None),
+        *(  # each setting is above; float16 has two bytes, as bfloat16
+            pytest.param(dtype, dropout_p, factor_dtype, marks=pytest.mark.nightly)
+            for dtype in (BF16, F16)
+            for dropout_p, factor_dtype in ((0.0, F32), (0.0, None), (0.1, F32), (0.1, None))
+            if dtype == F16 or (dropout_p > 0.0) == (factor_dtype is not None)
+        ),
+    ],
+)
 def test_launches_and_bytes_of_a_training_step(
     dtype: torch.dtype, dropout_p: float, factor_dtype: torch.dtype | None, record_property: Callable[..., None]
 ) -> None:

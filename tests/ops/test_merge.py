@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,17 @@ def row_scales(n: int) -> tuple[Tensor, Tensor]:
     return torch.rand(n, generator=generator) + 0.5, torch.randn(n, generator=generator)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "factors"), list(itertools.product([F32, BF16, F16], repeat=2)), ids=str)
+def _dtypes(backend: str) -> Iterator[Any]:
+    """All pairs; of the interpreter, which is slow, each dtype of W and of the factors once, and the others nightly."""
+    first = {(F32, BF16), (BF16, F16), (F16, F32)}
+    for pair in itertools.product([F32, BF16, F16], repeat=2):
+        later = backend == "triton" and pair not in first
+        yield pytest.param(*pair, backend, marks=pytest.mark.nightly if later else ())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factors", "backend"), [case for backend in BACKENDS for case in _dtypes(backend)], ids=str
+)
 def test_core_as_exact_as_eager(dtype: torch.dtype, factors: torch.dtype, backend: str) -> None:
     for size in SIZES:
         w, a, b = operands(*size, dtype, factors)

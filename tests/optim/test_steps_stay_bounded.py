@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,27 +90,50 @@ def train(optimizer: str, start: str, r: int, rows: int, dtype: torch.dtype, ste
     return longest, max(float(a.detach().abs().max()), float(b.detach().abs().max()))
 
 
+# Ranks and rows of gradients: each of both once; all pairs nightly.
+rite_sizes = pytest.mark.parametrize(
+    "sizes",
+    [
+        ((1, 4), (8, 64), (32, 1)),
+        pytest.param(tuple(itertools.product((1, 8, 32), (1, 4, 64))), marks=pytest.mark.nightly),
+    ],
+    ids=["some", "all"],
+)
+pro_sizes = pytest.mark.parametrize(
+    "sizes",
+    [
+        ((1, 4), (16, 4), (32, 1)),
+        pytest.param(tuple(itertools.product((1, 16, 32), (1, 4))), marks=pytest.mark.nightly),
+    ],
+    ids=["some", "all"],
+)
+
+
+@rite_sizes
 @pytest.mark.parametrize(
     "dtype", [F32, F16, *(pytest.param(d, marks=pytest.mark.nightly) for d in (F64, BF16))], ids=str
 )
 @pytest.mark.parametrize("start", STARTS)
-def test_lora_rites_step_has_the_length_that_the_rate_says(start: str, dtype: torch.dtype) -> None:
+def test_lora_rites_step_has_the_length_that_the_rate_says(
+    start: str, dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]
+) -> None:
     """Adam's freedom above it: gradients that agree for some steps after others that did not. In half precision also
     the rounding of the factors, which is of a step's size at rank 32."""
-    for r in (1, 8, 32):
-        for rows in (1, 4, 64):
-            longest, _ = train("rite", start, r, rows, dtype)
-            assert longest < (5.0 if dtype == F16 else 2.5), (r, rows, longest)
+    for r, rows in sizes:
+        longest, _ = train("rite", start, r, rows, dtype)
+        assert longest < (5.0 if dtype == F16 else 2.5), (r, rows, longest)
 
 
+@pro_sizes
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("start", STARTS)
-def test_lora_pros_step_stays_that_of_its_gradients(start: str, dtype: torch.dtype) -> None:
+def test_lora_pros_step_stays_that_of_its_gradients(
+    start: str, dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]
+) -> None:
     """Its steps scale with the gradient, here of mean squares, and momentum adds ten up: four of LoRA-RITE's units."""
-    for r in (1, 16, 32):
-        for rows in (1, 4):
-            longest, _ = train("pro", start, r, rows, dtype)
-            assert longest < 4.0, (r, rows, longest)
+    for r, rows in sizes:
+        longest, _ = train("pro", start, r, rows, dtype)
+        assert longest < 4.0, (r, rows, longest)
 
 
 def test_directions_without_a_gradient_are_left_out() -> None:

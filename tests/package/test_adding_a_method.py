@@ -15,7 +15,16 @@ def test_the_page_shows_what_the_patch_adds() -> None:
     assert blocks_not_in("method.patch", "docs/adding_a_method.md") == (5, [])
 
 
-def test_four_files_make_a_method_that_learns_stops_and_goes_on(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return patched_copy(tmp_path_factory.mktemp("method"), "method.patch", "tests/cli/test_train_methods.py")
+
+
+def test_four_files_make_a_method(tree: Path) -> None:
     assert len(touched_by("method.patch")) <= 4
-    tree = patched_copy(tmp_path, "method.patch", "tests/cli/test_train_methods.py")
-    run_tests_in(tree, "-k", "toy", "tests/cli/test_toy.py", "tests/cli/test_train_methods.py")
+    run_tests_in(tree, "tests/cli/test_toy.py")
+
+
+@pytest.mark.nightly  # of the suite that all methods share; test_four_files_make_a_method runs the method's own tests
+def test_it_learns_stops_and_goes_on_like_the_others(tree: Path) -> None:
+    run_tests_in(tree, "-k", "toy", "tests/cli/test_train_methods.py")

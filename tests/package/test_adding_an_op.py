@@ -31,13 +31,19 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return patched_copy(tmp_path_factory.mktemp("op"), "op.patch", "tests", "docs", "README.md")
 
 
-def test_fifteen_files_make_an_op_that_passes_what_every_op_must(tree: Path) -> None:
+def test_fifteen_files_make_an_op_that_is_exact(tree: Path) -> None:
     assert len(touched_by("op.patch")) <= 15
-    suites = ("tests/ops/test_scaled.py", "tests/ops/test_every_family.py", "tests/ops/test_arguments.py")
+    run_tests_in(tree, "tests/ops/test_scaled.py")
+
+
+@pytest.mark.nightly  # the suites of all ops; test_fifteen_files_make_an_op_that_is_exact runs the op's own
+def test_it_passes_what_every_op_must(tree: Path) -> None:
+    suites = ("tests/ops/test_every_family.py", "tests/ops/test_arguments.py")
     tables = ("tests/package/test_families.py", "tests/bench/test_bench.py", "tests/proof/test_capture.py")
     run_tests_in(tree, "-k", "scaled or test_families", *suites, *tables)
 
 
+@pytest.mark.nightly  # random calls beside those of test_fifteen_files_make_an_op_that_is_exact
 def test_its_random_calls_agree_with_float64(tree: Path) -> None:
     run_in(tree, "-c", RANDOM_CALLS)
 
