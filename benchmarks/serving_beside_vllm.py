@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx
 import torch
+from cost_over_frozen import conditions
 
 ADAPTERS, RANK, PROMPT, TOKENS = 20, 8, 48, 32
 
@@ -131,6 +132,7 @@ def main() -> int:
     parser.add_argument("--vllm", help="python of an environment with vLLM; without it only ours is measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--beside", default="", help="what else the machine did, in a sentence, for the table")
     args = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -159,7 +161,8 @@ def main() -> int:
     for key in medians["lrk"]:
         print(f"{key:30}" + "".join(f"{of[key]:10.3f}" for of in medians.values()))
     if args.json:
-        args.json.write_text(json.dumps({"rounds": rounds, "medians": medians}, indent=1) + "\n")
+        given = {**conditions(), "beside": args.beside}
+        args.json.write_text(json.dumps({"conditions": given, "rounds": rounds, "medians": medians}, indent=1) + "\n")
     return 0
 
 
