@@ -34,7 +34,15 @@ CORE = {
 
 
 @pytest.mark.skipif(not _extension.available(), reason="the extension is not built")
-@pytest.mark.parametrize("level", _extension.ISAS[:3])
+@pytest.mark.parametrize(
+    "level",
+    [
+        _extension.ISAS[0],
+        *(
+            pytest.param(level, marks=pytest.mark.nightly) for level in _extension.ISAS[1:3]
+        ),  # minutes where all can run
+    ],
+)
 def test_every_instruction_set(level: str) -> None:
     best = str(_extension.cpu_isa())
     if _extension.ISAS.index(level) >= _extension.ISAS.index(best):

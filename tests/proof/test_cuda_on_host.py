@@ -95,7 +95,7 @@ def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
     ("sanitizer", "mode"),
     [
         ("address", "short"),
-        ("address", "cluster"),
+        pytest.param("address", "cluster", marks=pytest.mark.nightly),  # the clusters' races are the other sanitizer's
         pytest.param("address", "clusters", marks=pytest.mark.nightly),  # "cluster" with more sizes and dtypes
         ("thread", "short"),
         ("thread", "cluster"),

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+import lowrank_kernels as lk
 from lowrank_kernels.serving import AdapterBank
 from lowrank_kernels.serving.engine import Closed, Engine, Generation, QueueFull, attention
 from tests.serving.tiny_model import make_model, make_tokenizer
@@ -230,6 +231,24 @@ def test_adapters_that_do_not_fit_the_budget_together_take_turns(model, folders,
         with pytest.raises(ValueError, match="expected room for 'dora'"):
             error.future.result(0)
         engine.close()
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_over_a_base_of_few_bits(model, folders, base):
+    lk.quantize_(model, base)
+    with AdapterBank(model) as bank:
+        for name in ("lora", "dora"):
+            bank.load(name, folders[name])
+        wanted = []
+        for name in ("lora", "dora", None):
+            with bank.batch([name]):
+                ids = torch.tensor([PROMPTS[4]])
+                out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+                wanted.append(out[0, len(PROMPTS[4]) :].tolist())
+        engine = Engine(bank, make_tokenizer(), background=False)
+        found = run(engine, *(Generation(name, PROMPTS[4], 6) for name in ("lora", "dora", None)))
+        engine.close()
+    assert [one.tokens for one in found] == wanted
 
 
 def test_the_model_is_its_own_again(bank, alone):
