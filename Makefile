@@ -23,7 +23,7 @@ demo: venv
 
 # Two lanes at once, about as long as each other, each with its 25 slowest tests; the second, which interprets and compiles
 # the GPU kernels first, says what it found at its end. Threads that wait leave the core to the other lane.
-SECOND_LANE := tests/proof tests/integrations tests/bench
+SECOND_LANE := tests/proof tests/integrations
 test: venv
 	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 test-run test-kernels
 

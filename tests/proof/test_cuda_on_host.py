@@ -98,7 +98,8 @@ def test_offsets_beyond_two_to_the_31(driver: Run) -> None:
         pytest.param("address", "cluster", marks=pytest.mark.nightly),  # the clusters' races are the other sanitizer's
         pytest.param("address", "clusters", marks=pytest.mark.nightly),  # "cluster" with more sizes and dtypes
         ("thread", "short"),
-        ("thread", "cluster"),
+        # Minutes, of hundreds of threads. That it would find a race is test_a_missing_wait_in_a_cluster_is_found.
+        pytest.param("thread", "cluster", marks=pytest.mark.nightly),
     ],
 )
 def test_device_code_is_clean_under(sanitizer: str, mode: str, driver: Run) -> None:
