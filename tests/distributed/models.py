@@ -133,7 +133,10 @@ def as_one_process(
     for step in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        expected, loss = loss_of(alone, IDS), loss_of(call or parallel, IDS if whole_batch else own_batch())
+        expected, loss = (
+            loss_of(alone, IDS),
+            loss_of(parallel if call is None else call, IDS if whole_batch else own_batch()),
+        )
         mean = loss.detach().clone() / dist.get_world_size()
         dist.all_reduce(mean)
         torch.testing.assert_close(mean, expected.detach(), rtol=2e-6, atol=0.0)
