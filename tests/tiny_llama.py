@@ -3,21 +3,20 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
 
 def make_llama(dtype=torch.float32, **settings):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        initializer_range=0.2,
-        **settings,
-    )
+    config = LlamaConfig(**SIZES, attention_bias=True, initializer_range=0.2, **settings)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 

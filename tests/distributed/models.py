@@ -14,23 +14,14 @@ from torch import nn
 
 import lowrank_kernels as lk
 from tests.distributed.two_ranks import mesh, whole
-from tests.tiny_llama import make_llama
+from tests.tiny_llama import SIZES, make_llama
 
 IDS = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(2))
 
 
 def mixtral(dtype=torch.float32):
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
     return transformers.MixtralForCausalLM(config).to(dtype)
 
 

@@ -115,7 +115,6 @@ class PackedModel:
         odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if odd:
             raise ValueError(f"Engine: expected layers of full or sliding attention, got {', '.join(sorted(odd))}")
-        self._sliding = getattr(text, "sliding_window", None) is not None
         name = _register(self.plain)
         try:
             model.set_attn_implementation(name)

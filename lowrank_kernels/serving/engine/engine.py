@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,15 @@ class _Row:
     def missing(self) -> int:
         """Tokens that the model has yet to see."""
         return len(self.tokens) - (0 if self.cache is None else self.cache.length)
+
+    @property
+    def notes_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told; it has then generated nothing."""
+        return self.job.prompt_logprobs and len(self.prompt_logprobs) < len(self.job.prompt)
+
+    def logits_of(self, count: int) -> int:
+        """Of how many of its next ``count`` tokens, the last ones, the logits are needed."""
+        return count if self.notes_prompt else int(count == self.missing)
 
 
 class _Parked:
@@ -230,6 +239,9 @@ class Engine:
             if not holds:
                 raise ValueError(f"{name} is out of range, got {getattr(job, name)}")
 
+    def _jobs(self) -> list[Generation]:
+        return [*self._queue, *(row.job for row in (*self._rows, *self._paused))]
+
     @property
     def waiting(self) -> int:
         """Generations without a row now, paused ones among them."""
@@ -250,7 +262,7 @@ class Engine:
         with self._changed:
             self._closed = True
             if not drain:
-                for job in [*self._queue, *(row.job for row in (*self._rows, *self._paused))]:
+                for job in self._jobs():
                     job.future.cancel()
             self._changed.notify()
         if self._thread is not None:
@@ -277,12 +289,14 @@ class Engine:
                     return
         except BaseException as error:  # nothing of a single row's: those are caught where they arise
             _log.exception("the engine has failed; nothing more is generated")
-            self.failed = error
-            jobs = [*self._queue, *(row.job for row in (*self._rows, *self._paused))]
+            with self._changed:  # no request is taken after this
+                self.failed = error
+                jobs = self._jobs()
             for job in jobs:
                 _fail(job, RuntimeError(f"the engine has failed: {error}"))
             if self.on_failure is not None:
                 self.on_failure(error)
+            self._leave_batch()
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -295,7 +309,7 @@ class Engine:
             self.counts["steps"] += 1
             self.counts["step_rows"] += len(spans)
             self._run(spans)
-        if not self._rows:
+        if not self._rows or self._thread is None:  # a caller's own thread runs the model as it is between steps
             self._leave_batch()
         return bool(spans or self._rows or self.waiting)
 
@@ -307,20 +321,19 @@ class Engine:
     def _admit(self) -> None:
         """Give rows to what waits, in turn, while there are rows, room for its keys and values, and its adapter."""
         while len(self._rows) < self.max_rows:
-            row = next(self._in_turn(), None)
+            row = self._next_row()
             if row is None or not self._has_room(row):
                 return
             self._rows.append(row)
 
-    def _in_turn(self) -> Iterator[_Row]:
-        """The row that may run next, taken from where it waits; then the one after it."""
+    def _next_row(self) -> _Row | None:
+        """The row whose turn it is, taken from where it waits; None where none may run now."""
         if self._paused:  # have been running: before all that is no more urgent
             row = min(self._paused, key=lambda row: row.rank)
             urgent = next(self._queue.order(), None)
             if urgent is None or urgent.priority >= row.job.priority:
                 self._paused.remove(row)
-                yield row
-                return
+                return row
         for job in self._queue.order():
             try:
                 held = self.bank.hold([job.adapter])[0]
@@ -335,7 +348,8 @@ class Engine:
                 _fail(job, error)
                 continue
             self._queue.remove(job)
-            yield _Row(job, held, next(self._arrivals), self)
+            return _Row(job, held, next(self._arrivals), self)
+        return None
 
     def _has_room(self, row: _Row) -> bool:
         """Give the row a cache, with what of its beginning is known; where there is no room it is paused."""
@@ -420,6 +434,8 @@ class Engine:
         self._rows.remove(row)
         self._paused.append(row)
         row.cache = row.source = None
+        if row.notes_prompt:
+            row.prompt_logprobs = []  # its prompt is computed from the beginning
         self.counts["preemptions"] += 1
 
     def _run(self, spans: Sequence[tuple[_Row, int]]) -> None:
@@ -435,20 +451,19 @@ class Engine:
             for span in spans:
                 self._run([span])
             return
-        drawn, used = [], 0
-        for row, count in spans:
+        of_rows = logits.split([row.logits_of(count) for row, count in spans])
+        drawn = []
+        for (row, count), own in zip(spans, of_rows, strict=True):
             assert row.cache is not None
             row.cache.length += count
             self._queue.count(row.job.adapter, count)
             self.counts["prompt_tokens"] += max(0, min(count, len(row.job.prompt) - row.cache.length + count))
-            if row.job.prompt_logprobs:
-                self._note_prompt(row, count, logits[used : used + count])
-                used += count - (1 if row.missing == 0 else 0)
+            if row.notes_prompt:
+                self._note_prompt(row, count, own)
             if row.missing == 0:
-                drawn.append((row, used))
-                used += 1
+                drawn.append((row, own[-1:]))
         if drawn:
-            self._draw([row for row, _ in drawn], logits[[at for _, at in drawn]])
+            self._draw([row for row, _ in drawn], torch.cat([last for _, last in drawn]))
 
     def _forward(self, spans: Sequence[tuple[_Row, int]]) -> Tensor:
         tokens: list[int] = []
@@ -457,10 +472,7 @@ class Engine:
             assert row.cache is not None
             begin = row.cache.length
             tokens += row.tokens[begin : begin + count]
-            if row.job.prompt_logprobs and begin < len(row.job.prompt):
-                keep += range(len(tokens) - count, len(tokens))
-            elif begin + count == len(row.tokens):
-                keep.append(len(tokens) - 1)
+            keep += range(len(tokens) - row.logits_of(count), len(tokens))
         self._enter_batch(spans)
         packed = [Span(row.cache, count) for row, count in spans if row.cache is not None]
         return self._model.forward(tokens, packed, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -84,7 +85,7 @@ class Sampler:
 def _keep_likely_(logits: Tensor, job: Generation) -> None:
     """Set to -inf what ``min_p``, ``top_k`` and ``top_p`` leave out; the likeliest token always stays."""
     if job.min_p > 0.0:
-        logits[logits < logits.max() + torch.tensor(job.min_p).log()] = -torch.inf
+        logits[logits < logits.max() + math.log(job.min_p)] = -torch.inf
     if 0 < job.top_k < logits.numel():
         logits[logits < logits.topk(job.top_k).values[-1]] = -torch.inf
     if job.top_p < 1.0:

@@ -202,6 +202,23 @@ def test_paused_rows_go_on_where_they_were(bank, monkeypatch):
     assert together == [one[0].tokens for one in alone]
 
 
+@pytest.mark.parametrize("chunk", [3, 128])
+def test_paused_rows_tell_each_tokens_probability_once(bank, monkeypatch, chunk):
+    monkeypatch.setattr(attention, "_GROWS_BY", 4)
+    engine = Engine(bank, make_tokenizer(), chunk_tokens=chunk, cache_tokens=70, max_length=64, background=False)
+
+    def jobs():
+        return [Generation(name, PROMPTS[2], 25, logprobs=1, prompt_logprobs=True) for name in NAMES[:3]]
+
+    together = run(engine, *jobs())
+    assert engine.counts["preemptions"] >= 2
+    for found, alone in zip(together, (run(engine, job)[0] for job in jobs()), strict=True):
+        assert found.tokens == alone.tokens
+        for reported, own in ((found.prompt_logprobs, alone.prompt_logprobs), (found.logprobs, alone.logprobs)):
+            assert [one.token for one in reported] == [one.token for one in own]
+            assert [one.logprob for one in reported[1:]] == pytest.approx([one.logprob for one in own[1:]], abs=1e-4)
+
+
 def test_priority_and_then_fair_turns(bank):
     engine = Engine(bank, make_tokenizer(), max_rows=1, background=False)
     ended = []
