@@ -219,6 +219,18 @@ def test_paused_rows_tell_each_tokens_probability_once(bank, monkeypatch, chunk)
             assert [one.logprob for one in reported[1:]] == pytest.approx([one.logprob for one in own[1:]], abs=1e-4)
 
 
+def test_a_row_paused_in_its_prompt_tells_it_once(bank, monkeypatch):
+    monkeypatch.setattr(attention, "_GROWS_BY", 4)
+    engine = Engine(bank, make_tokenizer(), chunk_tokens=3, cache_tokens=70, max_length=64, background=False)
+    earlier, told = Generation("lora", PROMPTS[4], 40), Generation("dora", PROMPTS[2], 2, prompt_logprobs=True)
+    engine.submit([earlier])
+    for _ in range(16):
+        engine.step()
+    (found,) = run(engine, told)  # the earlier one needs its memory before its prompt is through
+    assert engine.counts["preemptions"] == 1
+    assert [one.token for one in found.prompt_logprobs] == PROMPTS[2]
+
+
 def test_priority_and_then_fair_turns(bank):
     engine = Engine(bank, make_tokenizer(), max_rows=1, background=False)
     ended = []
